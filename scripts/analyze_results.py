@@ -68,7 +68,7 @@ def table(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 def row(name: str, result: dict[str, Any]) -> dict[str, Any]:
     history = pd.DataFrame({k: pd.Series(v, dtype=float) for k, v in result["training_history"].items()})
-    sparse = history[history["threshold"].notna()] if "threshold" in history else history.iloc[:0]
+    activation = history.get("activation_rate", pd.Series(dtype=float))
     last = {key: values.iloc[-1] for key, values in history.items() if len(values)}
     return {
         "run": label(name, result),
@@ -76,7 +76,7 @@ def row(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "epochs": result["epochs_completed"],
         "best %": result["best_accuracy"],
         "final %": last.get("val_acc"),
-        "activation": sparse["activation_rate"].mean() if "activation_rate" in sparse else None,
+        "activation": activation[activation < 1].mean(),  # of the sparse epochs
         "hours": result["total_time_hours"],
         "train s": result.get("train_seconds"),
         "TFLOP": (last.get("total_flops_g", last.get("est_flops_g")) or float("nan")) / 1000,

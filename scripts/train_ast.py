@@ -20,6 +20,7 @@ import copy
 import difflib
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -560,7 +561,7 @@ def decode_image(data: bytes) -> Tensor:
     try:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         image = torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, AttributeError):  # AttributeError: torchvision is to give up decoding
         from PIL import Image
 
         try:
@@ -1209,9 +1210,9 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, plan: EpochP
     return "completed"
 
 
-def prepare_outputs(logging: LoggingConfig) -> None:
+def prepare_outputs(outputs: LoggingConfig) -> None:
     """Make the output folders. Raises RequestError where nothing could be written at the end."""
-    for key, path in logging:
+    for key, path in outputs:
         try:
             if path is not None:
                 folder = Path(path) if key == "output_dir" else Path(path).parent
@@ -1322,6 +1323,7 @@ def summary(result: dict[str, Any]) -> str:
 def run_cli(main: Callable[[], int]) -> int:
     """Run a script's `main`: a wrong request is one line on stderr and exit code 2, a failed run 1."""
     load_dotenv()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
     try:
         return main()
     except RequestError as error:

@@ -1,0 +1,116 @@
+"""What the tests share: a lab small enough for a CPU, and real data made on the spot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from train_ast import Config, Run, load_config
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
+
+
+def make_config(*overrides: str) -> Config:
+    """Digits at 8 px on the CPU, sparse from the first epoch, with `overrides` laid over."""
+    base = ["dataset.image_size=8", "training.batch_size=16", "training.device=cpu", "ast.warmup_epochs=0"]
+    return load_config(None, [*base, "metrics.base_flop_per_sample=1e6", *overrides])
+
+
+class LayerNormNet(nn.Module):
+    """Flatten, two layers with a LayerNorm between: every sample's output depends on that sample alone."""
+
+    def __init__(self, side: int = 8):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * side * side, 24), nn.LayerNorm(24), nn.GELU())
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images))
+
+
+class BatchNormNet(nn.Module):
+    """A convolution with BatchNorm: outputs depend on the batch, so scoring and training forwards differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images).flatten(1))
+
+
+def make_run(model: nn.Module, *overrides: str) -> Run:
+    run = Run(make_config(*overrides), model, torch.device("cpu"), planned_steps=100)
+    run.start_epoch(run.config.ast.warmup_epochs)
+    return run
+
+
+def make_batch(size: int = 16, seed: int = 0, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(0, 10, (size,), generator=generator)
+
+
+def save_picture(path: Path, colour: Sequence[int], seed: int, side: int = 40, mode: str = "RGB") -> None:
+    noise = np.random.default_rng(seed).integers(-40, 40, (side, side + 8, 3))
+    pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+COLOURS = {"blue": (30, 40, 200), "green": (30, 190, 40), "red": (200, 40, 30)}
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """An ImageFolder of JPEGs, three classes by colour: train with 8 a class, val with 3."""
+    folder = tmp_path / "images"
+    for part, count in (("train", 8), ("val", 3)):
+        for label, (name, colour) in enumerate(COLOURS.items()):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                save_picture(folder / part / name / f"{i}.jpg", colour, 100 * label + i + 1000 * (part == "val"))
+    return folder
+
+
+@pytest.fixture
+def parquet_folder(tmp_path: Path) -> Path:
+    """The same pictures as a Hugging Face dataset: train.parquet and test.parquet with image and label."""
+    import datasets
+
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=list(COLOURS))})
+    for part, count in (("train", 24), ("test", 9)):
+        rows = {"img": [], "kind": []}
+        for i in range(count):
+            path = tmp_path / f"{part}{i}.png"
+            save_picture(path, list(COLOURS.values())[i % 3], i, side=20)
+            rows["img"].append({"bytes": path.read_bytes(), "path": None})
+            rows["kind"].append(i % 3)
+            path.unlink()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{part}.parquet"))
+    return folder
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run scripts/<name>.py as a user does, from the repository's root."""
+
+    def run(name: str, *args: str, timeout: float = 120) -> subprocess.CompletedProcess:
+        command = [sys.executable, f"scripts/{name}.py", *map(str, args)]
+        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout)
+
+    return run

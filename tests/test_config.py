@@ -1,0 +1,143 @@
+"""Configs: strict, named errors, every preset, every documented key."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO
+from train_ast import Config, RequestError, config_keys, load_config, options_help
+
+PRESETS = sorted((REPO / "configs").glob("*.yaml"))
+DOCUMENTED = """
+    model.name model.pretrained
+    dataset.type dataset.train_dir dataset.val_dir dataset.name dataset.split_train dataset.split_val
+    dataset.cache_dir dataset.num_classes dataset.image_size
+    ast.target_activation ast.kp ast.ki ast.initial_threshold ast.min_threshold ast.entropy_weight ast.min_active
+    ast.kp_warmup_epochs ast.ki_warmup_epochs
+    training.lr training.momentum training.weight_decay training.min_lr training.batch_size training.epochs
+    training.grad_accum_steps training.mixed_precision training.max_minutes training.early_stop_patience
+    training.num_workers training.seed
+    metrics.base_flop_per_sample metrics.gpu_tdp_watts
+    logging.output_dir logging.jsonl_path
+    model.small_stem dataset.subset dataset.revision dataset.image_key dataset.label_key dataset.max_train_samples
+    dataset.max_val_samples ast.mode ast.scoring ast.pack ast.threshold_unit ast.warmup_epochs ast.anneal_epochs
+    training.optimizer training.lr_warmup_epochs training.label_smoothing training.grad_clip_norm training.amp_dtype
+    training.device
+""".split()
+
+
+def test_every_documented_key_exists_and_is_described():
+    keys = config_keys()
+    assert set(DOCUMENTED) <= set(keys)
+    assert all(len(description) > 10 for description, _ in keys.values())
+    assert all(key in options_help() for key in keys)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_loads_and_names_only_what_differs(path):
+    load_config(path)
+    defaults = Config.model_construct().model_dump() | Config().model_dump()
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for name, value in values.items():
+            assert value != defaults[section][name], f"{section}.{name} is the default"
+
+
+def test_the_documented_presets_are_there():
+    expected = "cifar10_resnet18_ast cifar10_resnet18_fast digits_smoke imagenet_resnet50_ast imagenet_vitb16_ast"
+    assert {path.stem for path in PRESETS} >= {*expected.split(), "imagenette_folder_ast", "imagenette_hf_ast"}
+
+
+def test_yaml_json_and_overrides_mean_the_same(tmp_path):
+    (tmp_path / "a.yaml").write_text("training:\n  lr: 1e-3\n  epochs: 7\n")
+    (tmp_path / "a.json").write_text(json.dumps({"training": {"lr": 1e-3, "epochs": 7}}))
+    expected = load_config(None, ["training.lr=1e-3", "training.epochs=7"])
+    assert expected.training.lr == 0.001
+    assert load_config(tmp_path / "a.yaml") == load_config(tmp_path / "a.json") == expected
+    assert load_config(tmp_path / "a.yaml", ["training.lr=0.5"]).training.lr == 0.5
+
+
+def test_resolved_config_loads_again(tmp_path):
+    config = load_config(REPO / "configs/imagenet_vitb16_ast.yaml")
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ast.target_activaton=0.3", "ast.target_activaton: unknown key; did you mean ast.target_activation?"),
+        ("ast.batch_size=3", "ast.batch_size: unknown key; did you mean training.batch_size?"),
+        ("traning.lr=3", "traning: unknown key; did you mean training?"),
+        ("epochs=3", "did you mean training.epochs?"),
+        ("training.epochs", "expected section.key=value"),
+        ("training.epochs=ten", "training.epochs: expected a valid integer, got 'ten'"),
+        ("training.epochs=2.5", "training.epochs: expected a valid integer"),
+        ("training.epochs=true", "training.epochs: expected a valid integer"),
+        ("training.lr=.nan", "training.lr: expected a finite number"),
+        ("training.lr=-1", "training.lr: expected greater than 0, got -1"),
+        ("model.pretrained=1", "model.pretrained: expected a valid boolean"),
+        ("ast.mode=sparse", "ast.mode: expected 'ast', 'dense' or 'random', got 'sparse'"),
+        ("ast.initial_threshold=high", "ast.initial_threshold: expected a valid number or 'auto', got 'high'"),
+        ("ast.target_activation=0", "ast.target_activation: expected greater than 0"),
+        ("training.lr=[", "not a valid value"),
+        ("dataset.type=folder", "dataset.train_dir: dataset.type folder needs train_dir and val_dir"),
+        ("dataset.type=hf", "dataset.name: dataset.type hf needs"),
+        ("training.epochs=1", "ast.warmup_epochs: with anneal_epochs it makes all of training.epochs=1 dense"),
+        ("ast.min_active=500", "ast.min_active: larger than training.batch_size"),
+        ("training.compile=default", "training.compile: needs ast.pack=true"),
+        ("training.min_lr=9", "training.min_lr: larger than training.lr"),
+        ("ast.initial_threshold=-1", "ast.initial_threshold: below ast.min_threshold"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(RequestError) as caught:
+        load_config(None, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read the config: No such file or directory"),
+        ("training: [1, 2]", "training: expected"),
+        ("- 1\n- 2", "expected a mapping of sections, got list"),
+        ("training: {lr: 1", "not valid YAML or JSON"),
+        ("training:\n  lr: 1\n  lr: 2\n", "key 'lr' stands there twice"),
+        ("training: !!python/object/apply:os.system ['true']", "not valid YAML or JSON"),
+        (b"\xff\xfe\x00", "not valid YAML or JSON"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RequestError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_config_is_all_defaults(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\ntraining:\n")
+    assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+def test_phases():
+    config = load_config(None, ["training.epochs=6", "ast.warmup_epochs=2", "ast.anneal_epochs=1"])
+    assert [config.is_sparse(epoch) for epoch in range(6)] == [False, False, True, True, True, False]
+    dense = load_config(None, ["training.epochs=6", "ast.mode=dense"])
+    assert not any(dense.is_sparse(epoch) for epoch in range(6))
+
+
+def test_importing_the_lab_has_no_side_effects(tmp_path):
+    import subprocess
+    import sys
+
+    code = "import signal, sys; before = signal.getsignal(signal.SIGINT); import train_ast; "
+    code += "assert signal.getsignal(signal.SIGINT) is before"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(REPO / "scripts")})
+    assert done.returncode == 0
+    assert list(Path(tmp_path).iterdir()) == []

@@ -1,0 +1,230 @@
+"""The sparse step: its gradient against autograd's own, the work it skips, packing, windows, scaling."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BatchNormNet, LayerNormNet, make_batch, make_run
+from hypothesis import given
+from hypothesis import strategies as st
+from train_ast import ActiveQueue, Stop, ast_forward, optimizer_step, score, select_active, train_one_epoch
+
+NETS = [LayerNormNet, BatchNormNet]
+PLAIN_SGD = ("training.momentum=0", "training.weight_decay=0", "training.lr=1.0", "training.min_lr=1.0")
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def reference_gradients(run, model, batches):
+    """Autograd's gradient of the mean loss over all `batches`, each forwarded by itself in train mode."""
+    total = sum(len(labels) for _, labels in batches)
+    model.zero_grad()
+    for images, labels in batches:
+        if len(labels):
+            (F.cross_entropy(model(run.normalise(images)), labels, reduction="sum") / total).backward()
+    return gradients(model)
+
+
+def active_part(run, model, images, labels, threshold, min_active=0):
+    """What the law says is active, worked out without `ast_forward`: eval-mode loss + entropy over a threshold."""
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(run.normalise(images))
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    scores = F.cross_entropy(logits, labels, reduction="none") + run.config.ast.entropy_weight * entropy
+    k = max(int((scores > threshold).sum()), min_active)
+    indices = scores.topk(k).indices.sort().values
+    return images[indices], labels[indices]
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_gradient_is_autograds_over_the_active_samples(net):
+    torch.manual_seed(0)
+    model = net()
+    reference = copy.deepcopy(model)
+    images, labels = make_batch()
+    run = make_run(model, "ast.initial_threshold=4.5")
+    active = active_part(run, reference, images, labels, 4.5)
+    assert 1 < len(active[1]) < 16  # a real selection
+    assert ast_forward(run, images, labels) == len(active[1])
+    for got, expected in zip(gradients(model), reference_gradients(run, reference, [active]), strict=True):
+        assert torch.allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_window_gradient_is_the_mean_over_unequal_active_counts(net):
+    """Three batches a window, one of them with nothing active: plain SGD with rate 1 moves by the gradient."""
+    torch.manual_seed(1)
+    model = net()
+    batches = [make_batch(seed=1), make_batch(seed=2), make_batch(seed=3)]
+    overrides = ["training.grad_accum_steps=3", "ast.min_active=0", "ast.kp=0", "ast.ki=0", *PLAIN_SGD]
+    run = make_run(model, *overrides, "ast.initial_threshold=4.5")
+    batches[1] = (batches[1][0][:3], batches[1][1][:3])
+    low = active_part(run, model, *batches[1], 0.0)
+    with torch.no_grad():  # labels the model is surest of: none of this batch is over the threshold
+        batches[1] = (low[0], copy.deepcopy(model).eval()(run.normalise(low[0])).argmax(-1))
+    reference = copy.deepcopy(model)
+    active = [active_part(run, reference, *batch, 4.5) for batch in batches]
+    counts = [len(labels) for _, labels in active]
+    assert counts[1] == 0
+    assert counts[0] != counts[2]
+    before = [p.detach().clone() for p in model.parameters()]
+    assert train_one_epoch(run, iter(batches), 3, Stop())
+    for old, new, expected in zip(before, model.parameters(), reference_gradients(run, reference, active), strict=True):
+        assert torch.allclose(old - new, expected, atol=1e-6)
+    assert (run.ledger.steps, run.ledger.trained, run.ledger.scored) == (1, sum(counts), 35)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_scoring_leaves_the_model_untouched(net):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    run = make_run(model)
+    scores, _ = score(run, *make_batch())
+    assert not scores.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_running_statistics_come_from_the_active_samples_alone():
+    model = BatchNormNet()
+    reference = copy.deepcopy(model)
+    images, labels = make_batch()
+    run = make_run(model, "ast.initial_threshold=4.5")
+    active = active_part(run, reference, images, labels, 4.5)
+    ast_forward(run, images, labels)
+    reference(run.normalise(active[0]))
+    assert torch.allclose(model.body[1].running_mean, reference.body[1].running_mean)
+    assert model.body[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_inactive_rows_never_reach_the_training_forward(pack):
+    model = LayerNormNet()
+    rows = []
+    run = make_run(model, "ast.initial_threshold=4.5", f"ast.pack={pack}")
+    model.body.register_forward_pre_hook(lambda _, args: rows.append(args[0]) if torch.is_grad_enabled() else None)
+    batches = [make_batch(seed=seed) for seed in range(12)]
+    expected = []
+    for images, labels in batches:
+        chosen = select_active(score(run, images, labels)[0], run.controller.threshold, 2)
+        expected.append(run.normalise(images[chosen.indices]))
+        ast_forward(run, images, labels)
+    trained, wanted = torch.cat(rows), torch.cat(expected)
+    assert len(wanted) < 0.8 * 12 * 16
+    assert torch.equal(trained, wanted[: len(trained)])  # the active rows, in order, and no others
+    if pack:
+        assert {len(chunk) for chunk in rows} == {16}
+        assert len(trained) == len(wanted) // 16 * 16
+        assert len(run.queue) == len(wanted) % 16
+    else:
+        assert len(trained) == len(wanted)
+
+
+def test_nothing_active_takes_no_step():
+    """Momentum and weight decay would move the weights even on a zero gradient: `any_active_in_accum` guards them."""
+    model = LayerNormNet()
+    run = make_run(model, "ast.initial_threshold=1e6", "ast.min_active=0", "training.grad_accum_steps=2")
+    before = copy.deepcopy(model.state_dict())
+    train_one_epoch(run, iter([make_batch(seed=s) for s in range(4)]), 4, Stop())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert (run.ledger.steps, run.ledger.trained, run.ledger.loaded) == (0, 0, 64)
+
+
+def test_min_active_trains_on_the_top_samples_and_the_controller_does_not_see_it():
+    model = LayerNormNet()
+    run = make_run(model, "ast.initial_threshold=1e6", "ast.min_active=3")
+    assert ast_forward(run, *make_batch()) == 3
+    assert run.activations == [0.0]
+    assert run.controller.threshold is None or run.controller.threshold < 1e6
+
+
+def test_hand_over_starts_at_the_quantile_of_the_first_batch():
+    run = make_run(LayerNormNet(), "ast.target_activation=0.25")
+    images, labels = make_batch()
+    scores, _ = score(run, images, labels)
+    ast_forward(run, images, labels)
+    assert run.thresholds[0] == pytest.approx(torch.quantile(scores, 0.75).item())
+    assert run.activations == [0.25]
+
+
+def test_a_threshold_left_behind_is_found_again():
+    """Scores collapse a thousandfold between two batches: the next batch starts from its own quantile."""
+    run = make_run(LayerNormNet(), "ast.target_activation=0.5")
+    for _ in range(3):
+        ast_forward(run, *make_batch(64))
+    run.controller.threshold *= 1000
+    ast_forward(run, *make_batch(64, seed=9))
+    ast_forward(run, *make_batch(64, seed=10))
+    assert run.activations[-2:] == [0.0, 0.5]
+
+
+def test_float16_scales_the_loss_and_unscales_the_gradient():
+    torch.manual_seed(0)
+    model = LayerNormNet()
+    reference = copy.deepcopy(model)
+    run = make_run(model, "training.amp_dtype=float16", "ast.mode=dense", *PLAIN_SGD)
+    assert run.scaler.is_enabled()
+    images, labels = make_batch()
+    before = [p.detach().clone() for p in model.parameters()]
+    train_one_epoch(run, iter([(images, labels)]), 1, Stop())
+    expected = reference_gradients(run, reference, [(images, labels)])
+    for old, new, gradient in zip(before, model.parameters(), expected, strict=True):
+        assert torch.allclose(old - new, gradient, atol=2e-3)
+
+
+def test_a_step_the_scaler_skips_advances_neither_schedule_nor_ledger():
+    model = LayerNormNet()
+    run = make_run(model, "training.amp_dtype=float16", "ast.mode=dense")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=1000)
+    before = copy.deepcopy(model.state_dict())
+    train_one_epoch(run, iter([make_batch()]), 1, Stop())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert (run.ledger.steps, run.ledger.trained, run.scheduled, run.ledger.loaded) == (0, 0, 0, 16)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    run.start_epoch(0)
+    train_one_epoch(run, iter([make_batch()]), 1, Stop())
+    assert (run.ledger.steps, run.ledger.trained, run.scheduled) == (1, 16, 1)
+
+
+def test_gradient_clipping_bounds_the_step():
+    model = LayerNormNet()
+    run = make_run(model, "ast.mode=dense", "training.grad_clip_norm=0.01", *PLAIN_SGD)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    train_one_epoch(run, iter([make_batch()]), 1, Stop())
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert moved.norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_leftover_of_a_window_steps_at_the_end_of_the_epoch():
+    run = make_run(LayerNormNet(), "ast.mode=dense", "training.grad_accum_steps=4")
+    train_one_epoch(run, iter([make_batch(seed=s) for s in range(6)]), 6, Stop())
+    assert (run.ledger.steps, run.ledger.trained, run.scheduled) == (2, 96, 6)
+
+
+@given(st.lists(st.integers(0, 8), max_size=30))
+def test_queue_gives_every_sample_once_in_order_and_only_full_batches(sizes):
+    queue, given_out, pushed = ActiveQueue(8), [], 0
+    for size in sizes:
+        labels = torch.arange(pushed, pushed + size)
+        ready = queue.push(labels.view(-1, 1, 1, 1).expand(-1, 3, 2, 2).to(torch.uint8), labels)
+        pushed += size
+        if ready is not None:
+            assert len(ready[1]) == 8
+            assert torch.equal(ready[0][:, 0, 0, 0], ready[1].to(torch.uint8))
+            given_out += ready[1].tolist()
+    assert given_out == list(range(pushed // 8 * 8))
+    assert len(queue) == pushed % 8
+
+
+def test_optimizer_step_sets_the_scheduled_rate():
+    run = make_run(LayerNormNet(), "ast.mode=dense", "training.lr=0.4", "training.epochs=4")
+    run.scheduled = 49  # of 100 planned: the step in the middle of the cosine
+    train_one_epoch(run, iter([make_batch()]), 1, Stop())
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.2, rel=0.02)
+    run.window_samples = run.window_divisor = 1
+    optimizer_step(run, 1)
+    assert run.scheduled == 51

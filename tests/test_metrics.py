@@ -1,0 +1,48 @@
+"""Counting: sums on the device, the ledger, energy, JSON lines."""
+
+import json
+import math
+
+import pytest
+import torch
+from train_ast import EnergyMeter, Ledger, Meter, TrainingFailed, append_jsonl
+
+CPU = torch.device("cpu")
+
+
+def test_meter_means_over_samples_not_over_batches():
+    meter = Meter(CPU, epoch=0)
+    meter.add_losses(torch.tensor([1.0, 2.0, 3.0]), step=0)
+    meter.add_losses(torch.tensor([10.0]), step=1)
+    meter.add_predictions(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1]))
+    assert meter.read() == (4.0, 50.0)
+    assert Meter(CPU, 0).read() == (None, None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_meter_names_the_first_non_finite_step(bad):
+    meter = Meter(CPU, epoch=2)
+    for step, loss in enumerate([1.0, bad, 1.0, bad]):
+        meter.add_losses(torch.tensor([loss, 1.0]), step)
+    with pytest.raises(TrainingFailed, match="non-finite loss in epoch 3, step 2"):
+        meter.read()
+
+
+def test_ledger_differences_and_equivalents():
+    before, after = Ledger(100, 60, 30, 3), Ledger(250, 180, 90, 10)
+    assert after.since(before) == Ledger(150, 120, 60, 7)
+    assert Ledger(scored=90, trained=25).dense_equivalents() == 55
+
+
+def test_no_energy_counter_on_a_cpu():
+    assert EnergyMeter(CPU).read_kj() is None
+
+
+def test_jsonl_appends_whole_lines(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"epoch": 0}\n')
+    append_jsonl(path, {"epoch": 1, "threshold": None})
+    append_jsonl(path, {"epoch": 2, "threshold": 0.5})
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    with pytest.raises(ValueError, match="JSON"):
+        append_jsonl(path, {"epoch": math.nan})

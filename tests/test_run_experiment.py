@@ -1,0 +1,79 @@
+"""The single runner: flags, overrides, dry runs, exit codes, secrets."""
+
+import pytest
+import run_experiment
+import yaml
+from conftest import REPO
+from train_ast import load_config, run_cli
+
+CONFIG = str(REPO / "configs/digits_smoke.yaml")
+
+
+def test_dry_run_prints_the_resolved_config(capsys):
+    flags = ["--epochs", "7", "--target-activation", "0.3", "--lr", "1e-3", "--batch-size", "8", "--seed", "5"]
+    flags += ["--max-minutes", "2.5", "--output-dir", "out", "ast.pack=false", "--dry-run", "training.momentum=0.8"]
+    assert run_experiment.main(["--config", CONFIG, *flags]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    overrides = ["training.epochs=7", "ast.target_activation=0.3", "training.lr=0.001", "training.batch_size=8"]
+    overrides += ["training.seed=5", "training.max_minutes=2.5", "logging.output_dir=out", "ast.pack=false"]
+    expected = load_config(CONFIG, [*overrides, "training.momentum=0.8"])
+    assert printed == expected.model_dump()
+
+
+def test_help_lists_every_flag_and_key(capsys):
+    with pytest.raises(SystemExit) as left:
+        run_experiment.main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in [*run_experiment.FLAGS, "ast.kp_warmup_epochs", "(default 0.25)", "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["ast.target_activaton=0.3"], "ast.target_activaton: unknown key; did you mean ast.target_activation?"),
+        (["--epochs", "ten"], "training.epochs: expected a valid integer, got 'ten'"),
+        (["model.name=resnt50"], "model.name: no model 'resnt50'"),
+        (["dataset.num_classes=11"], "dataset.num_classes: 11, but the data has 10 classes"),
+        (["dataset.type=folder", "dataset.train_dir=/no", "dataset.val_dir=/no"], "dataset.train_dir: /no"),
+    ],
+)
+def test_a_wrong_request_is_exit_code_2_and_one_line(args, message, capsys, tmp_path):
+    code = run_cli(lambda: run_experiment.main(["--config", CONFIG, "--output-dir", str(tmp_path), *args]))
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_config_as_a_command(script):
+    done = script("run_experiment", "--config", "configs/nowhere.yaml")
+    assert done.returncode == 2
+    assert done.stderr == "error: configs/nowhere.yaml: cannot read the config: No such file or directory\n"
+
+
+def test_a_dataset_that_needs_the_network_says_what_to_do(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the hub out of reach, without waiting for its retries
+    done = script("run_experiment", "--config", "configs/cifar10_resnet18_fast.yaml", "--output-dir", tmp_path)
+    assert done.returncode == 2
+    assert "dataset.name: cannot load 'uoft-cs/cifar10'" in done.stderr
+    assert "check the name, subset and revision, the network" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failed_run_is_exit_code_1(script, tmp_path):
+    args = ["ast.mode=dense", "training.lr=1e20", "training.optimizer=sgd", "--output-dir", tmp_path]
+    done = script("run_experiment", "--config", "configs/digits_smoke.yaml", *args)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: non-finite loss in epoch 1, step")
+    assert len(list(tmp_path.glob("final_results_*.json"))) == 1
+
+
+def test_secrets_of_the_environment_stay_out_of_the_results(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted_secret")
+    quick = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "--output-dir", tmp_path]
+    done = script("run_experiment", "--config", "configs/digits_smoke.yaml", *quick)
+    assert done.returncode == 0, done.stderr
+    written = "".join(path.read_text() for path in tmp_path.iterdir()) + done.stdout + done.stderr
+    assert "planted" not in written
