@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -167,23 +168,20 @@ class Config(Section):
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Config:
         d, a, t = self.dataset, self.ast, self.training
-        dense = a.warmup_epochs + a.anneal_epochs
-        complaints = {
-            "dataset.train_dir: dataset.type folder needs train_dir and val_dir": d.type == "folder"
-            and not (d.train_dir and d.val_dir),
-            "dataset.name: dataset.type hf needs a hub id or a local folder": d.type == "hf" and not d.name,
-            f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense; fewer, or "
-            "ast.mode=dense": a.mode != "dense" and dense >= t.epochs,
-            "training.compile: needs ast.pack=true, for per-batch steps differ in shape": t.compile != "off"
-            and a.mode == "ast"
-            and not a.pack,
-            "ast.min_active: larger than training.batch_size": a.min_active > t.batch_size,
-            "ast.initial_threshold: below ast.min_threshold": a.initial_threshold != "auto"
-            and a.initial_threshold < a.min_threshold,
-            "training.min_lr: larger than training.lr": t.min_lr > t.lr,
-            "training.lr_warmup_epochs: more than training.epochs": t.lr_warmup_epochs > t.epochs,
-        }
-        for complaint, wrong in complaints.items():
+        no_sparse = a.mode != "dense" and a.warmup_epochs + a.anneal_epochs >= t.epochs
+        varying = t.compile != "off" and a.mode == "ast" and not a.pack
+        start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
+        for wrong, complaint in (
+            (d.type == "folder" and not d.train_dir, "dataset.train_dir: needed with dataset.type=folder"),
+            (d.type == "folder" and not d.val_dir, "dataset.val_dir: needed with dataset.type=folder"),
+            (d.type == "hf" and not d.name, "dataset.name: dataset.type=hf needs a hub id or a local folder"),
+            (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
+            (varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"),
+            (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
+            (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
+            (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
+            (t.lr_warmup_epochs > t.epochs, "training.lr_warmup_epochs: more than training.epochs"),
+        ):
             if wrong:
                 raise ValueError(complaint)
         return self
@@ -454,8 +452,8 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> int:
     return n
 
 
-def optimizer_step(run: Run, loop_steps: int) -> None:
-    """Step on the mean gradient of the window that took `loop_steps` loop steps, and clear it.
+def optimizer_step(run: Run) -> None:
+    """Step on the mean gradient of the window, and clear it. The schedule advances by the loop steps it took.
 
     A step that the GradScaler skips (overflow in float16) advances neither the schedule nor the ledger.
     """
@@ -464,7 +462,7 @@ def optimizer_step(run: Run, loop_steps: int) -> None:
         for parameter in run.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(run.window_divisor / run.window_samples)
-    run.lr = lr_at((run.scheduled + loop_steps / 2) / run.planned_steps, training)
+    run.lr = lr_at((run.scheduled + run.unscheduled / 2) / run.planned_steps, training)
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
     if training.grad_clip_norm is not None:
@@ -477,8 +475,8 @@ def optimizer_step(run: Run, loop_steps: int) -> None:
     if run.scaler.get_scale() >= scale:
         run.ledger.trained += run.window_samples
         run.ledger.steps += 1
-        run.scheduled += loop_steps
-    run.window_samples = run.window_divisor = 0
+        run.scheduled += run.unscheduled
+    run.window_samples = run.window_divisor = run.unscheduled = 0
 
 
 # ------------------------------------------------------------------------------------------------ Model
@@ -749,6 +747,8 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         raise RequestError(f"dataset.num_classes: {config.num_classes}, but the data has {len(train.classes)} classes")
     if len(train.classes) < 2 or len(val.classes) > len(train.classes):
         raise RequestError(f"dataset: {len(train.classes)} training and {len(val.classes)} validation classes")
+    if not len(train) or not len(val):
+        raise RequestError(f"dataset: {len(train)} training and {len(val)} validation samples")
     train.transform, val.transform = build_transforms(config, True), build_transforms(config, False)
     return train, val
 
@@ -968,9 +968,9 @@ class Run:
         self.model = model.to(device, memory_format=self.layout).train()
         compiled = partial(torch.compile, dynamic=False) if training.compile == "default" else lambda module: module
         self.forward, self.scorer = compiled(self.model), compiled(eval_view(self.model))
-        pretrained = getattr(model, "pretrained_cfg", None) or {}  # timm says how its weights were trained
-        self.mean = _per_channel(pretrained.get("mean", (0.485, 0.456, 0.406)), device)
-        self.std = _per_channel(pretrained.get("std", (0.229, 0.224, 0.225)), device)
+        published = getattr(model, "pretrained_cfg", None) or {}  # timm says how its weights were trained
+        pixels = (published.get("mean", (0.485, 0.456, 0.406)), published.get("std", (0.229, 0.224, 0.225)))
+        self.mean, self.std = (torch.tensor(v, device=device).mul(255).view(1, 3, 1, 1) for v in pixels)
         self.amp_dtype = resolve_amp_dtype(training, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         self.optimizer = build_optimizer(self.model, training, device)
@@ -988,7 +988,7 @@ class Run:
         self.epochs_completed, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
         self.energy_kj = None if self.energy.read_kj() is None else 0.0
         self.lr = lr_at(0.0, training)
-        self.scheduled = 0  # loop steps whose gradient was applied: drives the learning rate
+        self.scheduled = self.unscheduled = 0  # loop steps whose gradient was applied (they drive the rate), and since
         self.window_samples = self.window_divisor = 0
         self.start_epoch(0)
 
@@ -1019,10 +1019,6 @@ class Run:
         return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
 
 
-def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).mul(255).view(1, 3, 1, 1)
-
-
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -1030,7 +1026,7 @@ def synchronize(device: torch.device) -> None:
 
 def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: int, stop: Stop) -> bool:
     """Train on `batches`; False where `stop` ended the epoch early. Raises TrainingFailed on a non-finite loss."""
-    any_active_in_accum, forwards, window_start = False, 0, 0
+    any_active_in_accum, forwards = False, 0
     sparse_before = run.epoch - run.config.ast.warmup_epochs
     with _progress(run, steps) as heartbeat:
         for images, labels in batches:
@@ -1040,20 +1036,19 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
                 trained = ast_forward(run, images, labels)
             else:
                 trained = train_step(run, images, labels)
-            run.step += 1
+            run.step, run.unscheduled = run.step + 1, run.unscheduled + 1
             if trained is not None:
                 forwards += 1
                 any_active_in_accum |= trained > 0
             if forwards == run.config.training.grad_accum_steps:
                 if any_active_in_accum:
-                    optimizer_step(run, run.step - window_start)
-                    window_start = run.step
+                    optimizer_step(run)
                 any_active_in_accum, forwards = False, 0
             heartbeat(len(labels))
             if stop.status(run.eval_seconds):
                 break
         if any_active_in_accum:
-            optimizer_step(run, run.step - window_start)
+            optimizer_step(run)
     return run.step == steps
 
 
@@ -1117,8 +1112,8 @@ def close_epoch(run: Run, before: Ledger, seconds: float, val_acc: float, consid
         "epoch": run.epoch + 1,
         "train_acc": train_acc,
         "val_acc": val_acc,
-        "activation_rate": _mean(run.activations) if run.scoring else done.loaded / considered,
-        "threshold": _mean(run.thresholds),
+        "activation_rate": statistics.mean(run.activations) if run.scoring else done.loaded / considered,
+        "threshold": statistics.mean(run.thresholds) if run.scoring else None,
         "energy_savings": 1 - done.dense_equivalents() / considered,
         "step_time_ms": 1000 * seconds / run.step,
         "est_energy_kj": run.train_seconds * metrics.gpu_tdp_watts / 1000,
@@ -1136,10 +1131,6 @@ def close_epoch(run: Run, before: Ledger, seconds: float, val_acc: float, consid
     for key in HISTORY_KEYS:
         run.history[key].append(row[key])
     return row
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def train(config: Config, stop: Stop | None = None) -> tuple[dict[str, Any], Path]:
@@ -1161,7 +1152,7 @@ def train(config: Config, stop: Stop | None = None) -> tuple[dict[str, Any], Pat
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device)
     model = get_model(config.model, num_classes, config.dataset.image_size)
     run = Run(config, model, device, sum(plan.steps(epoch) for epoch in range(config.training.epochs)))
-    outcome = {"status": "failed", "error": "interrupted at once"}
+    outcome = {"status": "failed"}
     if device.type == "cuda" or config.training.compile != "off":
         warm_up(run)
     try:
@@ -1273,7 +1264,7 @@ def save_results(result: dict[str, Any], output_dir: str | Path) -> Path:
     return path
 
 
-EPOCH_COLUMNS = {
+EPOCH_COLUMNS = {  # title: (history key, format); the width is the format's
     "loss": ("train_loss", "7.3f"),
     "train %": ("train_acc", "8.2f"),
     "val %": ("val_acc", "7.2f"),
@@ -1289,25 +1280,23 @@ EPOCH_COLUMNS = {
 
 def epoch_line(config: Config, row: dict[str, Any] | None = None) -> str:
     """A row of the table that grows while a run goes on, or its header; `saved` is FLOPs against a dense epoch."""
-    cells = [f"{'epoch':>9} {'phase':>6}"]
+    line = f"{'epoch':>9} {'phase':>6}"
     if row is not None:
         phase = config.ast.mode if config.is_sparse(row["epoch"] - 1) else "dense"
-        cells = [f"{row['epoch']:>5}/{config.training.epochs:<3} {phase:>6}"]
+        line = f"{row['epoch']:>5}/{config.training.epochs:<3} {phase:>6}"
     for title, (key, spec) in EPOCH_COLUMNS.items():
-        width = int(re.match(r"\d+", spec)[0])
         value = title if row is None else "-" if row[key] is None else format(row[key], spec)
-        cells.append(f"{value:>{width}}")
-    return " ".join(cells)
+        line += " " + value.rjust(len(format(0, spec)))
+    return line
 
 
 def summary(result: dict[str, Any]) -> str:
     """The table at the end of a run."""
     ledger, energy, final = result["ledger"], result["energy_kj"], result["final_accuracy"]
+    best = f"best {result['best_accuracy']:.2f} % in epoch {result['best_epoch']}"
     rows = {
         "status": result["status"] + (f": {result['error']}" if "error" in result else ""),
-        "accuracy": "-"
-        if final is None
-        else f"best {result['best_accuracy']:.2f} % in epoch {result['best_epoch']}, final {final:.2f} %",
+        "accuracy": "-" if final is None else f"{best}, final {final:.2f} %",
         "epochs": f"{result['epochs_completed']} of {result['config']['training']['epochs']}",
         "time": f"{result['train_seconds']:.1f} s training, {3600 * result['total_time_hours']:.1f} s in all",
         "samples": f"{ledger['loaded']:,} loaded, {ledger['scored']:,} scored, {ledger['trained']:,} trained",
@@ -1344,17 +1333,6 @@ def execute(config: Config) -> int:
     return 128 + stop.signal if result["status"] == "interrupted" else 0
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train one config. run_experiment.py does the same and has more flags.",
-        epilog="config keys:\n" + options_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.lr=0.05")
-    return parser.parse_args(argv)
-
-
 def options_help() -> str:
     """Every config key with its default and meaning, for --help."""
     return "\n".join(
@@ -1364,7 +1342,14 @@ def options_help() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description="Train one config. run_experiment.py does the same and has more flags.",
+        epilog="config keys:\n" + options_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.lr=0.05")
+    args = parser.parse_args(argv)
     return execute(load_config(args.config, args.overrides))
 
 

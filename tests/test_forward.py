@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import BatchNormNet, LayerNormNet, make_batch, make_run
 from hypothesis import given
 from hypothesis import strategies as st
-from train_ast import ActiveQueue, Stop, ast_forward, optimizer_step, score, select_active, train_one_epoch
+from train_ast import ActiveQueue, Stop, ast_forward, score, select_active, train_one_epoch
 
 NETS = [LayerNormNet, BatchNormNet]
 PLAIN_SGD = ("training.momentum=0", "training.weight_decay=0", "training.lr=1.0", "training.min_lr=1.0")
@@ -220,11 +220,15 @@ def test_queue_gives_every_sample_once_in_order_and_only_full_batches(sizes):
     assert len(queue) == pushed % 8
 
 
-def test_optimizer_step_sets_the_scheduled_rate():
-    run = make_run(LayerNormNet(), "ast.mode=dense", "training.lr=0.4", "training.epochs=4")
-    run.scheduled = 49  # of 100 planned: the step in the middle of the cosine
-    train_one_epoch(run, iter([make_batch()]), 1, Stop())
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.2, rel=0.02)
-    run.window_samples = run.window_divisor = 1
-    optimizer_step(run, 1)
-    assert run.scheduled == 51
+def test_the_rate_follows_the_loop_steps_and_ends_fully_decayed():
+    """Packing takes an optimizer step every few loop steps, across the ends of epochs: none is lost to the schedule."""
+    run = make_run(LayerNormNet(), "ast.pack=true", "training.lr=0.4", "training.epochs=4")
+    rates = []
+    for epoch in range(10):
+        run.start_epoch(0)
+        train_one_epoch(run, iter([make_batch(seed=10 * epoch + s) for s in range(10)]), 10, Stop())
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert run.scheduled + run.unscheduled == run.planned_steps == 100
+    assert rates == sorted(rates, reverse=True)
+    assert rates[4] == pytest.approx(0.2, rel=0.2)
+    assert rates[-1] < 0.004
