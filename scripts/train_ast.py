@@ -1219,7 +1219,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     gpu = {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     return {**versions, "cuda": None, "gpu": None, **gpu, "platform": platform.platform(), "git_commit": commit}
