@@ -16,7 +16,7 @@ from conftest import REPO
 README = (REPO / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:.*&& \.venv/bin/)?python (?:-m )?(\S+.*)$", README, re.MULTILINE)
 TINY = "model.name=test_resnet dataset.image_size=32 training.epochs=3 ast.warmup_epochs=1 ast.anneal_epochs=1 "
-TINY += "training.batch_size=8 training.lr_warmup_epochs=0 dataset.num_classes=3"
+TINY += "training.batch_size=8 training.lr_warmup_epochs=0 dataset.num_classes=3 training.compile=off"
 FOLDER = f"{TINY} dataset.train_dir=IMAGES/train dataset.val_dir=IMAGES/val"
 PARQUET = f"{TINY} dataset.name=PARQUET dataset.subset=null dataset.revision=null dataset.split_val=test"
 RESNET = "scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml"
