@@ -57,6 +57,14 @@ def test_yaml_json_and_overrides_mean_the_same(tmp_path):
     assert load_config(tmp_path / "a.yaml", ["training.lr=0.5"]).training.lr == 0.5
 
 
+def test_off_is_a_word(tmp_path):
+    (tmp_path / "a.yaml").write_text("training:\n  compile: off\n")
+    assert load_config(tmp_path / "a.yaml", ["dataset.name=no"]).training.compile == "off"
+    with pytest.raises(RequestError, match="model.pretrained: expected a valid boolean, got 'yes'"):
+        load_config(None, ["model.pretrained=yes"])
+    assert load_config(None, ["model.pretrained=true"]).model.pretrained
+
+
 def test_resolved_config_loads_again(tmp_path):
     config = load_config(REPO / "configs/imagenet_vitb16_ast.yaml")
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump()))
