@@ -61,6 +61,13 @@ def label(name: str, result: dict[str, Any]) -> str:
     return f"{config['model']['name']} {ast['mode']}{target} seed {result['seed']}"
 
 
+def labels(runs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The short name of every run, its time stamp added where two share one."""
+    short = {name: label(name, result) for name, result in runs.items()}
+    shared = {text for text in short.values() if list(short.values()).count(text) > 1}
+    return {name: f"{text} ({name})" if text in shared else text for name, text in short.items()}
+
+
 def table(runs: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row a run, indexed by its time stamp; what a file does not say is left empty."""
     return pd.DataFrame.from_dict({name: row(name, result) for name, result in runs.items()}, orient="index")
@@ -96,7 +103,7 @@ def plot(runs: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--save-dir: cannot write to {folder}: {error.strerror}") from None
-    written = []
+    written, names = [], labels(runs)
     for subject, (key, axis_label) in PLOTS.items():
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         for number, (name, result) in enumerate(runs.items()):
@@ -105,15 +112,16 @@ def plot(runs: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
             values = pd.Series(history.get(key, []), dtype=float)
             epochs = history.get("epoch") or range(1, len(values) + 1)
             marker = "o" if len(values) < 30 else None
-            text = label(name, result) + (" (estimated)" if subject == "energy" else "")
+            text = names[name] + (" (estimated)" if subject == "energy" else "")
             axes.plot(list(epochs)[: len(values)], values, style, color=colour, marker=marker, ms=3, label=text)
             measured = pd.Series(history.get("energy_kj", []), dtype=float)
             if subject == "energy" and measured.notna().any():
-                axes.plot(list(epochs), measured, style, color=colour, alpha=0.5, label=label(name, result) + " (NVML)")
+                axes.plot(list(epochs), measured, style, color=colour, alpha=0.5, label=names[name] + " (NVML)")
             target = result.get("config", {}).get("ast", {}).get("target_activation")
             if subject == "activation" and target is not None:
                 axes.axhline(target, color=colour, lw=0.7, alpha=0.5)
         axes.set(xlabel="epoch", ylabel=axis_label, title=axis_label.capitalize())
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
         written.append(folder / f"{subject}.png")

@@ -61,6 +61,16 @@ def test_table_has_a_row_a_run_and_its_figures(results):
     assert "no total_time_hours" in left_out["final_results_20200101_000002.json"]
 
 
+def test_runs_of_one_name_are_told_apart_by_their_time(results):
+    runs, _ = analyze_results.load_results(results)
+    assert len(set(analyze_results.labels(runs).values())) == 3
+    twice = {"1": runs["20200101_000000"] | {"config": None}, "2": MINIMAL}
+    assert analyze_results.labels(twice) == {"1": "1", "2": "2"}
+    name = next(name for name, result in runs.items() if "config" in result)
+    same = {"a": runs[name], "b": runs[name]}
+    assert [text.rpartition(" ")[2] for text in analyze_results.labels(same).values()] == ["(a)", "(b)"]
+
+
 def test_command_prints_the_table_and_writes_the_plots(results, tmp_path, capsys):
     code = analyze_results.main(["--results-dir", str(results), "--plot", "--save-dir", str(tmp_path / "plots")])
     shown = capsys.readouterr().out
