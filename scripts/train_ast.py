@@ -974,8 +974,8 @@ class Run:
         compiled = partial(torch.compile, dynamic=False) if training.compile == "default" else lambda module: module
         self.forward, self.scorer = compiled(self.model), compiled(eval_view(self.model))
         published = getattr(model, "pretrained_cfg", None) or {}  # timm says how its weights were trained
-        pixels = (published.get("mean", (0.485, 0.456, 0.406)), published.get("std", (0.229, 0.224, 0.225)))
-        self.mean, self.std = (torch.tensor(v, device=device).mul(255).view(1, 3, 1, 1) for v in pixels)
+        moments = (published.get("mean", (0.485, 0.456, 0.406)), published.get("std", (0.229, 0.224, 0.225)))
+        self.mean, self.std = (torch.tensor(v, device=device).mul(255).view(1, 3, 1, 1) for v in moments)
         self.amp_dtype = resolve_amp_dtype(training, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         self.optimizer = build_optimizer(self.model, training, device)
@@ -1045,9 +1045,10 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
             if trained is not None:
                 forwards += 1
                 any_active_in_accum |= trained > 0
-            if forwards == run.config.training.grad_accum_steps:
-                if any_active_in_accum:
-                    optimizer_step(run)
+            window_full = forwards == run.config.training.grad_accum_steps
+            if window_full and any_active_in_accum:
+                optimizer_step(run)
+            if window_full:
                 any_active_in_accum, forwards = False, 0
             heartbeat(len(labels))
             if stop.status(run.eval_seconds):
