@@ -32,6 +32,7 @@ from train_ast import (
     RequestError,
     Run,
     Stop,
+    configure_backends,
     environment,
     get_model,
     resolve_device,
@@ -50,7 +51,7 @@ def lab_steps(
     """The lab's own epoch loop over the same resident batch, in `mode`."""
     config = config.model_copy(deep=True)
     config.ast.mode, config.ast.pack, config.training.compile = mode, pack, "default" if compiled else "off"
-    torch.backends.cudnn.benchmark = pack
+    configure_backends(config.ast, images.device)
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
     run = Run(config, model, images.device, planned_steps=10**6)
     run.start_epoch(config.ast.warmup_epochs)
@@ -66,7 +67,7 @@ def published_steps(config: Config, images: Tensor, labels: Tensor, ours: bool) 
     """Masked loss, full backward, extra forward for the accuracy: the pattern of the published implementation."""
     device = images.device
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size).to(device).train()
-    torch.backends.cudnn.benchmark = True
+    configure_backends(config.ast.model_copy(update={"mode": "dense"}), device)  # every batch of one shape
     layout = torch.channels_last if ours else torch.contiguous_format
     model = model.to(memory_format=layout)
     dtype = torch.bfloat16 if ours or device.type == "cpu" else torch.float16
@@ -120,7 +121,6 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
     config.training.batch_size, config.training.lr = args.batch_size, 0.01
     config.metrics.base_flop_per_sample = 1.0  # not reported here
     device = resolve_device(config.training)
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     images = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8).to(device)
     labels = torch.randint(0, args.classes, (args.batch_size,)).to(device)

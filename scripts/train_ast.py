@@ -939,6 +939,14 @@ def resolve_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.d
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def configure_backends(ast: ASTConfig, device: torch.device) -> None:
+    """On a GPU: TF32 where float32 remains, and cuDNN autotuning where shapes repeat, for unpacked sparse steps
+    have a new one nearly every time."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = ast.pack or ast.mode != "ast"
+        torch.set_float32_matmul_precision("high")
+
+
 class Stop:
     """Why the run should end before its last epoch: a signal, or the wall-clock cap."""
 
@@ -1118,8 +1126,8 @@ def close_epoch(run: Run, before: Ledger, seconds: float, val_acc: float, consid
         "epoch": run.epoch + 1,
         "train_acc": train_acc,
         "val_acc": val_acc,
-        "activation_rate": statistics.mean(run.activations) if run.scoring else done.loaded / considered,
-        "threshold": statistics.mean(run.thresholds) if run.scoring else None,
+        "activation_rate": statistics.fmean(run.activations) if run.scoring else done.loaded / considered,
+        "threshold": statistics.fmean(run.thresholds) if run.scoring else None,
         "energy_savings": 1 - done.dense_equivalents() / considered,
         "step_time_ms": 1000 * seconds / run.step,
         "est_energy_kj": run.train_seconds * metrics.gpu_tdp_watts / 1000,
@@ -1151,10 +1159,7 @@ def train(config: Config, stop: Stop | None = None) -> tuple[dict[str, Any], Pat
     device = resolve_device(config.training)
     prepare_outputs(config.logging)
     torch.manual_seed(config.training.seed)
-    if device.type == "cuda":
-        # Autotuning pays where shapes repeat; per-batch sparse steps have a new one nearly every time.
-        torch.backends.cudnn.benchmark = config.ast.pack or config.ast.mode != "ast"
-        torch.set_float32_matmul_precision("high")
+    configure_backends(config.ast, device)
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device)
     model = get_model(config.model, num_classes, config.dataset.image_size)
     run = Run(config, model, device, sum(plan.steps(epoch) for epoch in range(config.training.epochs)))

@@ -31,9 +31,9 @@ def make_config(*overrides: str) -> Config:
 class LayerNormNet(nn.Module):
     """Flatten, two layers with a LayerNorm between: every sample's output depends on that sample alone."""
 
-    def __init__(self, side: int = 8):
+    def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * side * side, 24), nn.LayerNorm(24), nn.GELU())
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 24), nn.LayerNorm(24), nn.GELU())
         self.head = nn.Linear(24, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -58,16 +58,16 @@ def make_run(model: nn.Module, *overrides: str) -> Run:
     return run
 
 
-def make_batch(size: int = 16, seed: int = 0, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator)
     return images, torch.randint(0, 10, (size,), generator=generator)
 
 
-def save_picture(path: Path, colour: Sequence[int], seed: int, side: int = 40, mode: str = "RGB") -> None:
+def save_picture(path: Path, colour: Sequence[int], seed: int, side: int = 40) -> None:
     noise = np.random.default_rng(seed).integers(-40, 40, (side, side + 8, 3))
     pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path)
+    Image.fromarray(pixels).save(path)
 
 
 COLOURS = {"blue": (30, 40, 200), "green": (30, 190, 40), "red": (200, 40, 30)}
@@ -106,7 +106,7 @@ def parquet_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+def script() -> Callable[..., subprocess.CompletedProcess]:
     """Run scripts/<name>.py as a user does, from the repository's root."""
 
     def run(name: str, *args: str, timeout: float = 120) -> subprocess.CompletedProcess:

@@ -47,6 +47,7 @@ def test_ci_runs_the_readmes_test_command():
         ["grep", "--max-count=1", "pytest$", "README.md"], cwd=REPO, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == line
+    assert "grep --max-count=1 'pytest$' README.md" in (REPO / ".ci/run").read_text(encoding="utf-8")
     assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && ")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -203,7 +202,6 @@ def test_results_of_one_second_get_two_names_and_none_is_overwritten(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(paths)  # no temporary file left
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not os.path.isdir("/proc"), reason="needs a folder root cannot write")
 def test_an_output_folder_that_cannot_be_written_is_found_at_the_start():
     with pytest.raises(RequestError, match=r"logging\.output_dir: cannot write to /proc/nowhere"):
         train(make_config(*FAST, "logging.output_dir=/proc/nowhere"))
