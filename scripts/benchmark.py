@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -254,6 +255,7 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
         if run is not None and run.activations:
             row["activation"] = statistics.mean(run.activations)
         del steps, run, built
+        write(args.json, {"rows": rows})  # a benchmark that is cut short keeps what it measured
         torch.compiler.reset()  # or dynamo, after eight functions of the same code, would compile no more
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -330,6 +332,14 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
         rows[name] = {"images_per_second": median, "lowest": min(speeds), "highest": max(speeds)}
         rows[name]["ratio"] = median / rows["Pillow, float32"]["images_per_second"]
     return {"rows": rows, "pictures": len(dataset), "workers": args.workers}
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    """The figures as JSON, with the command and the machine they came from."""
+    if path is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        result = {"command": shlex.join(["scripts/benchmark.py", *sys.argv[1:]]), **result, **environment(device)}
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def show(what: str, result: dict[str, Any]) -> str:
@@ -425,11 +435,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise RequestError(f"{option}: cannot write to {path}: {error.strerror}") from None
     result = benchmark_steps(args) if args.what == "steps" else benchmark_input(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]), **result, **environment(device)}
     print(show(args.what, result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(args.json, result)
     if args.plot:
         plot(args.what, result, args.plot)
     return 0

@@ -1659,7 +1659,8 @@ def prepare_outputs(outputs: LoggingConfig) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and commit a result came from; never environment variables."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    folder = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

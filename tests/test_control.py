@@ -97,7 +97,7 @@ def test_state_round_trip_continues_alike():
     seed=st.integers(0, 1000),
 )
 def test_activation_returns_to_target_while_the_scores_drift(target, kp, ki, sigma, seed):
-    """Significance drawn log-normal, its scale falling a hundredfold: within 1 point over the last 400 steps."""
+    """Significance drawn log-normal, its scale falling a hundredfold: within 2 points over the last 400 steps."""
     rng, batch, steps = np.random.default_rng(seed), 256, 1200
     controller = PIController(target, kp, ki)
     controller.start(1.0)
@@ -108,4 +108,4 @@ def test_activation_returns_to_target_while_the_scores_drift(target, kp, ki, sig
         iqr = upper - lower if iqr is None else 0.9 * iqr + 0.1 * (upper - lower)
         activations.append(float((scores > controller.threshold).mean()))
         controller.update(activations[-1], iqr)
-    assert abs(np.mean(activations[-400:]) - target) < 0.01
+    assert abs(np.mean(activations[-400:]) - target) < 0.02
