@@ -19,6 +19,7 @@ TINY = "model.name=test_resnet dataset.image_size=32 training.epochs=3 ast.warmu
 TINY += "training.batch_size=8 training.lr_warmup_epochs=0 dataset.num_classes=3 training.compile=off"
 FOLDER = f"{TINY} dataset.train_dir=IMAGES/train dataset.val_dir=IMAGES/val"
 PARQUET = f"{TINY} dataset.name=PARQUET dataset.subset=null dataset.revision=null dataset.split_val=test"
+SWEEP = "scripts/run_sweep.py --configs configs/digits_smoke.yaml"
 RESNET = "scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml"
 ADDED = {
     "scripts/run_experiment.py --config configs/digits_smoke.yaml": "",
@@ -27,8 +28,13 @@ ADDED = {
     "scripts/run_experiment.py --config configs/digits_smoke.yaml ast.mode=dense training.lr=1e-3 --dry-run": "",
     "scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml configs/imagenet_vitb16_ast.yaml": FOLDER,
     "scripts/train_ast.py --config configs/imagenet_resnet50_ast.yaml": FOLDER,
+    f"{SWEEP} --grid ast.mode=ast,random ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 --output-dir results/sweep "
+    "--dry-run": "",
+    f"{SWEEP} --grid ast.mode=ast,dense --output-dir results/sweep --resume": "--runs-per-gpu 2 training.epochs=4 "
+    "dataset.max_train_samples=64",
     "scripts/analyze_results.py --results-dir results": "--dataset digits",  # above, the same folder got others too
     "scripts/analyze_results.py --results-dir results --plot --save-dir results/plots": "--dataset digits",
+    "scripts/analyze_results.py --results-dir results/sweep --report results/report.html --csv results/table.csv": "",
     "scripts/download_imagenette.py": "",  # finds the folder there; the download has a test of its own
     "scripts/run_experiment.py --config configs/imagenette_hf_ast.yaml --epochs 10": f"{PARQUET} --epochs 3",
     "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model test_resnet --classes 10 "
@@ -67,7 +73,7 @@ def test_command_works(command, clone, image_folder, parquet_folder):
     line = [sys.executable, *shlex.split(command), *shlex.split(added)]
     done = subprocess.run(line, cwd=clone, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
-    if "digits_smoke.yaml" in command and "dry-run" not in command:
+    if "run_experiment" in command and "digits_smoke.yaml" in command and "dry-run" not in command:
         accuracy = float(re.search(r"final (\d+\.\d+) %", done.stdout)[1])
         assert accuracy > 90
         rates = [float(line.split()[5]) for line in done.stdout.splitlines() if re.match(r" +\d+/20 +ast", line)]
