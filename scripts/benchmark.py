@@ -1,13 +1,24 @@
-"""Measure what a training step costs, every variant in one run on one machine.
+"""Measure what a training step and the input cost, every variant in one run on one machine.
 
     python scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256
+    python scripts/benchmark.py steps --model resnet18 --small-stem --image-size 32 --compile reduce-overhead
     python scripts/benchmark.py steps --model test_resnet --image-size 32 --batch-size 32 --steps 4   # on a CPU
+    python scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128
 
-Images are random and resident, so that nothing but the step is timed. Every figure is per loaded batch: the median
-over the repeats, with the smallest and largest. Our variants run the lab's own `train_one_epoch`; the others are:
+steps: images are random and resident, so that nothing but the step is timed. Every figure is per considered batch, the
+median over the repeats with the smallest and largest; `considered` means that a loop which trains on a quarter of the
+samples makes a quarter as many steps. Our loops run the lab's own `train_one_epoch`. Beside them:
+  hand-written loop     forward, backward and step with nothing else, channels_last, bfloat16, fused: what a good
+                        dense training script does
+  stored scores         the hand-written loop on the chosen share alone, recording their significance for later epochs
   published pattern     the masked loss of the published Adaptive Sparse Training code: the whole batch forward and
                         backward, a second forward for the training accuracy, float16, contiguous memory, host reads
   ... in our settings   the same with bfloat16, channels_last, a fused optimizer and no host reads
+  two full forwards     one to score, one to train, the loss masked, the whole batch backward
+  two-pass top-k        selective backprop: a forward to score, forward and backward of the top share
+The last three run in our settings too, uncompiled as published.
+
+input: images per second of each pipeline over a folder of classes, read again and again.
 """
 
 from __future__ import annotations
@@ -17,23 +28,35 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 from tqdm import tqdm
 from train_ast import (
     Config,
+    EnergyMeter,
+    EpochPlan,
+    Normalise,
     RequestError,
+    ResidentLoader,
     Run,
     Stop,
+    build_transforms,
+    collate,
     configure_backends,
+    device_batches,
     environment,
+    folder_dataset,
     get_model,
     resolve_device,
     run_cli,
@@ -42,74 +65,171 @@ from train_ast import (
     train_one_epoch,
 )
 
-Step = Callable[[int], None]  # runs so many steps
+Step = Callable[[int], None]  # considers so many batches
+MOMENTS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
 
 
-def lab_steps(
-    config: Config, images: Tensor, labels: Tensor, mode: str, pack: bool = True, compiled: bool = False
-) -> tuple[Step, Run]:
-    """The lab's own epoch loop over the same resident batch, in `mode`."""
+def lab_steps(config: Config, images: Tensor, labels: Tensor, compiled: str = "off", **ast: Any) -> tuple[Step, Run]:
+    """The lab's own epoch loop over the same resident batch, with the settings `ast`."""
     config = config.model_copy(deep=True)
-    config.ast.mode, config.ast.pack, config.training.compile = mode, pack, "default" if compiled else "off"
+    config.ast, config.training.compile = config.ast.model_copy(update={"pack": True, **ast}), compiled
     configure_backends(config.ast, images.device)
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
     run = Run(config, model, images.device, planned_steps=10**6)
     run.start_epoch(config.ast.warmup_epochs)
+    share = config.ast.target_activation if config.ast.mode == "random" else 1.0
 
     def steps(n: int) -> None:
-        run.step = 0
+        run.step, n = 0, max(1, round(share * n))
         train_one_epoch(run, islice(repeat((images, labels)), n), n, Stop())
 
     return steps, run
 
 
+class Bench:
+    """What a hand-written script sets up: model, optimizer, scaler and pixels; `ours` in the lab's settings."""
+
+    def __init__(self, config: Config, images: Tensor, labels: Tensor, ours: bool = True):
+        device, self.labels = images.device, labels
+        self.kind, self.keep = device.type, round(config.ast.target_activation * len(labels))
+        configure_backends(config.ast.model_copy(update={"mode": "dense"}), device)  # every batch of one shape
+        layout = torch.channels_last if ours and self.kind == "cuda" else torch.contiguous_format
+        model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
+        self.model = model.to(device, memory_format=layout).train()
+        self.dtype = torch.bfloat16 if ours or self.kind == "cpu" else torch.float16
+        fused = True if ours and self.kind == "cuda" else None
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=fused)
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.dtype == torch.float16)
+        self.normalise = Normalise(*MOMENTS, device, layout, None)
+        self.images = images
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.kind, self.dtype):
+            return self.model(self.normalise(images))
+
+    def step(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def hand_written_steps(config: Config, images: Tensor, labels: Tensor, compiled: str, stored: bool = False) -> Step:
+    """Dense training by hand; `stored`: on the chosen share alone, each sample's significance recorded."""
+    bench = Bench(config, images, labels)
+    store, rows = torch.zeros(1_281_167, device=images.device), torch.arange(len(labels), device=images.device)
+
+    def loss_of(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = bench.forward(images)
+        return F.cross_entropy(logits.float(), labels), significance(logits.detach(), labels, 1.0)
+
+    fast = loss_of if compiled == "off" else torch.compile(loss_of, dynamic=False, mode=compiled)
+    share = config.ast.target_activation if stored else 1.0
+
+    def steps(n: int) -> None:
+        for _ in range(max(1, round(share * n))):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss, scores = fast(images, labels)
+            if stored:
+                store[rows] = scores
+            bench.step(loss)
+
+    return steps
+
+
+def masked(losses: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The mean loss over the `keep` samples of the highest score, by a mask, and the mask."""
+    mask = (scores >= scores.topk(keep).values[-1]).float()
+    return (losses * mask).sum() / mask.sum(), mask
+
+
 def published_steps(config: Config, images: Tensor, labels: Tensor, ours: bool) -> Step:
     """Masked loss, full backward, extra forward for the accuracy: the pattern of the published implementation."""
-    device = images.device
-    model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size).to(device).train()
-    configure_backends(config.ast.model_copy(update={"mode": "dense"}), device)  # every batch of one shape
-    layout = torch.channels_last if ours else torch.contiguous_format
-    model = model.to(memory_format=layout)
-    dtype = torch.bfloat16 if ours or device.type == "cpu" else torch.float16
-    fused = True if ours and device.type == "cuda" else None
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    pixels = (images.float() / 255).to(memory_format=layout)
-    keep = round(config.ast.target_activation * len(labels))
+    bench = Bench(config, images, labels, ours)
 
     def steps(n: int) -> None:
         for _ in range(n):
-            with torch.autocast(device.type, dtype):
-                logits = model(pixels)
-                losses = F.cross_entropy(logits, labels, reduction="none")
-            scores = significance(logits.detach(), labels, 1.0)
-            mask = (scores >= scores.topk(keep).values[-1]).float()
-            scaler.scale((losses * mask).sum() / mask.sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad(), torch.autocast(device.type, dtype):
-                hits = (model(pixels).argmax(-1) == labels).sum()
+            logits = bench.forward(images)
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
+            loss, mask = masked(losses, significance(logits.detach(), labels, 1.0), bench.keep)
+            bench.step(loss)
+            with torch.no_grad():
+                hits = (bench.forward(images).argmax(-1) == labels).sum()
             if not ours:
                 hits.item(), mask.mean().item(), losses.mean().item()
 
     return steps
 
 
+def two_forward_steps(config: Config, images: Tensor, labels: Tensor, top_k: bool) -> Step:
+    """A forward to score, then forward and backward of the whole batch under a mask, or of the top share alone."""
+    bench = Bench(config, images, labels)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            with torch.no_grad():
+                scores = significance(bench.forward(images), labels, 1.0)
+            if top_k:
+                chosen = scores.topk(bench.keep).indices
+                loss = F.cross_entropy(bench.forward(images[chosen]).float(), labels[chosen])
+            else:
+                losses = F.cross_entropy(bench.forward(images).float(), labels, reduction="none")
+                loss, _ = masked(losses, scores, bench.keep)
+            bench.step(loss)
+
+    return steps
+
+
 def measure(steps: Step, device: torch.device, count: int, repeats: int) -> dict[str, float | None]:
-    """Milliseconds a step (median, smallest, largest over `repeats` times `count` steps) and peak memory in GiB."""
-    steps(max(3, count // 2))  # warm-up: autotuning, allocation, the controller's first moves
+    """Milliseconds a batch (median, smallest, largest of `repeats` times `count`), peak GiB and joules a batch."""
+    steps(max(4, count // 2))  # warm-up: autotuning, allocation, the controller's first moves
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times = []
+    meter, times = EnergyMeter(device), []
+    drawn = meter.read_kj()
     for _ in range(repeats):
         started = time.perf_counter()
         steps(count)
         synchronize(device)
         times.append(1000 * (time.perf_counter() - started) / count)
+    joules = None if drawn is None else 1000 * (meter.read_kj() - drawn) / (count * repeats)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "peak_gib": peak}
+    row = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+    return {**row, "peak_gib": peak, "joules": joules}
+
+
+def step_variants(args: argparse.Namespace, config: Config, images: Tensor, labels: Tensor) -> dict[str, Callable]:
+    """Every variant by name, to be built one after the other; the best dense loop of a script comes first."""
+    lab = partial(lab_steps, config, images, labels)
+    by_hand = partial(hand_written_steps, config, images, labels)
+
+    def wanted(name: str) -> bool:
+        return not args.only or any(text in name for text in args.only)
+
+    low, a = args.score_resolution, f"a={args.activation:g}"
+    variants: dict[str, Callable[[], Any]] = {}
+    for mode in ["off"] if args.no_compile else [args.compile, "off"]:
+        tail = "" if mode == "off" else f", {mode if mode == 'reduce-overhead' else 'compiled'}"
+        variants |= {
+            f"hand-written dense loop{tail}": partial(by_hand, mode),
+            f"dense loop{tail}": partial(lab, mode, mode="dense"),
+            f"batch-scored loop, {a}{tail}": partial(lab, mode, mode="ast"),
+            f"  scored at {low} px{tail}": partial(lab, mode, mode="ast", score_resolution=low),
+            f"  not scored ahead{tail}": partial(lab, mode, mode="ast", score_ahead=False),
+            f"random loop, {a}{tail}": partial(lab, mode, mode="random"),
+            f"stored scores, {a}{tail}": partial(by_hand, mode, stored=True),
+        }
+        if not low:
+            del variants[f"  scored at {low} px{tail}"]
+    peers = {
+        "batch-scored loop, not packed": partial(lab, mode="ast", pack=False),
+        "published pattern": partial(published_steps, config, images, labels, ours=False),
+        "  in our settings": partial(published_steps, config, images, labels, ours=True),
+        "two full forwards, masked": partial(two_forward_steps, config, images, labels, top_k=False),
+        f"two-pass top-k, {a}": partial(two_forward_steps, config, images, labels, top_k=True),
+    }
+    return {name: build for name, build in {**variants, **peers}.items() if wanted(name)}
 
 
 def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
@@ -124,65 +244,200 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8).to(device)
     labels = torch.randint(0, args.classes, (args.batch_size,)).to(device)
-    lab = partial(lab_steps, config, images, labels)
-    sparse = f"batch-scored loop, a={args.activation:g}"
-    variants: dict[str, Callable[[], Any]] = {
-        "dense loop": lambda: lab("dense"),
-        sparse: lambda: lab("ast"),
-        "  the same, not packed": lambda: lab("ast", pack=False),
-        "dense loop, compiled": lambda: lab("dense", compiled=True),
-        f"{sparse}, compiled": lambda: lab("ast", compiled=True),
-        "published pattern": lambda: published_steps(config, images, labels, ours=False),
-        "  in our settings": lambda: published_steps(config, images, labels, ours=True),
-    }
-    if args.no_compile:
-        variants = {name: build for name, build in variants.items() if "compiled" not in name}
     rows = {}
-    for name, build in tqdm(variants.items(), unit="variant", disable=None):
+    for name, build in tqdm(step_variants(args, config, images, labels).items(), unit="variant", disable=None):
         built = build()
         steps, run = built if isinstance(built, tuple) else (built, None)
-        rows[name] = measure(steps, device, args.steps, args.repeats)
+        row = rows[name] = measure(steps, device, args.steps, args.repeats)
+        row["images_per_second"] = 1000 * args.batch_size / row["ms"]
+        row["joules_per_sample"] = None if row["joules"] is None else row["joules"] / args.batch_size
         if run is not None and run.activations:
-            rows[name]["activation"] = statistics.mean(run.activations[-args.steps * args.repeats :])
+            row["activation"] = statistics.mean(run.activations)
         del steps, run, built
+        torch.compiler.reset()  # or dynamo, after eight functions of the same code, would compile no more
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {"command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]), "rows": rows, **environment(device)}
+    dense = min((row["ms"] for name, row in rows.items() if "dense loop" in name), default=None)
+    for row in rows.values():
+        row["ratio"] = None if dense is None else row["ms"] / dense
+    return {"rows": rows, "break_even": break_even(rows, args.activation)}
 
 
-def show(result: dict[str, Any]) -> str:
-    """The table, every time also as a multiple of the first row's."""
-    first = next(iter(result["rows"].values()))["ms"]
-    lines = [f"{'per loaded batch':<36} {'ms':>9} {'min':>9} {'max':>9} {'ratio':>7} {'active':>7} {'GiB':>7}"]
+def break_even(rows: dict[str, dict], activation: float) -> dict[str, float]:
+    """The activation below which each scored loop is faster than dense, from the cost model: a scored loop takes the
+    scoring's time plus activation times the dense step's; both are in `rows`, with the same tail to their names."""
+    found = {}
+    for name, row in rows.items():
+        kind, _, tail = name.strip().rpartition(",") if "compiled" in name or "reduce" in name else (name, "", "")
+        dense = rows.get(f"dense loop,{tail}" if tail else "dense loop")
+        if dense and kind.strip().startswith(("batch-scored", "scored at")) and "not packed" not in name:
+            scoring = row["ms"] - row.get("activation", activation) * dense["ms"]
+            found[name.strip()] = min(1.0, max(0.0, 1 - scoring / dense["ms"]))
+    return found
+
+
+def pil_float_loader(folder: str, size: int, batches: list[list[int]], workers: int) -> DataLoader:
+    """The pipeline of most training scripts: Pillow, float32 and normalised in the workers."""
+    floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MOMENTS)]
+    transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *floats])
+    return DataLoader(
+        ImageFolder(folder, transform),
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
+
+
+def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of each pipeline, up to the batch on the training device."""
+    config = Config()
+    config.dataset.image_size, config.dataset.augment = args.image_size, "random_resized_crop"
+    config.training.batch_size = args.batch_size
+    device = resolve_device(config.training)
+    dataset = folder_dataset("--folder", args.folder)
+    dataset.transform = build_transforms(config.dataset, True)
+    indices = np.arange(args.steps * args.batch_size) % len(dataset)
+    chunks = [chunk.tolist() for chunk in indices.reshape(args.steps, args.batch_size)]
+    shared = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "persistent_workers": args.workers > 0}
+    keyed = [[(0, index) for index in chunk] for chunk in chunks]
+    streaming = DataLoader(dataset, batch_sampler=keyed, collate_fn=collate, **shared)
+    decoder = {"num_workers": args.workers, "collate_fn": list}
+    whole = np.arange(len(dataset))
+    plan = EpochPlan(whole, args.batch_size, 0, lambda epoch: 1.0)
+    resident = ResidentLoader(dataset, whole, plan, config, device, decoder)
+
+    def by_pillow() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in pillow:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def by_residence() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from device_batches(resident, device)
+
+    pillow = pil_float_loader(args.folder, args.image_size, chunks, args.workers)
+    sources: dict[str, Callable[[], Iterator]] = {
+        "Pillow, float32": by_pillow,
+        "streaming: torchvision.io, uint8": lambda: device_batches(streaming, device),
+        "dataset.cache=device": by_residence,
+    }
+    rows = {}
+    for name, source in tqdm(sources.items(), unit="pipeline", disable=None):
+        speeds = []
+        for round_ in range(args.repeats + 1):  # the first starts the workers and is not counted
+            synchronize(device)
+            started, images = time.perf_counter(), 0
+            for batch, _ in islice(source(), args.steps):
+                images += len(batch)
+            synchronize(device)
+            if round_:
+                speeds.append(images / (time.perf_counter() - started))
+        median = statistics.median(speeds)
+        rows[name] = {"images_per_second": median, "lowest": min(speeds), "highest": max(speeds)}
+        rows[name]["ratio"] = median / rows["Pillow, float32"]["images_per_second"]
+    return {"rows": rows, "pictures": len(dataset), "workers": args.workers}
+
+
+def show(what: str, result: dict[str, Any]) -> str:
+    """The table, every line also as a multiple of the best dense loop or of the usual pipeline."""
+    if what == "input":
+        lines = [f"{'pipeline':<34} {'images/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}"]
+        for name, row in result["rows"].items():
+            speeds = f"{row['images_per_second']:10,.0f} {row['lowest']:10,.0f} {row['highest']:10,.0f}"
+            lines.append(f"{name:<34} {speeds} {row['ratio']:7.2f}")
+        return "\n".join(lines)
+    titles = f"{'ms':>9} {'min':>9} {'max':>9} {'ratio':>7} {'images/s':>9} {'active':>7} {'GiB':>7} {'J/image':>9}"
+    lines = [f"{'per considered batch':<44} {titles}"]
     for name, row in result["rows"].items():
-        active = "-" if row.get("activation") is None else f"{row['activation']:.3f}"
-        peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
-        times = f"{row['ms']:9.2f} {row['ms_min']:9.2f} {row['ms_max']:9.2f}"
-        lines.append(f"{name:<36} {times} {row['ms'] / first:7.3f} {active:>7} {peak:>7}")
+        cells = [f"{row['ms']:9.2f} {row['ms_min']:9.2f} {row['ms_max']:9.2f}"]
+        for key, spec in {
+            "ratio": "7.3f",
+            "images_per_second": "9,.0f",
+            "activation": "7.3f",
+            "peak_gib": "7.2f",
+            "joules_per_sample": "9.4f",
+        }.items():
+            cells.append("-".rjust(int(spec[0])) if row.get(key) is None else format(row[key], spec))
+        lines.append(f"{name:<44} {' '.join(cells)}")
+    for name, share in result["break_even"].items():
+        lines.append(f"{name}: faster than dense below an activation of {share:.2f}")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def plot(what: str, result: dict[str, Any], path: Path) -> None:
+    """Bars of milliseconds a batch, or of images a second, with their spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    value, low, high = ("ms", "ms_min", "ms_max") if what == "steps" else ("images_per_second", "lowest", "highest")
+    names, rows = list(result["rows"]), list(result["rows"].values())
+    values = np.array([row[value] for row in rows])
+    spread = np.abs(np.array([[row[low] for row in rows], [row[high] for row in rows]]) - values)
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.32 * len(rows)), layout="constrained")
+    ours = [
+        name.startswith((" ", "dense", "batch", "random", "stream")) and "our settings" not in name for name in names
+    ]
+    axes.barh(names, values, xerr=spread, color=["#0072b2" if mine else "#999999" for mine in ours], ecolor="#333333")
+    for name, number in zip(names, values, strict=True):
+        axes.annotate(f" {number:,.1f}", (number, name), va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("milliseconds a considered batch" if what == "steps" else "images a second")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = parser.add_subparsers(dest="what", required=True).add_parser("steps", help="training steps")
+    kinds = parser.add_subparsers(dest="what", required=True)
+    steps, inputs = kinds.add_parser("steps", help="training steps"), kinds.add_parser("input", help="input pipelines")
     steps.add_argument("--model", default="resnet50", help="as model.name (default: resnet50)")
     steps.add_argument("--small-stem", action="store_true", help="as model.small_stem")
     steps.add_argument("--classes", type=int, default=1000, help="default: 1000")
-    steps.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
-    steps.add_argument("--batch-size", type=int, default=256, help="samples (default: 256)")
     steps.add_argument("--activation", type=float, default=0.25, help="share of active samples (default: 0.25)")
-    steps.add_argument("--steps", type=int, default=40, help="timed steps a repeat (default: 40)")
-    steps.add_argument("--repeats", type=int, default=5, help="default: 5")
+    steps.add_argument("--score-resolution", type=int, metavar="PX", help="also score at PX pixels")
+    steps.add_argument(
+        "--compile", choices=["default", "reduce-overhead"], default="default", help="torch.compile mode"
+    )
     steps.add_argument("--no-compile", action="store_true", help="leave the compiled variants out")
-    steps.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    steps.add_argument("--only", nargs="+", metavar="TEXT", help="only variants with a TEXT in their name")
+    inputs.add_argument("--folder", required=True, help="of classes, each a folder of images")
+    inputs.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
+    for kind, count in ((steps, 40), (inputs, 20)):
+        kind.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
+        kind.add_argument("--batch-size", type=int, default=256, help="samples (default: 256)")
+        kind.add_argument("--steps", type=int, default=count, help=f"timed batches a repeat (default: {count})")
+        kind.add_argument("--repeats", type=int, default=5, help="default: 5")
+        kind.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+        kind.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart (png, svg, pdf)")
     args = parser.parse_args(argv)
-    if min(args.steps, args.repeats, args.batch_size, args.image_size) < 1 or not 0 < args.activation <= 1:
-        raise RequestError("steps, repeats, batch size and image size must be positive, the activation in (0, 1]")
-    result = benchmark_steps(args)
-    print(show(result))
+    if min(args.steps, args.repeats, args.batch_size, args.image_size) < 1:
+        raise RequestError("--steps, --repeats, --batch-size and --image-size must be positive")
+    if args.what == "steps" and not 0 < args.activation <= 1:
+        raise RequestError("--activation must lie in (0, 1]")
+    if args.what == "steps" and args.score_resolution and not 0 < args.score_resolution <= args.image_size:
+        raise RequestError("--score-resolution must be positive and at most --image-size")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{option}: cannot write to {path}: {error.strerror}") from None
+    result = benchmark_steps(args) if args.what == "steps" else benchmark_input(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = {"command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]), **result, **environment(device)}
+    print(show(args.what, result))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(args.what, result, args.plot)
     return 0
 
 

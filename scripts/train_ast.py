@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -64,6 +64,9 @@ class TrainingFailed(Exception):
 # ------------------------------------------------------------------------------------------------ Config
 
 
+Compile = Literal["off", "default", "reduce-overhead"]
+
+
 class Section(BaseModel):
     """A part of the config: unknown keys, wrong types, NaN and infinity are refused."""
 
@@ -93,13 +96,30 @@ class DatasetConfig(Section):
     augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
         "auto", description="auto: none for digits, pad_crop up to 64 px, random_resized_crop above"
     )
+    cache: Literal["none", "device"] = Field(
+        "none", description="device: decode once, keep the pixels on the training device, crop and flip there"
+    )
+    cache_resolution: int | None = Field(
+        None, ge=1, description="side of the kept pictures, pixels; null: image_size, or 8/7 of it to crop from"
+    )
     max_train_samples: int | None = Field(None, ge=1, description="train on a fixed random subset of this size")
     max_val_samples: int | None = Field(None, ge=1, description="validate on a fixed random subset of this size")
+
+    def resolved_augment(self) -> str:
+        """What `augment: auto` stands for."""
+        by_size = "pad_crop" if self.image_size <= 64 else "random_resized_crop"
+        return self.augment if self.augment != "auto" else "none" if self.type == "digits" else by_size
 
 
 class ASTConfig(Section):
     mode: Literal["ast", "dense", "random"] = Field("ast", description="sparse, the baseline, or the control")
     scoring: Literal["batch"] = Field("batch", description="batch: score every loaded sample by a forward")
+    score_resolution: int | None = Field(
+        None, ge=1, description="side at which the same view is scored, pixels; null: dataset.image_size"
+    )
+    score_ahead: bool = Field(
+        True, description="score a batch before the one before it is trained on: the GPU never waits for the host"
+    )
     pack: bool = Field(False, description="collect active samples into full batches before a training step")
     target_activation: float = Field(0.25, gt=0, le=1, description="share of samples to be active, 0 to 1")
     kp: float = Field(0.1, ge=0, description="proportional gain, threshold units per unit of activation error")
@@ -126,6 +146,9 @@ class TrainingConfig(Section):
     lr: float = Field(0.1, gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine decay")
     lr_warmup_epochs: float = Field(0, ge=0, description="epochs over which the rate rises from 0")
+    lr_decay: Literal["epochs", "time"] = Field(
+        "epochs", description="time: the schedule and the run end after max_minutes of training, validation left out"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss, not of the significance")
@@ -136,11 +159,14 @@ class TrainingConfig(Section):
         "auto", description="auto: bfloat16 where the GPU has it, else float16; float32 on a CPU"
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: a GPU where there is one")
-    compile: Literal["off", "default"] = Field(
-        "off", description="torch.compile the training and the scoring forward; needs steps of one shape"
+    compile: Compile = Field(
+        "off", description="torch.compile mode of the training step; reduce-overhead: CUDA graphs; needs one shape"
+    )
+    compile_scoring: Compile | None = Field(
+        None, description="the same for scoring and validation; null: as training.compile"
     )
     num_workers: int | None = Field(None, ge=0, description="loader processes; null: one a core, at most 16")
-    max_minutes: float | None = Field(None, gt=0, description="cap on the whole run's wall time, minutes")
+    max_minutes: float | None = Field(None, gt=0, description="cap on the run's wall time, minutes; see lr_decay")
     early_stop_patience: int | None = Field(None, ge=1, description="stop after so many epochs without a new best")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and random selection")
 
@@ -170,6 +196,8 @@ class Config(Section):
         d, a, t = self.dataset, self.ast, self.training
         no_sparse = a.mode != "dense" and a.warmup_epochs + a.anneal_epochs >= t.epochs
         varying = t.compile != "off" and a.mode == "ast" and not a.pack
+        scored_at = a.score_resolution or d.image_size
+        cropped = d.resolved_augment() == "random_resized_crop"
         start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
         for wrong, complaint in (
             (d.type == "folder" and not d.train_dir, "dataset.train_dir: needed with dataset.type=folder"),
@@ -177,6 +205,10 @@ class Config(Section):
             (d.type == "hf" and not d.name, "dataset.name: dataset.type=hf needs a hub id or a local folder"),
             (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
             (varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"),
+            (scored_at > d.image_size, f"ast.score_resolution: larger than dataset.image_size={d.image_size}"),
+            (d.cache_resolution and d.cache == "none", "dataset.cache_resolution: needs dataset.cache=device"),
+            (d.cache_resolution and not cropped, "dataset.cache_resolution: only with augment=random_resized_crop"),
+            (t.lr_decay == "time" and not t.max_minutes, "training.max_minutes: needed with training.lr_decay=time"),
             (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
             (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
             (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
@@ -362,8 +394,8 @@ class Selection(NamedTuple):
 def select_active(scores: Tensor, threshold: float, min_active: int = 0) -> Selection:
     """The samples whose score is above `threshold`, or the top `min_active` where those are fewer.
 
-    The active samples are the top-k of one stable sort, k being their number, so that of equal scores the
-    earlier sample comes first. Costs one device-to-host read, which carries everything the host needs to know.
+    scores: [batch], nats. The active samples are the top-k of one stable sort, k being their number, so that of
+    equal scores the earlier sample comes first.
     """
     n = len(scores)
     ranked, order = scores.sort(descending=True, stable=True)
@@ -401,27 +433,100 @@ class ActiveQueue:
         return (images[:b], labels[:b]) if full else None
 
 
+def training_forward(model: nn.Module, normalise: Normalise, smoothing: float) -> Callable:
+    """What a training step computes, as one function to compile: uint8 images, labels -> (summed loss, hits)."""
+
+    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with normalise.autocast():
+            logits = model(normalise(images))
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        return loss, (logits.argmax(-1) == labels).sum()
+
+    return forward
+
+
+def scoring_forward(model: nn.Module, normalise: Normalise, entropy_weight: float, shrink: Tensor | None) -> Callable:
+    """What scoring computes, likewise: images, labels -> float32 [2, batch], the significance and whether it hit.
+
+    `shrink` [resolution, side]: the weights (`axis_weights`) that take both axes to the scoring resolution.
+    """
+
+    def forward(images: Tensor, labels: Tensor) -> Tensor:
+        if shrink is not None:
+            images = shrink @ images.to(shrink.dtype) @ shrink.mT
+        with normalise.autocast():
+            logits = model(normalise(images))
+        hits = logits.argmax(-1) == labels
+        return torch.stack([significance(logits, labels, entropy_weight), hits.float()])
+
+    return forward
+
+
+def compiled(function: Callable, mode: str) -> Callable:
+    """torch.compile for calls of one shape. With reduce-overhead (CUDA graphs) a result lives until the next call."""
+    if mode == "off":
+        return function
+    fast = torch.compile(function, dynamic=False, mode=mode)
+
+    def call(*inputs: Tensor) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return fast(*inputs)
+
+    return call if mode == "reduce-overhead" else fast
+
+
+class Scores(NamedTuple):
+    facts: Tensor  # float32 [2, batch] on the host, or on its way there: significance in nats, and 1 for a hit
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> tuple[Tensor, int]:
+        """(significance [batch] on the host, number of hits). Waits for the scoring forward, if it must."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.facts[0], int(self.facts[1].sum())
+
+
 @torch.no_grad()
-def score(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Significance [batch] and logits of a batch: no gradient, eval mode, running statistics untouched."""
-    with run.autocast():
-        logits = run.scorer(run.normalise(images))
-    return significance(logits, labels, run.config.ast.entropy_weight), logits
+def score(run: Run, images: Tensor, labels: Tensor) -> Scores:
+    """Start scoring a batch: no gradient, eval mode, running statistics untouched. The device is not waited for."""
+    facts = run.scorer(images, labels)
+    if not facts.is_cuda:
+        return Scores(facts, None)
+    host, arrived = torch.empty(facts.shape, pin_memory=True), torch.cuda.Event()
+    host.copy_(facts, non_blocking=True)
+    arrived.record()
+    return Scores(host, arrived)
 
 
-def ast_forward(run: Run, images: Tensor, labels: Tensor) -> int | None:
+def score_ahead(run: Run, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Scores | None]]:
+    """Every batch with its scores, the next one's scoring already started (`ast.score_ahead`).
+
+    The device has work while the host reads scores and chooses. The price: scores come from the weights before
+    the previous batch was trained on. The threshold is not delayed, for the choice is made on the host.
+    """
+    waiting: list[tuple[Tensor, Tensor, Scores | None]] = []
+    depth = 1 if run.scoring and run.config.ast.score_ahead else 0
+    for images, labels in batches:
+        waiting.append((images, labels, score(run, images, labels) if run.scoring else None))
+        if len(waiting) > depth:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None = None) -> int | None:
     """Score a loaded batch, choose the active samples, steer the threshold, train on the active ones alone.
 
-    images: uint8 [batch, 3, H, W] on the device. Returns the number of samples back-propagated, 0 if none was
-    active, None while packing waits for a full batch. Raises TrainingFailed where a score is not finite.
+    images: uint8 [batch, 3, H, W] on the device; `scores`: theirs, where `score_ahead` has them. Returns the
+    number of samples back-propagated, 0 if none was active, None while packing waits for a full batch. Raises
+    TrainingFailed where a score is not finite.
     """
     ast, controller = run.config.ast, run.controller
-    scores, logits = score(run, images, labels)
+    values, hits = (scores or score(run, images, labels)).read()
     run.ledger.scored += len(labels)
-    run.meter.add_predictions(logits, labels)
+    run.meter.add_hits(hits, len(labels))
     if controller.threshold is None:  # hand-over from a dense phase, or lost: see below
-        controller.start(torch.quantile(scores, 1 - ast.target_activation).item())
-    chosen = select_active(scores, controller.threshold, ast.min_active)
+        controller.start(torch.quantile(values, 1 - ast.target_activation).item())
+    chosen = select_active(values, controller.threshold, ast.min_active)
     if not chosen.finite:
         raise TrainingFailed(f"non-finite significance in epoch {run.epoch + 1}, step {run.step + 1}")
     run.activations.append(chosen.activation)
@@ -430,7 +535,8 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor) -> int | None:
     controller.update(chosen.activation, run.iqr if ast.threshold_unit == "iqr" else 1.0)
     if ast.initial_threshold == "auto" and run.is_lost(chosen.activation, len(labels)):
         controller.threshold = None  # the scores have left the threshold behind: start again from their quantile
-    active = (images[chosen.indices], labels[chosen.indices])
+    indices = to_device(chosen.indices, run.device)
+    active = (images[indices], labels[indices])
     ready = run.queue.push(*active) if ast.pack else active
     return None if ready is None else train_step(run, *ready)
 
@@ -444,16 +550,13 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> int:
     n = len(labels)
     if n == 0:
         return 0
-    with run.autocast():
-        logits = run.forward(run.normalise(images))
-    smoothing = run.config.training.label_smoothing
-    losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    loss, hits = run.forward(images, labels)
     run.window_divisor = run.window_divisor or n
-    run.scaler.scale(losses.sum() / run.window_divisor).backward()
+    run.scaler.scale(loss / run.window_divisor).backward()
     run.window_samples += n
-    run.meter.add_losses(losses.detach(), run.step)
+    run.meter.add_loss(loss.detach(), n, run.step)
     if not run.scoring:  # scoring has counted the predictions of this step already
-        run.meter.add_predictions(logits.detach(), labels)
+        run.meter.add_hits(hits, n)
     return n
 
 
@@ -467,7 +570,7 @@ def optimizer_step(run: Run) -> None:
         for parameter in run.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(run.window_divisor / run.window_samples)
-    run.lr = lr_at((run.scheduled + run.unscheduled / 2) / run.planned_steps, training)
+    run.lr = lr_at(run.progress(), training)
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
     if training.grad_clip_norm is not None:
@@ -476,7 +579,7 @@ def optimizer_step(run: Run) -> None:
     scale = run.scaler.get_scale()  # a device read, in float16 alone
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=not run.grads_stay)
     if run.scaler.get_scale() >= scale:
         run.ledger.trained += run.window_samples
         run.ledger.steps += 1
@@ -533,6 +636,15 @@ def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **size)
 
 
+def check_resolution(model: nn.Module, config: ModelConfig, resolution: int) -> None:
+    """Raises RequestError where the network takes no images of `resolution` px; tried on shapes alone."""
+    twin = copy.deepcopy(model).to("meta").eval()
+    try:
+        twin(torch.empty(1, 3, resolution, resolution, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise RequestError(f"ast.score_resolution: {config.name} at {resolution} px: {_one_line(error)}") from None
+
+
 def eval_view(model: nn.Module) -> nn.Module:
     """A second module tree over the same parameters and buffers, in eval mode: nothing to copy or to toggle."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
@@ -554,6 +666,9 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [batch, 3, H, W]
     labels: Tensor  # int64 [batch]
     unreadable: list[str]  # what could not be decoded, by name, with the reason
+
+
+Loader = Iterable[Batch]
 
 
 def decode_image(data: bytes) -> Tensor:
@@ -593,18 +708,25 @@ class ImageDataset(Dataset):
     def read(self, index: int) -> tuple[Path | bytes | Tensor, int]:
         return self.samples[index]
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
-        (epoch, index), source = key, None
+    def load(self, index: int) -> tuple[Tensor, int] | str:
+        """The picture as it is, uint8 [3, H, W], and its label; a string that says why it cannot be read."""
+        source = None
         try:
             source, label = self.read(index)
             data = source.read_bytes() if isinstance(source, Path) else source
-            image = data if isinstance(data, Tensor) else decode_image(data)
+            return data if isinstance(data, Tensor) else decode_image(data), label
         except (OSError, ValueError) as error:
             return f"{source if isinstance(source, Path) else f'sample {index}'}: {_one_line(error)}"
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+        epoch, index = key
+        loaded = self.load(index)
+        if isinstance(loaded, str):
+            return loaded
         entropy = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(entropy[0]))
-            return self.transform(image), label
+            return self.transform(loaded[0]), loaded[1]
 
 
 def collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
@@ -687,20 +809,25 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
     return ImageDataset([(grey[i], int(labels[i])) for i in chosen], [str(digit) for digit in range(10)])
 
 
+CENTRE = 0.875  # side of the validation crop over the picture's shorter side, where training crops at random
+
+
 def build_transforms(config: DatasetConfig, train: bool) -> v2.Transform:
     """uint8 [3, H, W] -> uint8 [3, size, size]; normalisation happens on the device."""
-    size, augment = config.image_size, config.augment
-    if augment == "auto":
-        by_size = "pad_crop" if size <= 64 else "random_resized_crop"
-        augment = "none" if config.type == "digits" else by_size
+    size, augment = config.image_size, config.resolved_augment()
     if augment == "random_resized_crop":
         if train:
             return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-        return v2.Compose([v2.Resize(round(size / 0.875), antialias=True), v2.CenterCrop(size)])
-    crop_flip = [v2.RandomCrop(size, padding=max(1, size // 8)), v2.RandomHorizontalFlip()]
+        return v2.Compose([v2.Resize(round(size / CENTRE), antialias=True), v2.CenterCrop(size)])
+    crop_flip = [v2.RandomCrop(size, padding=padding(size)), v2.RandomHorizontalFlip()]
     return v2.Compose(
         [v2.Resize((size, size), antialias=True), *(crop_flip if train and augment == "pad_crop" else [])]
     )
+
+
+def padding(size: int) -> int:
+    """How far pad_crop moves a picture of `size`, pixels: 4 at 32 (He et al. 2016, section 4.2)."""
+    return max(1, size // 8)
 
 
 class EpochPlan(Sampler):
@@ -730,10 +857,186 @@ class EpochPlan(Sampler):
     def __len__(self) -> int:
         return self.steps(self.epoch)
 
+    def order(self) -> np.ndarray:
+        """The indices this epoch loads, in order."""
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)[: self.chosen(self.epoch)]
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)[: self.chosen(self.epoch)]
+        order = self.order().tolist()
         for start in range(0, len(order), self.batch_size):
-            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+
+
+def uniform(seed: int, epoch: int, indices: Tensor, draws: int) -> Tensor:
+    """Random numbers in [0, 1) as a function of (seed, epoch, sample index) alone: [n] -> float64 [n, draws].
+
+    SplitMix64's output function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators",
+    figure 17) over a counter, in int64 arithmetic, so that CPU and GPU draw the same.
+    """
+
+    def shifted(x: Tensor, bits: int) -> Tensor:  # logical shift: int64's own keeps the sign
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+        return x ^ shifted(x, 31)
+
+    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+    key = mix(mix(torch.tensor([seed], device=indices.device) + golden) + epoch)
+    counter = torch.arange(1, draws + 1, device=indices.device) * golden
+    return shifted(mix(mix(key + indices.long())[:, None] + counter), 11).double() * 2.0**-53
+
+
+def axis_weights(start: Tensor, length: Tensor, size: int, side: int, mirror: Tensor | None = None) -> Tensor:
+    """Weights [batch, size, side] that crop one axis of `side` pixels to [start, start + length) and resize that to
+    `size`: bilinear with antialiasing as in Pillow and torchvision, a triangle over max(1, length / size) pixels.
+
+    start, length: float [batch], whole pixels; what lies outside the picture counts as black. mirror: bool
+    [batch], turns the axis round.
+    """
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    scale = length / size
+    outputs = torch.arange(size, device=start.device) + 0.5
+    if mirror is not None:
+        outputs = torch.where(mirror[:, None], size - outputs, outputs)
+    pixels = torch.arange(side, device=start.device) + 0.5 - start
+    weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixels > 0) & (pixels < length))
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+    return weights.to(torch.float16 if start.is_cuda else torch.float32)  # float16 holds every grey level exactly
+
+
+def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
+    """Crop, resize and mirror every picture by its own numbers: uint8 [batch, 3, S, S] -> uint8 [batch, 3, size, size].
+
+    boxes: float [batch, 4], top, left, height and width in pixels; mirror: bool [batch].
+    """
+    side = images.shape[-1]
+    rows = axis_weights(boxes[:, 0], boxes[:, 2], size, side)
+    columns = axis_weights(boxes[:, 1], boxes[:, 3], size, side, mirror)
+    narrow = images.to(columns.dtype).flatten(1, 2) @ columns.mT
+    return (rows[:, None] @ narrow.unflatten(1, (3, side))).round().clamp(0, 255).to(torch.uint8)
+
+
+def random_crops(draws: Tensor, aspects: Tensor, side: int) -> Tensor:
+    """Boxes [n, 4] (top, left, height, width, whole pixels) that cover 8 to 100 % of a picture at ratios from 3:4 to
+    4:3 (Szegedy et al. 2015, section 6; as torchvision's RandomResizedCrop: ten tries, then the middle).
+
+    draws: [n, 22], uniform; aspects: [n], height over width of the pictures, each kept as side x side pixels.
+    """
+    area, ratio = 0.08 + 0.92 * draws[:, :10], torch.exp(math.log(4 / 3) * (2 * draws[:, 10:20] - 1))
+    tries = torch.stack([area / ratio / aspects[:, None], area * ratio * aspects[:, None]], 1).sqrt()  # [n, 2, 10]
+    fits = (tries <= 1).all(1)
+    found, first = fits.any(1, keepdim=True), fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
+    middle = torch.stack([4 / 3 / aspects, 4 / 3 * aspects], 1).clamp(max=1)
+    lengths = (torch.where(found, tries.gather(2, first)[..., 0], middle) * side).round().clamp(1, side)
+    starts = torch.where(found, draws[:, 20:] * (side - lengths + 1), (side - lengths) / 2).floor()
+    return torch.cat([starts, lengths], 1)
+
+
+def centre_crops(aspects: Tensor, side: int) -> Tensor:
+    """Boxes [n, 4], likewise, of the square in the middle of each picture."""
+    lengths = (CENTRE * side * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round()
+    return torch.cat([((side - lengths) / 2).floor(), lengths], 1)
+
+
+class _Kept(Dataset):
+    """Item `index` is (uint8 [3, side, side], label, height over width), or a string; see ImageDataset."""
+
+    def __init__(self, dataset: ImageDataset, side: int):
+        self.dataset, self.resize = dataset, v2.Resize((side, side), antialias=True)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, float] | str:
+        loaded = self.dataset.load(index)
+        if isinstance(loaded, str):
+            return loaded
+        image, label = loaded
+        return self.resize(image), label, image.shape[1] / image.shape[2]
+
+
+class ResidentLoader:
+    """A data set decoded once and kept on the device: uint8 [n, 3, side, side]. Yields batches in the order of
+    `plan`, or, without one, in the order of `indices` and not augmented.
+
+    Pictures to be cropped at random are kept as squares, both axes resized, with the ratio of their sides: a crop is
+    drawn in the shape of the original and maps to the square axis by axis. Augmentation happens on the device and is
+    a function of (seed, epoch, index). `shared`: options of the DataLoader that decodes. Raises RequestError naming
+    the first unreadable image.
+    """
+
+    def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
+                 device: torch.device, shared: dict[str, Any]):  # fmt: skip
+        self.plan, self.indices, self.batch_size = plan, indices, config.training.batch_size
+        self.size, self.side = config.dataset.image_size, kept_side(config.dataset)
+        self.augment = config.dataset.resolved_augment()
+        n, self.keys = len(indices), torch.from_numpy(indices).to(device)
+        self.images = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=device)
+        self.labels = torch.empty(n, dtype=torch.int64, device=device)
+        self.aspects = torch.empty(n, dtype=torch.float64, device=device)
+        decoder = DataLoader(_Kept(dataset, self.side), 256, sampler=indices.tolist(), **shared)
+        done = 0
+        for samples in tqdm(decoder, desc="decoding", unit="batch", leave=False, disable=None):
+            if bad := next((sample for sample in samples if isinstance(sample, str)), None):
+                raise RequestError(f"dataset: {bad}")
+            images, labels, aspects = zip(*samples, strict=True)
+            part = slice(done, done + len(samples))
+            self.images[part], self.labels[part] = torch.stack(images).to(device), torch.tensor(labels).to(device)
+            self.aspects[part], done = torch.tensor(aspects).to(device), part.stop
+        mode = "off" if plan is None or config.training.compile == "off" else "default"
+        self.crop = compiled(partial(crop_resize, size=self.size), mode)
+        if mode != "off":  # compile before the clock of the training starts
+            next(iter(self))
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = self.indices if self.plan is None else self.plan.order()
+        rows = torch.from_numpy(np.searchsorted(self.indices, order)).to(self.images.device)
+        for block in rows.split(64 * self.batch_size):  # few, large launches for what every crop needs to know
+            views = self.views(block)
+            parts = zip(*(tensor.split(self.batch_size) for tensor in (block, *views)), strict=True)
+            for part, *view in parts:
+                images = self.images[part]
+                yield Batch(self.crop(images, *view) if view else images, self.labels[part], [])
+
+    def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
+        cropped, mirror = self.augment == "random_resized_crop", torch.zeros_like(rows, dtype=torch.bool)
+        if self.plan is None:
+            return (centre_crops(self.aspects[rows], self.side), mirror) if cropped else ()
+        if self.augment == "none":
+            return ()
+        draws = uniform(self.plan.seed, self.plan.epoch, self.keys[rows], 23)
+        if cropped:
+            return random_crops(draws[:, :22], self.aspects[rows], self.side), draws[:, 22] < 0.5
+        margin = padding(self.size)
+        starts = (draws[:, :2] * (2 * margin + 1)).floor() - margin
+        return torch.cat([starts, torch.full_like(starts, self.size)], 1), draws[:, 2] < 0.5
+
+
+def kept_side(config: DatasetConfig) -> int:
+    """Side of the pictures a ResidentLoader keeps, pixels."""
+    cropped = config.resolved_augment() == "random_resized_crop"
+    return config.cache_resolution or (round(config.image_size / CENTRE) if cropped else config.image_size)
+
+
+def require_memory(samples: int, side: int, device: torch.device) -> None:
+    """Say how much `dataset.cache: device` takes. Raises RequestError where nine tenths of what is free are less."""
+    needed, free = samples * (3 * side**2 + 24), free_memory(device)
+    size = f"{samples:,} pictures of {side} px need {needed / 2**30:,.2f} GiB"
+    if needed > 0.9 * free:
+        hint = "set dataset.cache=none, or a smaller dataset.cache_resolution or dataset.max_train_samples"
+        raise RequestError(f"dataset.cache: {size}, and {device} has {free / 2**30:,.2f} GiB free; {hint}")
+    print(f"dataset.cache: {size} on {device}", flush=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a program can still have on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(facts["MemAvailable"].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
@@ -786,7 +1089,7 @@ def _ignore_sigint(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the run, and its workers with it
 
 
-def build_dataloaders(config: Config, device: torch.device) -> tuple[DataLoader, DataLoader, EpochPlan, int]:
+def build_dataloaders(config: Config, device: torch.device) -> tuple[Loader, Loader, EpochPlan, int]:
     """Training loader, validation loader, the plan that drives the first, and the number of classes."""
     dataset, training = config.dataset, config.training
     train, val = build_datasets(dataset)
@@ -796,23 +1099,55 @@ def build_dataloaders(config: Config, device: torch.device) -> tuple[DataLoader,
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 0 if dataset.type == "digits" else min(16, cores)
     share = config.ast.target_activation if config.ast.mode == "random" else 1.0
-    indices = _subset(len(train), dataset.max_train_samples)
+    indices, val_indices = _subset(len(train), dataset.max_train_samples), _subset(len(val), dataset.max_val_samples)
     plan = EpochPlan(indices, training.batch_size, training.seed, lambda e: share if config.is_sparse(e) else 1.0)
-    keys = [(0, int(index)) for index in _subset(len(val), dataset.max_val_samples)]
+    shared = {"num_workers": workers, "worker_init_fn": _ignore_sigint}
+    if dataset.cache == "device":
+        require_memory(len(indices) + len(val_indices), kept_side(dataset), device)
+        shared["collate_fn"] = list
+        resident = partial(ResidentLoader, config=config, device=device, shared=shared)
+        return resident(train, indices, plan), resident(val, val_indices, None), plan, len(train.classes)
+    keys = [(0, int(index)) for index in val_indices]
     chunks = [keys[start : start + training.batch_size] for start in range(0, len(keys), training.batch_size)]
-    pin, persist = device.type == "cuda", workers > 0
-    shared = {"collate_fn": collate, "num_workers": workers, "pin_memory": pin, "persistent_workers": persist}
-    shared["worker_init_fn"] = _ignore_sigint
-    return (DataLoader(train, batch_sampler=plan, **shared), DataLoader(val, batch_sampler=chunks, **shared), plan,
-            len(train.classes))  # fmt: skip
+    shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
+    streaming = partial(DataLoader, **shared)
+    return streaming(train, batch_sampler=plan), streaming(val, batch_sampler=chunks), plan, len(train.classes)
 
 
-def device_batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches on `device`. Raises RequestError naming the first unreadable image."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def device_batches(loader: Loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches on `device`, each copied there while the one before it is worked on.
+
+    Raises RequestError naming the first unreadable image.
+    """
+    copier = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
     for batch in loader:
         if batch.unreadable:
             raise RequestError(f"dataset: {batch.unreadable[0]}")
-        yield batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        if copier is None or batch.images.is_cuda:
+            yield batch.images, batch.labels
+            continue
+        with torch.cuda.stream(copier):
+            images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            copied = copier.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = images, labels, copied
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+    """Order the current stream after a copy made on another, and tell the allocator who uses it."""
+    stream = torch.cuda.current_stream(images.device)
+    stream.wait_event(copied)
+    images.record_stream(stream), labels.record_stream(stream)
+    return images, labels
 
 
 # ------------------------------------------------------------------------------------------------ Metrics
@@ -834,9 +1169,9 @@ class Ledger:
     trained: int = 0
     steps: int = 0
 
-    def dense_equivalents(self) -> float:
-        """Forward + backward passes this work amounts to; a scoring forward is a third of one."""
-        return self.trained + self.scored / 3
+    def dense_equivalents(self, scoring_cost: float = 1 / 3) -> float:
+        """Forward + backward passes this work amounts to; a scoring forward is `scoring_cost` of one."""
+        return self.trained + self.scored * scoring_cost
 
     def since(self, earlier: Ledger) -> Ledger:
         return Ledger(*(now - then for now, then in zip(asdict(self).values(), asdict(earlier).values(), strict=True)))
@@ -848,17 +1183,20 @@ class Meter:
     def __init__(self, device: torch.device, epoch: int):
         self.epoch = epoch
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, 1 + first non-finite step
-        self.trained = self.predicted = 0
+        self.hits = self.trained = self.predicted = 0  # hits: those the host has counted
 
-    def add_losses(self, losses: Tensor, step: int) -> None:
-        total = losses.sum()
-        self.sums[0] += total
-        self.sums[2] = torch.where((self.sums[2] == 0) & ~total.isfinite(), step + 1, self.sums[2])
-        self.trained += len(losses)
+    def add_loss(self, loss: Tensor, samples: int, step: int) -> None:
+        """`loss`: summed over the samples, on the device."""
+        self.sums[0] += loss
+        self.sums[2] = torch.where((self.sums[2] == 0) & ~loss.isfinite(), step + 1, self.sums[2])
+        self.trained += samples
 
-    def add_predictions(self, logits: Tensor, labels: Tensor) -> None:
-        self.sums[1] += (logits.argmax(-1) == labels).sum()
-        self.predicted += len(labels)
+    def add_hits(self, hits: Tensor | int, samples: int) -> None:
+        if isinstance(hits, int):
+            self.hits += hits
+        else:
+            self.sums[1] += hits
+        self.predicted += samples
 
     def read(self) -> tuple[float | None, float | None]:
         """(mean loss of the trained, accuracy of the predicted in percent), None without any.
@@ -868,7 +1206,7 @@ class Meter:
         loss, hits, bad_step = self.sums.tolist()
         if bad_step:
             raise TrainingFailed(f"non-finite loss in epoch {self.epoch + 1}, step {int(bad_step)}")
-        accuracy = 100 * hits / self.predicted if self.predicted else None
+        accuracy = 100 * (hits + self.hits) / self.predicted if self.predicted else None
         return (loss / self.trained if self.trained else None), accuracy
 
 
@@ -881,11 +1219,13 @@ class EnergyMeter:
             return
         import pynvml
 
-        with contextlib.suppress(pynvml.NVMLError):
+        try:
             pynvml.nvmlInit()
             handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # older cards have none: found out here
             self._read = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        except pynvml.NVMLError as error:
+            print(f"energy is not measured, energy_kj stays null: NVML says {_one_line(error)}", flush=True)
 
     def read_kj(self) -> float | None:
         return None if self._read is None else self._read() / 1e6  # the counter is in millijoules
@@ -970,6 +1310,27 @@ class Stop:
         return "time_capped" if time.monotonic() + reserve_seconds >= self.deadline else None
 
 
+class Normalise:
+    """uint8 [batch, 3, H, W] to the float32 the model was built for, and the autocast it runs under."""
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        layout: torch.memory_format,
+        dtype: torch.dtype | None,
+    ):
+        self.mean, self.std = (torch.tensor(v, device=device).mul(255).view(1, 3, 1, 1) for v in (mean, std))
+        self.kind, self.layout, self.dtype = device.type, layout, dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
+
+
 class Run:
     """Everything a training step needs and changes: model, optimizer, controller, queue, ledger, history."""
 
@@ -979,12 +1340,24 @@ class Run:
         self.base_flop = config.metrics.base_flop_per_sample or count_flops(model, config.dataset.image_size)
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.model = model.to(device, memory_format=self.layout).train()
-        compiled = partial(torch.compile, dynamic=False) if training.compile == "default" else lambda module: module
-        self.forward, self.scorer = compiled(self.model), compiled(eval_view(self.model))
+        self.amp_dtype = resolve_amp_dtype(training, device)
         published = getattr(model, "pretrained_cfg", None) or {}  # timm says how its weights were trained
         moments = (published.get("mean", (0.485, 0.456, 0.406)), published.get("std", (0.229, 0.224, 0.225)))
-        self.mean, self.std = (torch.tensor(v, device=device).mul(255).view(1, 3, 1, 1) for v in moments)
-        self.amp_dtype = resolve_amp_dtype(training, device)
+        self.normalise = Normalise(*moments, device, self.layout, self.amp_dtype)
+        self.forward = compiled(
+            training_forward(self.model, self.normalise, training.label_smoothing), training.compile
+        )
+        self.scorer = self.evaluator = self._scorer(None)
+        resolution = ast.score_resolution or config.dataset.image_size
+        self.scoring_cost = (resolution / config.dataset.image_size) ** 2 / 3  # of a sample's forward + backward
+        if resolution != config.dataset.image_size and ast.mode == "ast":
+            check_resolution(model, config.model, resolution)
+            self.scorer = self._scorer(resolution)
+        # CUDA graphs write gradients where the last replay wrote them: what accumulates must lie elsewhere
+        self.grads_stay = training.compile == "reduce-overhead" and training.grad_accum_steps > 1
+        if self.grads_stay:
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         self.optimizer = build_optimizer(self.model, training, device)
         self.controller = PIController(
@@ -999,6 +1372,7 @@ class Run:
         self.ledger = Ledger()
         self.history: dict[str, list] = {key: [] for key in HISTORY_KEYS}
         self.epochs_completed, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
+        self.epoch_started: float | None = None  # time.monotonic() seconds, while an epoch trains
         self.energy_kj = None if self.energy.read_kj() is None else 0.0
         self.lr = lr_at(0.0, training)
         self.scheduled = self.unscheduled = 0  # loop steps whose gradient was applied (they drive the rate), and since
@@ -1024,12 +1398,29 @@ class Run:
         self.streak = 0.0 if lost else self.streak
         return lost
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+    def _scorer(self, resolution: int | None) -> Callable:
+        """The eval-mode forward over the model's own parameters, compiled as the config says."""
+        training, side, shrink = self.config.training, self.config.dataset.image_size, None
+        if resolution is not None:
+            whole = torch.tensor([[0.0, side]], device=self.device)
+            shrink = axis_weights(whole[:, 0], whole[:, 1], resolution, side)[0]
+        forward = scoring_forward(eval_view(self.model), self.normalise, self.config.ast.entropy_weight, shrink)
+        return compiled(forward, training.compile_scoring or training.compile)
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [batch, 3, H, W] to the float32 the model was built for."""
-        return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
+    def progress(self) -> float:
+        """How far the schedule is, 0 to 1: by loop steps whose gradient was applied, or by training time."""
+        if self.config.training.lr_decay == "time":
+            return self.training_seconds() / (60 * self.config.training.max_minutes)
+        return (self.scheduled + self.unscheduled / 2) / self.planned_steps
+
+    def training_seconds(self) -> float:
+        """Training time so far, that of the running epoch included."""
+        running = 0.0 if self.epoch_started is None else time.monotonic() - self.epoch_started
+        return self.train_seconds + running
+
+    def out_of_time(self) -> bool:
+        """Whether a schedule over time has come to its end."""
+        return self.config.training.lr_decay == "time" and self.progress() >= 1
 
 
 def synchronize(device: torch.device) -> None:
@@ -1042,11 +1433,11 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
     any_active_in_accum, forwards = False, 0
     sparse_before = run.epoch - run.config.ast.warmup_epochs
     with _progress(run, steps) as heartbeat:
-        for images, labels in batches:
+        for images, labels, scores in score_ahead(run, batches):
             run.ledger.loaded += len(labels)
             if run.scoring:
                 run.controller.epoch = sparse_before + run.step / steps
-                trained = ast_forward(run, images, labels)
+                trained = ast_forward(run, images, labels, scores)
             else:
                 trained = train_step(run, images, labels)
             run.step, run.unscheduled = run.step + 1, run.unscheduled + 1
@@ -1059,7 +1450,7 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
             if window_full:
                 any_active_in_accum, forwards = False, 0
             heartbeat(len(labels))
-            if stop.status(run.eval_seconds):
+            if run.out_of_time() or stop.status(run.eval_seconds):
                 break
         if any_active_in_accum:
             optimizer_step(run)
@@ -1091,28 +1482,36 @@ def _progress(run: Run, steps: int) -> Iterator[Callable[[int], None]]:
 
 
 def warm_up(run: Run) -> None:
-    """Compile and autotune before the clock starts: one pass of each kind over blank images, leaving no trace."""
+    """Compile and autotune before the clock starts: passes of each kind over blank images, leaving no trace.
+
+    Raises RequestError where torch.compile was asked for and nothing can be compiled on this machine.
+    """
     side, buffers = run.config.dataset.image_size, [buffer.clone() for buffer in run.model.buffers()]
     images = torch.zeros(run.config.training.batch_size, 3, side, side, dtype=torch.uint8, device=run.device)
-    with torch.random.fork_rng():
-        score(run, images, torch.zeros(len(images), dtype=torch.int64, device=run.device))
-        with run.autocast():
-            logits = run.forward(run.normalise(images))
-        logits.float().sum().backward()
-    run.model.zero_grad(set_to_none=True)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
+    try:
+        with torch.random.fork_rng():
+            for _ in range(3):  # a CUDA graph is recorded in the second pass and replayed from the third
+                with torch.no_grad():
+                    run.scorer(images, labels), run.evaluator(images, labels)
+                run.forward(images, labels)[0].backward()
+                run.optimizer.zero_grad(set_to_none=not run.grads_stay)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "install a C++ compiler (and triton for a GPU), or set training.compile=off"
+        raise RequestError(f"training.compile: nothing can be compiled here ({_one_line(why)}); {hint}") from None
     for buffer, before in zip(run.model.buffers(), buffers, strict=True):
         buffer.copy_(before)
 
 
 @torch.no_grad()
-def evaluate(run: Run, loader: DataLoader) -> float:
+def evaluate(run: Run, loader: Iterable[Batch]) -> float:
     """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape."""
-    hits, count = torch.zeros((), dtype=torch.int64, device=run.device), 0
+    hits, count = torch.zeros((), device=run.device), 0
     for images, labels in device_batches(loader, run.device):
-        padding = images.new_zeros(run.config.training.batch_size - len(images), *images.shape[1:])
-        with run.autocast():
-            logits = run.scorer(run.normalise(torch.cat([images, padding])))
-        hits += (logits[: len(labels)].argmax(-1) == labels).sum()
+        padding = run.config.training.batch_size - len(labels)
+        whole = (torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])]) for tensor in (images, labels))
+        hits += run.evaluator(*whole)[1, : len(labels)].sum()
         count += len(labels)
     return 100 * hits.item() / count
 
@@ -1128,7 +1527,7 @@ def close_epoch(run: Run, before: Ledger, seconds: float, val_acc: float, consid
         "val_acc": val_acc,
         "activation_rate": statistics.fmean(run.activations) if run.scoring else done.loaded / considered,
         "threshold": statistics.fmean(run.thresholds) if run.scoring else None,
-        "energy_savings": 1 - done.dense_equivalents() / considered,
+        "energy_savings": 1 - done.dense_equivalents(run.scoring_cost) / considered,
         "step_time_ms": 1000 * seconds / run.step,
         "est_energy_kj": run.train_seconds * metrics.gpu_tdp_watts / 1000,
         "est_flops_g": run.base_flop * run.ledger.trained / 1e9,
@@ -1140,7 +1539,7 @@ def close_epoch(run: Run, before: Ledger, seconds: float, val_acc: float, consid
         "optimizer_steps": done.steps,
         "train_seconds": run.train_seconds,
         "energy_kj": run.energy_kj,
-        "total_flops_g": run.base_flop * run.ledger.dense_equivalents() / 1e9,
+        "total_flops_g": run.base_flop * run.ledger.dense_equivalents(run.scoring_cost) / 1e9,
     }
     for key in HISTORY_KEYS:
         run.history[key].append(row[key])
@@ -1154,7 +1553,7 @@ def train(config: Config, stop: Stop | None = None) -> tuple[dict[str, Any], Pat
     later, the epochs finished until then are saved first, with `status` failed and the `error`.
     """
     started, stop = time.monotonic(), stop or Stop()
-    if config.training.max_minutes is not None:
+    if config.training.max_minutes is not None and config.training.lr_decay == "epochs":
         stop.deadline = started + 60 * config.training.max_minutes
     device = resolve_device(config.training)
     prepare_outputs(config.logging)
@@ -1178,7 +1577,7 @@ def train(config: Config, stop: Stop | None = None) -> tuple[dict[str, Any], Pat
     return result, path
 
 
-def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, plan: EpochPlan, stop: Stop) -> str:
+def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, stop: Stop) -> str:
     """Train and validate epoch by epoch. Returns completed, early_stopped, time_capped or interrupted."""
     training, best = run.config.training, (-1.0, 0)
     print(epoch_line(run.config), flush=True)
@@ -1186,10 +1585,10 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, plan: EpochP
         plan.epoch, before = epoch, copy.copy(run.ledger)
         run.start_epoch(epoch)
         synchronize(run.device)
-        started, drawn = time.monotonic(), run.energy.read_kj()
+        run.epoch_started, drawn = time.monotonic(), run.energy.read_kj()
         whole = train_one_epoch(run, device_batches(train_loader, run.device), len(plan), stop)
         synchronize(run.device)
-        seconds = time.monotonic() - started
+        seconds, run.epoch_started = time.monotonic() - run.epoch_started, None
         if drawn is not None:
             run.energy_kj += run.energy.read_kj() - drawn
         if stop.status() == "interrupted" and not whole:
@@ -1203,7 +1602,7 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader, plan: EpochP
         if run.config.logging.jsonl_path is not None:
             append_jsonl(run.config.logging.jsonl_path, row)
         best = max(best, (val_acc, -epoch))
-        if run.epochs_completed == training.epochs:
+        if run.epochs_completed == training.epochs or run.out_of_time():
             return "completed"
         if status := stop.status(run.eval_seconds):
             return status

@@ -1,7 +1,6 @@
 """Reading real files, which samples an epoch loads, and that nothing depends on the order of calls."""
 
 import io
-import math
 
 import numpy as np
 import pytest
@@ -10,15 +9,20 @@ from conftest import COLOURS, make_config, save_picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import v2
 from train_ast import (
     EpochPlan,
     RequestError,
     build_dataloaders,
     build_datasets,
+    build_transforms,
     collate,
+    crop_resize,
     decode_image,
     device_batches,
     load_config,
+    random_crops,
+    uniform,
 )
 
 CPU = torch.device("cpu")
@@ -252,12 +256,145 @@ def test_a_class_without_validation_images_keeps_the_labels_right(image_folder):
 
 def test_augmentation_by_size_and_dataset():
     def names(*overrides):
-        from train_ast import build_transforms
-
         config = load_config(None, ["dataset.type=hf", "dataset.name=x", *overrides])
         return [type(step).__name__ for step in build_transforms(config.dataset, True).transforms]
 
     assert names("dataset.image_size=32") == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
     assert names("dataset.image_size=224") == ["RandomResizedCrop", "RandomHorizontalFlip"]
     assert names("dataset.type=digits") == ["Resize"]
-    assert math.isclose(make_config().dataset.image_size, 8)
+    assert names("dataset.type=digits", "dataset.augment=pad_crop")[1:] == ["RandomCrop", "RandomHorizontalFlip"]
+
+
+def pictures(count, side, seed=0):
+    """Smooth random pictures: what resizing errors would show on."""
+    coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 255
+    return v2.functional.resize(coarse, [side, side], antialias=True).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("size", [24, 40, 64])  # smaller than the crops, between, larger
+def test_cropping_on_the_device_is_torchvisions(size):
+    images = pictures(5, 48)
+    boxes = torch.tensor([[0, 0, 48, 48], [5, 7, 30, 20], [40, 1, 8, 47], [3, 30, 40, 9], [10, 10, 24, 24]])
+    mirror = torch.tensor([False, True, False, True, True])
+    ours = crop_resize(images, boxes.double(), mirror, size)
+    for image, box, flipped, got in zip(images, boxes.tolist(), mirror, ours, strict=True):
+        expected = v2.functional.resized_crop(image.float(), *box, [size, size], antialias=True)
+        expected = v2.functional.horizontal_flip(expected) if flipped else expected
+        assert (got.float() - expected).abs().max() <= 0.51  # rounded once, from the exact values
+        in_uint8 = v2.functional.resized_crop(image, *box, [size, size], antialias=True)
+        in_uint8 = v2.functional.horizontal_flip(in_uint8) if flipped else in_uint8
+        assert (got.int() - in_uint8.int()).abs().max() <= 1
+
+
+def test_shifting_on_the_device_is_padding_and_cropping():
+    images = pictures(6, 32)
+    tops, lefts = torch.tensor([-4, -1, 0, 2, 4, 3]), torch.tensor([0, 4, -4, 1, -2, 3])
+    boxes = torch.stack([tops, lefts, torch.full((6,), 32), torch.full((6,), 32)], 1)
+    mirror = torch.tensor([False, True] * 3)
+    padded = v2.functional.pad(images, [4, 4, 4, 4])
+    for i, got in enumerate(crop_resize(images, boxes, mirror, 32)):
+        expected = v2.functional.crop(padded[i], int(tops[i]) + 4, int(lefts[i]) + 4, 32, 32)
+        assert torch.equal(got, v2.functional.horizontal_flip(expected) if mirror[i] else expected)
+
+
+def splitmix64(state):
+    """The generator as published, over Python's unbounded integers."""
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        yield mix64(state)
+
+
+def mix64(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_random_numbers_are_splitmix64_over_seed_epoch_and_index():
+    known = splitmix64(1234567)  # published test values
+    assert [next(known) for _ in range(3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    for seed, epoch, index in ((0, 0, 0), (3, 7, 123456), (2**63 - 1, 89, 10**9)):
+        key = mix64((mix64((seed + 0x9E3779B97F4A7C15) % 2**64) + epoch) % 2**64)
+        stream = splitmix64(mix64((key + index) % 2**64))
+        expected = [(next(stream) >> 11) / 2**53 for _ in range(4)]
+        assert uniform(seed, epoch, torch.tensor([5, index]), 4)[1].tolist() == expected
+
+
+def test_random_crops_have_torchvisions_distribution():
+    draws = uniform(0, 0, torch.arange(20000), 22)
+    for height, width in ((300, 400), (100, 400), (640, 200)):
+        side = 512
+        aspects = torch.full((20000,), height / width, dtype=torch.float64)
+        top, left, tall, wide = (random_crops(draws, aspects, side) / side).T
+        assert top.min() >= 0 and left.min() >= 0 and (top + tall).max() <= 1 and (left + wide).max() <= 1  # noqa: PT018
+        torch.manual_seed(0)
+        params = [v2.RandomResizedCrop(8).make_params([torch.empty(3, height, width)]) for _ in range(4000)]
+        for name, ours, theirs in (
+            ("height", tall, [p["height"] / height for p in params]),
+            ("width", wide, [p["width"] / width for p in params]),
+            ("top", top, [p["top"] / height for p in params]),
+            ("left", left, [p["left"] / width for p in params]),
+        ):
+            quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+            theirs = torch.tensor(theirs, dtype=torch.float64)
+            assert torch.allclose(ours.quantile(quantiles), theirs.quantile(quantiles), atol=0.04), name
+
+
+@pytest.mark.parametrize("kind", ["folder", "hf"])
+def test_resident_validation_is_the_streamed_one(kind, image_folder, parquet_folder):
+    make = folder_config if kind == "folder" else hf_config
+    source = image_folder if kind == "folder" else parquet_folder
+    size = ["dataset.image_size=72"] if kind == "folder" else ["dataset.image_size=32"]
+    batches = {}
+    for cache in ("none", "device"):
+        config = make(source, *size, f"dataset.cache={cache}", "training.num_workers=0", "training.batch_size=4")
+        _, val, _, _ = build_dataloaders(config, CPU)
+        batches[cache] = list(device_batches(val, CPU))
+    streamed, kept = ([torch.cat(part) for part in zip(*batches[cache], strict=True)] for cache in ("none", "device"))
+    assert torch.equal(streamed[1], kept[1])
+    assert len(kept[1]) == 9
+    difference = (streamed[0].float() - kept[0].float()).abs().mean()
+    assert difference == 0 if kind == "hf" else difference < 6  # random crops: resized twice, of noisy pictures
+
+
+def test_resident_batches_follow_the_plan_and_depend_on_the_seed_and_epoch_alone(image_folder):
+    def epoch(number, seed=0, *overrides):
+        config = folder_config(image_folder, "dataset.cache=device", f"training.seed={seed}", *overrides)
+        train, _, plan, _ = build_dataloaders(config, CPU)
+        plan.epoch = number
+        images, labels = (torch.cat(part) for part in zip(*device_batches(train, CPU), strict=True))
+        return plan.order().tolist(), images, labels
+
+    order, images, labels = epoch(1)
+    assert labels.tolist() == [index // 8 for index in order]  # eight pictures a class
+    means = images.float().mean((2, 3))
+    assert torch.equal(means.argmax(1), 2 - labels)  # blue, green, red
+    again = epoch(1)
+    assert torch.equal(again[1], images)
+    for other in (epoch(2), epoch(1, seed=1)):
+        positions = [other[0].index(index) for index in order]
+        assert positions != list(range(len(order)))
+        assert not torch.equal(other[1][positions], images)  # augmented anew, not only reordered
+    by_index = dict(zip(order, images, strict=True))
+    small = epoch(1, 0, "training.batch_size=4")
+    assert all(torch.equal(by_index[index], image) for index, image in zip(small[0], small[1], strict=True))
+    limited = epoch(1, 0, "dataset.max_train_samples=8", "dataset.augment=none")
+    kept = epoch(3, 5, "dataset.augment=none")
+    for index, image, label in zip(*limited, strict=True):
+        assert label == index // 8
+        assert torch.equal(image, kept[1][kept[0].index(index)])
+
+
+def test_a_cache_larger_than_memory_is_refused_before_anything_is_decoded(image_folder):
+    config = folder_config(image_folder, "dataset.cache=device", "dataset.image_size=300000")
+    (image_folder / "train" / "red" / "0.jpg").write_bytes(b"")  # would be the error, if it came to that
+    with pytest.raises(RequestError, match=r"dataset.cache: 33 pictures of 342857 px need .* GiB free; set "):
+        build_dataloaders(config, CPU)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_of_a_cache_is_named(image_folder, workers):
+    (image_folder / "train" / "red" / "3.jpg").write_bytes(b"no image")
+    config = folder_config(image_folder, "dataset.cache=device", f"training.num_workers={workers}")
+    with pytest.raises(RequestError, match=r"red/3.jpg: not a readable image"):
+        build_dataloaders(config, CPU)

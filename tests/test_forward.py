@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from conftest import BatchNormNet, LayerNormNet, make_batch, make_run
 from hypothesis import given
 from hypothesis import strategies as st
-from train_ast import ActiveQueue, Stop, ast_forward, score, select_active, train_one_epoch
+from torchvision.transforms import v2
+from train_ast import ActiveQueue, Stop, ast_forward, score, score_ahead, select_active, train_one_epoch, warm_up
 
 NETS = [LayerNormNet, BatchNormNet]
 PLAIN_SGD = ("training.momentum=0", "training.weight_decay=0", "training.lr=1.0", "training.min_lr=1.0")
@@ -82,7 +83,9 @@ def test_scoring_leaves_the_model_untouched(net):
     model = net()
     before = copy.deepcopy(model.state_dict())
     run = make_run(model)
-    scores, _ = score(run, *make_batch())
+    scores, hits = score(run, *make_batch()).read()
+    images, labels = make_batch()
+    assert hits == (copy.deepcopy(model).eval()(run.normalise(images)).argmax(-1) == labels).sum()
     assert not scores.requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert model.training
@@ -110,7 +113,7 @@ def test_inactive_rows_never_reach_the_training_forward(pack):
     batches = [make_batch(seed=seed) for seed in range(12)]
     expected = []
     for images, labels in batches:
-        chosen = select_active(score(run, images, labels)[0], run.controller.threshold, 2)
+        chosen = select_active(score(run, images, labels).read()[0], run.controller.threshold, 2)
         expected.append(run.normalise(images[chosen.indices]))
         ast_forward(run, images, labels)
     trained, wanted = torch.cat(rows), torch.cat(expected)
@@ -145,7 +148,7 @@ def test_min_active_trains_on_the_top_samples_and_the_controller_does_not_see_it
 def test_hand_over_starts_at_the_quantile_of_the_first_batch():
     run = make_run(LayerNormNet(), "ast.target_activation=0.25")
     images, labels = make_batch()
-    scores, _ = score(run, images, labels)
+    scores, _ = score(run, images, labels).read()
     ast_forward(run, images, labels)
     assert run.thresholds[0] == pytest.approx(torch.quantile(scores, 0.75).item())
     assert run.activations == [0.25]
@@ -232,3 +235,70 @@ def test_the_rate_follows_the_loop_steps_and_ends_fully_decayed():
     assert rates == sorted(rates, reverse=True)
     assert rates[4] == pytest.approx(0.2, rel=0.2)
     assert rates[-1] < 0.004
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(ahead):
+    """Each batch's scores against those of the weights it should have seen: its own step's, or the step before's."""
+    torch.manual_seed(0)
+    model = LayerNormNet()
+    run = make_run(model, f"ast.score_ahead={ahead}", "ast.initial_threshold=0", *PLAIN_SGD)
+    batches = [make_batch(seed=s) for s in range(5)]
+    weights, seen = [copy.deepcopy(model)], []
+    for _, labels, scores in score_ahead(run, batches):
+        seen.append((labels, scores.read()[0].clone()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        weights.append(copy.deepcopy(model))
+    assert [labels.tolist() for labels, _ in seen] == [labels.tolist() for _, labels in batches]
+    for i, (images, labels) in enumerate(batches):
+        reference = make_run(weights[max(0, i - ahead)])
+        assert torch.allclose(seen[i][1], score(reference, images, labels).read()[0])
+
+
+def test_scoring_ahead_is_for_scoring_alone():
+    run = make_run(LayerNormNet(), "ast.mode=dense")
+    batches = [make_batch(seed=s) for s in range(3)]
+    assert [scores for _, _, scores in score_ahead(run, batches)] == [None] * 3
+
+
+def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one():
+    model, sides = BatchNormNet(), {True: set(), False: set()}
+    run = make_run(model, "dataset.image_size=16", "ast.score_resolution=12", "ast.pack=true")
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: sides[module.training].add(args[0].shape[-1]) if isinstance(module, BatchNormNet) else None
+    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (16,), generator=generator)
+    try:
+        train_one_epoch(run, [(images, labels)] * 8, 8, Stop())
+        assert sides == {True: {16}, False: {12}}
+        shrunk = torchvision_resize(images, 12)
+        expected = copy.deepcopy(model).eval()(run.normalise(shrunk))
+        hits = (expected.argmax(-1) == labels).sum()
+        assert score(run, images, labels).read()[1] == hits
+    finally:
+        hook.remove()
+    assert run.scoring_cost == pytest.approx((12 / 16) ** 2 / 3)
+
+
+def torchvision_resize(images, size):
+    return v2.functional.resize(images.float(), [size, size], antialias=True)
+
+
+def test_compiled_steps_move_the_weights_as_eager_ones_do():
+    """With reduce-overhead and windows the gradients stay where they are and are zeroed, not dropped."""
+    moved = {}
+    for mode in ("off", "reduce-overhead"):
+        torch.manual_seed(0)
+        model = BatchNormNet()
+        run = make_run(model, f"training.compile={mode}", "training.grad_accum_steps=2", "ast.pack=true")
+        if mode != "off":
+            warm_up(run)
+        train_one_epoch(run, [make_batch(seed=s) for s in range(12)], 12, Stop())
+        assert run.ledger.steps >= 1
+        moved[mode] = [tensor.clone() for tensor in model.state_dict().values()]
+    for eager, compiled in zip(moved["off"], moved["reduce-overhead"], strict=True):
+        assert torch.allclose(eager, compiled, atol=1e-5)

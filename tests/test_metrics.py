@@ -12,10 +12,11 @@ CPU = torch.device("cpu")
 
 def test_meter_means_over_samples_not_over_batches():
     meter = Meter(CPU, epoch=0)
-    meter.add_losses(torch.tensor([1.0, 2.0, 3.0]), step=0)
-    meter.add_losses(torch.tensor([10.0]), step=1)
-    meter.add_predictions(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1]))
-    assert meter.read() == (4.0, 50.0)
+    meter.add_loss(torch.tensor(6.0), samples=3, step=0)
+    meter.add_loss(torch.tensor(10.0), samples=1, step=1)
+    meter.add_hits(torch.tensor(1), samples=2)  # counted on the device
+    meter.add_hits(2, samples=2)  # or by the host
+    assert meter.read() == (4.0, 75.0)
     assert Meter(CPU, 0).read() == (None, None)
 
 
@@ -23,7 +24,7 @@ def test_meter_means_over_samples_not_over_batches():
 def test_meter_names_the_first_non_finite_step(bad):
     meter = Meter(CPU, epoch=2)
     for step, loss in enumerate([1.0, bad, 1.0, bad]):
-        meter.add_losses(torch.tensor([loss, 1.0]), step)
+        meter.add_loss(torch.tensor(loss + 1), 2, step)
     with pytest.raises(TrainingFailed, match="non-finite loss in epoch 3, step 2"):
         meter.read()
 
@@ -32,6 +33,7 @@ def test_ledger_differences_and_equivalents():
     before, after = Ledger(100, 60, 30, 3), Ledger(250, 180, 90, 10)
     assert after.since(before) == Ledger(150, 120, 60, 7)
     assert Ledger(scored=90, trained=25).dense_equivalents() == 55
+    assert Ledger(scored=90, trained=25).dense_equivalents(scoring_cost=0.1) == 34
 
 
 def test_no_energy_counter_on_a_cpu():

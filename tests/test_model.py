@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import BatchNormNet
+from conftest import BatchNormNet, make_config
 from torch import nn
-from train_ast import ModelConfig, RequestError, count_flops, eval_view, get_model
+from train_ast import ModelConfig, RequestError, Run, count_flops, eval_view, get_model
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,10 @@ def test_flops_of_a_network_counted_by_hand():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(4 * 64, 10, bias=False))
     convolution, linear = 2 * 27 * 4 * 64, 2 * 256 * 10  # two a multiply-add
     assert count_flops(model, 8) == 2 * convolution + 3 * linear  # the first layer has no input gradient
+
+
+def test_a_network_that_takes_no_smaller_images_cannot_score_at_them():
+    config = make_config("model.name=vit_b_16", "dataset.image_size=32", "ast.score_resolution=16")
+    model = get_model(config.model, 10, 32)
+    with pytest.raises(RequestError, match=r"ast.score_resolution: vit_b_16 at 16 px: .*Wrong image height"):
+        Run(config, model, torch.device("cpu"), planned_steps=1)

@@ -229,3 +229,34 @@ def test_sparse_training_learns_and_holds_its_target(tmp_path):
     assert np.abs(np.array(history["activation_rate"][5:]) - 0.25).max() < 0.06
     assert all(saved > 0.3 for saved in history["energy_savings"][3:])
     assert math.isclose(history["lr"][-1], 0, abs_tol=1e-4)
+
+
+def test_a_schedule_over_time_ends_at_its_budget_fully_decayed(tmp_path):
+    budget = 3.0  # seconds
+    schedule = ["training.lr_decay=time", f"training.max_minutes={budget / 60}", "training.epochs=1000"]
+    result, _ = run_digits(tmp_path, *schedule, "ast.mode=dense", "training.lr=0.1", "training.min_lr=0.001")
+    rates = result["training_history"]["lr"]
+    assert result["status"] == "completed"
+    assert result["epochs_completed"] < 1000
+    assert budget <= result["train_seconds"] < budget + 0.5
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.05
+    assert rates[-1] == pytest.approx(0.001, abs=1e-3)
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_scoring_at_a_lower_resolution_is_counted(cache, tmp_path):
+    more = ["dataset.image_size=16", "ast.score_resolution=8", f"dataset.cache={cache}", "training.epochs=2"]
+    result, _ = run_digits(tmp_path, "ast.warmup_epochs=0", *more)
+    ledger, flop = result["ledger"], result["base_flop_per_sample"] / 1e9
+    assert ledger["scored"] == ledger["loaded"] > 0
+    spent = flop * (ledger["trained"] + ledger["scored"] / 12)  # half the side: a quarter of a third
+    assert result["training_history"]["total_flops_g"][-1] == pytest.approx(spent)
+
+
+def test_a_machine_that_cannot_compile_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent/c++"))
+    message = r"training.compile: nothing can be compiled here \(.*/nonexistent/c.*\); install .* or set"
+    with pytest.raises(RequestError, match=message):
+        run_digits(tmp_path, "training.compile=default")
+    assert list(tmp_path.iterdir()) == []

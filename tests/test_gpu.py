@@ -1,0 +1,74 @@
+"""What only a GPU can show: skipped without one. The logic of each path has its own test on a CPU."""
+
+import pytest
+import torch
+from conftest import make_config
+from train_ast import (
+    ModelConfig,
+    Run,
+    Stop,
+    build_dataloaders,
+    configure_backends,
+    crop_resize,
+    device_batches,
+    get_model,
+    train_one_epoch,
+    uniform,
+    warm_up,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("mode", "window"), [("dense", 1), ("ast", 2)])
+def test_cuda_graphs_train_as_eager_steps_do(mode, window):
+    """ResNet-18 in float32, 24 loop steps from the same weights: weights and running statistics stay together."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (24, 32, 3, 32, 32), dtype=torch.uint8, generator=generator).to(GPU)
+    labels = torch.randint(0, 10, (24, 32), generator=generator).to(GPU)
+    ended = {}
+    for compile_ in ("off", "reduce-overhead"):
+        torch.manual_seed(0)
+        settings = [f"training.compile={compile_}", f"training.grad_accum_steps={window}", "ast.kp=1.0"]
+        settings += ["training.device=cuda", "training.mixed_precision=false", "training.lr=0.01", "ast.pack=true"]
+        config = make_config(f"ast.mode={mode}", "training.batch_size=32", "dataset.image_size=32", *settings)
+        configure_backends(config.ast, GPU)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        model = get_model(ModelConfig(name="resnet18", small_stem=True), 10, 32)
+        run = Run(config, model, GPU, planned_steps=24)
+        run.start_epoch(0)
+        warm_up(run)
+        train_one_epoch(run, zip(images, labels, strict=True), 24, Stop())
+        ended[compile_] = {name: tensor.double() for name, tensor in model.state_dict().items()}
+        ended[compile_ + " activation"] = run.activations
+        assert run.ledger.steps >= 2
+    assert ended["off activation"] == pytest.approx(ended["reduce-overhead activation"], abs=1 / 16)
+    for name, eager in ended["off"].items():
+        error = (ended["reduce-overhead"][name] - eager).norm() / eager.norm().clamp(min=1e-3)
+        assert error < 0.02, name
+        assert not torch.equal(eager, torch.zeros_like(eager)) or "bias" in name
+
+
+def test_streamed_and_resident_batches_reach_the_gpu_as_they_are(image_folder):
+    paths = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    for cache, size in (("none", 32), ("device", 32), ("device", 72)):
+        config = make_config("dataset.type=folder", f"dataset.image_size={size}", *paths, f"dataset.cache={cache}")
+        ends = []
+        for device in (torch.device("cpu"), GPU):
+            train, _, _, _ = build_dataloaders(config, device)
+            ends.append([(images.cpu(), labels.cpu()) for images, labels in device_batches(train, device)])
+        for (images, labels), (others, others_labels) in zip(*ends, strict=True):
+            assert torch.equal(labels, others_labels)
+            assert (images.int() - others.int()).abs().max() <= (1 if size == 72 else 0)  # float16 weights
+
+
+def test_draws_and_crops_are_the_cpus():
+    indices = torch.arange(1000)
+    assert torch.equal(uniform(3, 5, indices, 23), uniform(3, 5, indices.to(GPU), 23).cpu())
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[3.0, 5.0, 40.0, 50.0]]).expand(8, -1)
+    mirror = torch.arange(8) % 2 == 0
+    ours = crop_resize(images.to(GPU), boxes.to(GPU), mirror.to(GPU), 48).cpu()
+    assert (ours.int() - crop_resize(images, boxes, mirror, 48).int()).abs().max() <= 1
