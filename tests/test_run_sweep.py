@@ -22,14 +22,6 @@ QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=
 ENDLESS = ["training.epochs=100000", "dataset.max_train_samples=64"]
 
 
-@pytest.fixture(autouse=True)
-def _own_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def rows_of(folder):
     (summary,) = folder.glob("sweep_summary_*.jsonl")
     return [json.loads(line) for line in summary.read_text().splitlines()]
