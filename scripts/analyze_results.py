@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +53,11 @@ class Run:
     history: dict[str, np.ndarray]
     figures: dict[str, Any]
     environment: dict[str, str]
+
+    @cached_property
+    def key(self) -> tuple:
+        """Equal for runs that differ in seed and logging alone; a run without config stands alone."""
+        return tuple(sorted(self.settings.items())) or (str(self.path),)
 
     @property
     def name(self) -> str:
@@ -181,7 +187,7 @@ def load_runs(folders: Sequence[Path], dataset: str | None = None) -> tuple[list
     """
     runs: list[Run] = []
     left_out: dict[str, str] = {}
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
         if not folder.is_dir():
             raise RequestError(f"--results-dir: {folder}: no such folder")
         for path in sorted(folder.glob("final_results_*.json")):
@@ -191,18 +197,20 @@ def load_runs(folders: Sequence[Path], dataset: str | None = None) -> tuple[list
                 left_out[str(path)] = one_line(error)
     if not runs and not left_out:
         raise RequestError(f"--results-dir: {', '.join(map(str, folders))}: no final_results_*.json in it")
-    newest = {(setting_key(run), str(run.figures["seed"])): run for run in sorted(runs, key=lambda run: run.name)}
-    kept = []
+    candidates = []
     for run in runs:
-        status, twice = run.figures["status"], newest[setting_key(run), str(run.figures["seed"])]
+        status = run.figures["status"]
         if status in ("failed", "interrupted"):
             left_out[str(run.path)] = ": ".join(filter(None, [status, run.figures["error"]]))
         elif dataset is not None and run.dataset != dataset:
             left_out[str(run.path)] = f"other dataset: {one_line(run.dataset or 'it does not say which')}"
-        elif twice is not run:
-            left_out[str(run.path)] = f"config and seed of {twice.path}, which is newer"
         else:
-            kept.append(run)
+            candidates.append(run)
+    newest = {(run.key, str(run.figures["seed"])): run for run in sorted(candidates, key=lambda run: run.name)}
+    kept = [run for run in candidates if newest[run.key, str(run.figures["seed"])] is run]
+    for run in candidates:
+        if (newer := newest[run.key, str(run.figures["seed"])]) is not run:
+            left_out[str(run.path)] = f"config and seed of {newer.path}, which is newer"
     datasets = Counter(run.dataset for run in kept if run.dataset is not None)
     if len(datasets) > 1:
         found = ", ".join(f"{one_line(name)} ({count} runs)" for name, count in sorted(datasets.items()))
@@ -214,11 +222,6 @@ def load_runs(folders: Sequence[Path], dataset: str | None = None) -> tuple[list
 
 
 # -------------------------------------------------------------------------------------------- Settings
-
-
-def setting_key(run: Run) -> tuple:
-    """Equal for runs that differ in seed and logging alone; a run without config stands alone."""
-    return tuple(sorted(run.settings.items())) or (str(run.path),)
 
 
 def label_settings(settings: Sequence[Mapping[str, str]], names: Sequence[str]) -> list[str]:
@@ -333,11 +336,10 @@ def compare(runs: Sequence[Run], left_out: Mapping[str, str], baseline: str | No
 
     `baseline`: a setting's name; by default the most accurate dense one. Raises RequestError where it names none.
     """
-    keys = list(dict.fromkeys(setting_key(run) for run in runs))
-    first = {key: next(run for run in runs if setting_key(run) == key) for key in keys}
-    names = label_settings([first[key].settings for key in keys], [first[key].name for key in keys])
-    name_of = dict(zip(keys, names, strict=True))
-    frame = pd.DataFrame([{"setting": name_of[setting_key(run)], **run.figures, "file": str(run.path)} for run in runs])
+    first = {run.key: run for run in reversed(runs)}
+    names = label_settings([run.settings for run in first.values()], [run.name for run in first.values()])
+    name_of = dict(zip(first, names, strict=True))
+    frame = pd.DataFrame([{"setting": name_of[run.key], **run.figures, "file": str(run.path)} for run in runs])
     frame["mode"] = [run.settings.get("ast.mode", "") for run in runs]
     frame["arena"] = [arena(run) for run in runs]
     table = tabulate(frame)
@@ -359,7 +361,7 @@ def compare(runs: Sequence[Run], left_out: Mapping[str, str], baseline: str | No
         table.loc[baseline, "difference"] = np.nan
     histories: dict[str, list] = {name: [] for name in table.index}
     for run in runs:
-        histories[name_of[setting_key(run)]].append(run.history)
+        histories[name_of[run.key]].append(run.history)
     environments = Counter(tuple(run.environment.items()) for run in runs)
     settings = {name: first[key].settings for key, name in name_of.items()}
     study = Study(frame, table, settings, histories, environments, frontiers, baseline, dict(left_out))
@@ -463,7 +465,7 @@ def verdict(study: Study) -> str:
     spread = f", 95 % interval ± {figures[best]['± 95 %']}" if figures[best].get("± 95 %", "-") != "-" else ""
     text = f"{best} has the highest final accuracy: {figures[best]['final %']} % (n = {figures[best]['n']}{spread})."
     base = study.baseline
-    other = base if base != best else next(iter(table.index[1:]), None)
+    other = base if base != best else next(iter([*table.index[~table["dense"]], *table.index[1:]]), None)
     if base is not None and other is not None:
         winner, loser = (best, base) if best != base else (other, base)
         row, half = figures[winner], table.loc[winner, "difference_ci95"]

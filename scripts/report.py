@@ -279,7 +279,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .35rem .5rem; text-align: right; white-space: nowrap; overflow-wrap: normal }
 thead th { background: var(--soft); border-bottom: 1px solid var(--line) }
 tbody tr + tr > * { border-top: 1px solid var(--line) }
-th:first-child, td.text { text-align: left } tbody th { font-weight: 500 }
+th:first-child, .text { text-align: left } tbody th { font-weight: 500 }
 tr.baseline { background: #fff8e6 }
 td.text, tbody th { white-space: normal; overflow-wrap: break-word; min-width: 12.5rem; max-width: 26rem }
 th button { all: unset; cursor: pointer } th button:hover, th button:focus-visible { text-decoration: underline }
@@ -304,7 +304,8 @@ text-anchor="middle" fill="{{ styles[setting].color }}">{{ styles[setting].glyph
 {% endmacro %}
 {% macro grid(frame, id, texts) %}
 <div class="wide"><table id="{{ id }}" class="sortable">
-<thead><tr>{% for name in frame.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name in frame.columns %}<th scope="col"\
+{% if name in texts %} class="text"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in frame.to_numpy().tolist() %}
 <tr{% if row[0] == study.baseline %} class="baseline"{% endif %}>
@@ -346,7 +347,7 @@ grey bands of the activation are its targets ± {{ band }}.</p>
 </div>
 <h2>What each setting changes</h2>
 <div class="wide"><table id="differences">
-<thead><tr><th scope="col">setting</th><th scope="col" style="text-align: left">against \
+<thead><tr><th scope="col">setting</th><th scope="col" class="text">against \
 {{ study.baseline or "no baseline" }}</th></tr></thead>
 <tbody>
 {% for setting, lines in differences.items() %}

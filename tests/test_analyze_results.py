@@ -315,6 +315,14 @@ def test_what_is_left_out_and_why(results, tmp_path):
     assert len(runs) == 4
 
 
+def test_a_later_failure_does_not_hide_a_finished_run(tmp_path):
+    finished = write_run(tmp_path, "1")
+    write_run(tmp_path, "2", extra={"status": "interrupted"})
+    runs, left_out = load_runs([tmp_path, tmp_path])
+    assert [run.path for run in runs] == [finished]
+    assert list(left_out.values()) == ["interrupted"]
+
+
 @pytest.mark.parametrize(
     ("prepare", "args", "message"),
     [

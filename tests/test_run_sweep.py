@@ -14,7 +14,21 @@ from pathlib import Path
 import pytest
 import run_sweep
 from conftest import REPO
-from run_sweep import Halt, Planned, Running, finished_runs, main, run_id, slots_of, time_left, work_off
+from run_sweep import (
+    Halt,
+    Planned,
+    Running,
+    command_for,
+    finished_runs,
+    is_done,
+    main,
+    plan_run,
+    run_id,
+    slots_of,
+    time_left,
+    work_off,
+)
+from test_analyze_results import write_run
 from train_ast import Config, RequestError, load_config, run_cli
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
@@ -218,3 +232,14 @@ def test_results_of_others_are_not_taken_for_finished_runs(tmp_path):
     result = {"status": "completed", "config": load_config(DIGITS).model_dump()}
     (tmp_path / "final_results_2.json").write_text(json.dumps(result))
     assert finished_runs([plan])[plan.id] == tmp_path / "final_results_2.json"
+
+
+def test_with_dense_twins_a_run_is_done_when_its_twin_is_there(tmp_path):
+    plan, dense = (plan_run(DIGITS, (f"ast.mode={mode}",), mode, dense_twin=True) for mode in ("random", "dense"))
+    assert ["--dense-twin" in command_for(each) for each in (plan, dense)] == [True, False]
+    alone = write_run(tmp_path, "1")
+    assert [is_done(plan, alone), is_done(plan, None), is_done(dense, alone)] == [False, False, True]
+    paired = write_run(tmp_path, "2", extra={"twin": "final_results_3.json"})
+    assert not is_done(plan, paired)
+    write_run(tmp_path, "3", ast__mode="dense")
+    assert is_done(plan, paired)
