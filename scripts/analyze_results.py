@@ -465,7 +465,10 @@ def verdict(study: Study) -> str:
     spread = f", 95 % interval ± {figures[best]['± 95 %']}" if figures[best].get("± 95 %", "-") != "-" else ""
     text = f"{best} has the highest final accuracy: {figures[best]['final %']} % (n = {figures[best]['n']}{spread})."
     base = study.baseline
-    other = base if base != best else next(iter([*table.index[~table["dense"]], *table.index[1:]]), None)
+    others = sorted(
+        table.index[1:], key=lambda name: table.loc[name, "dense"]
+    )  # the best sparse one before a dense one
+    other = base if base != best else next(iter(others), None)
     if base is not None and other is not None:
         winner, loser = (best, base) if best != base else (other, base)
         row, half = figures[winner], table.loc[winner, "difference_ci95"]

@@ -156,11 +156,9 @@ def result_row(path: Path) -> dict[str, Any]:
     Raises ValueError where the file cannot be read.
     """
     figures = read_run(path).figures
-    row = {
-        key: figures[key] for key in ("status", "seed", "epochs", "final_accuracy", "best_accuracy", "activation_error")
-    }
-    row |= {"train_seconds": figures["train_seconds"], "energy_kj": figures["energy_kj"], "results_file": str(path)}
-    row |= {"duration_seconds": round(figures["total_seconds"], 3)}
+    keys = ("status", "seed", "epochs", "final_accuracy", "best_accuracy", "activation_error", "train_seconds")
+    row = {key: figures[key] for key in (*keys, "energy_kj")}
+    row |= {"results_file": str(path), "duration_seconds": round(figures["total_seconds"], 3)}
     row |= {key: figures[key] for key in ("error", "twin") if figures[key]}
     return {key: None if value != value else value for key, value in row.items()}
 
@@ -170,28 +168,29 @@ def plan_row(plan: Planned) -> dict[str, Any]:
     return {"id": plan.id, "config": plan.path, "overrides": list(plan.overrides)}
 
 
-def finished_runs(plans: Iterable[Planned]) -> dict[str, Path]:
-    """By run_id, the results of the runs that ended by themselves, in the folders the plans write to: of those with
-    a model and a dataset that is planned; of two the newer."""
+def finished_runs(plans: Iterable[Planned]) -> dict[str, dict[str, Any]]:
+    """By run_id, the summary lines of the runs that ended by themselves, in the folders the plans write to: of those
+    with a model and a dataset that is planned; of two the newer."""
     configs = [plan.config for plan in plans if plan.config is not None]
     folders = {Path(config.logging.output_dir) for config in configs}
     found = {}
     for path in sorted((path for folder in folders for path in folder.glob(RESULTS)), key=attrgetter("name")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            config = Config.model_validate(result["config"])
+            config = Config.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"])
+            row = result_row(path)
         except (OSError, ValueError, TypeError, KeyError):
             continue  # not a run of this lab, or one of another version of it: it is run again
         alike = any((config.model, config.dataset) == (other.model, other.dataset) for other in configs)
-        if alike and result.get("status") in FINISHED:
-            found[run_id(config)] = path
+        if alike and row["status"] in FINISHED:
+            found[run_id(config)] = {"id": run_id(config)} | row | {"exit_code": 0}
     return found
 
 
-def is_done(plan: Planned, path: Path | None) -> bool:
-    """Whether the finished run at `path` has all that is asked for: where a twin is, that too."""
-    twin = result_row(path).get("twin") if path is not None and plan.twin else None
-    return path is not None and (not plan.twin or (twin is not None and path.with_name(twin).exists()))
+def is_done(plan: Planned, row: Mapping[str, Any] | None) -> bool:
+    """Whether a finished run's `row` has all that is asked for: where a twin is, that too."""
+    if row is None or not plan.twin:
+        return row is not None
+    return "twin" in row and Path(row["results_file"]).with_name(row["twin"]).exists()
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -208,18 +207,16 @@ def newest_summary(folder: Path) -> Path | None:
     return max(folder.glob("sweep_summary_*.jsonl"), default=None)
 
 
-def known_rows(folder: Path, finished: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """A row for every finished run, by run_id: the newest summary's, else one made from its results, which the sweep
-    was killed before it could write."""
+def as_written(folder: Path, finished: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The lines of `finished` as the newest summary has them, with the whole time of the process; where the sweep was
+    killed before it could write one, as made from the results."""
     summary = newest_summary(folder)
     old = read_rows(summary) if summary is not None else {}
-    rows = {}
-    for key, path in finished.items():
-        row = old.get(key, {})
-        if row.get("exit_code") != 0 or row.get("results_file") != str(path):
-            row = {"id": key} | result_row(path) | {"exit_code": 0}
-        rows[key] = row
-    return rows
+
+    def same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        return all(row.get(key) == other[key] for key in ("exit_code", "results_file"))
+
+    return {key: old[key] if same(old.get(key, {}), row) else row for key, row in finished.items()}
 
 
 def open_summary(folder: Path, resume: bool, rows: Sequence[Mapping[str, Any]], planned: set[str]) -> Path:
@@ -378,13 +375,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     plans, slots = plan_runs(args), slots_of(args.gpus, args.runs_per_gpu)
     output_dir = Path(next((plan.config for plan in plans if plan.config), Config()).logging.output_dir)
-    finished = finished_runs(plans)
-    known = known_rows(output_dir, finished)
+    finished = as_written(output_dir, finished_runs(plans))
     done = [plan.id for plan in plans if args.resume and is_done(plan, finished.get(plan.id))]
     if args.dry_run:
-        return show_plan(plans, done, list(known.values()), len(slots))
+        return show_plan(plans, done, list(finished.values()), len(slots))
     prepare_outputs(LoggingConfig(output_dir=str(output_dir / "logs")))
-    rows = {plan.id: plan_row(plan) | known[plan.id] for plan in plans if plan.id in done}
+    rows = {plan.id: plan_row(plan) | finished[plan.id] for plan in plans if plan.id in done}
     summary = open_summary(output_dir, args.resume, list(rows.values()), {plan.id for plan in plans})
     ahead = [plan for plan in plans if plan.id not in done]
     print(f"{len(plans)} runs, {len(done)} of them finished before; their output: {output_dir / 'logs'}", flush=True)
@@ -414,16 +410,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def show_plan(plans: Sequence[Planned], done: Sequence[str], rows: Sequence[Mapping[str, Any]], slots: int) -> int:
     """Print every run with what is to happen to it, and how long all will take at the pace of the folder's `rows`."""
     for plan in plans:
-        print(
-            f"{plan.id}  {'finished' if plan.id in done else 'wrong' if plan.error else 'to run':<8}  {plan.name}",
-            end="",
-        )
-        print(f"  {plan.error}" if plan.error else "")
+        state = "finished" if plan.id in done else "wrong" if plan.error else "to run"
+        print(f"{plan.id}  {state:<8}  {plan.name}" + (f"  {plan.error}" if plan.error else ""))
     ahead = [plan for plan in plans if plan.id not in done and plan.error is None]
     left = time_left(rows, ahead, slots)
-    estimate = (
-        "no finished run to estimate their time from" if left is None else f"about {left}, by those that are there"
-    )
+    estimate = "no finished run to estimate their time from" if left is None else f"about {left}, as the finished ones"
     print(f"{len(ahead)} runs, {slots} at a time: {estimate}")
     return 0
 

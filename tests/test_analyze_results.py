@@ -270,6 +270,12 @@ def test_verdict_names_the_winner_the_margin_and_the_controller(tmp_path):
     assert "Least time to match the dense frontier: < 0.50 (ast)." in text
     assert "Activation was at most 0.000 off its target" in text
     assert "dense is -1.00 points from ast" in verdict(study_of(tmp_path, baseline="ast"))
+    write_run(tmp_path, "best", (1.0, 2.0, 99.0), 60.0, ast__mode="dense", training__epochs=9)
+    text = verdict(study_of(tmp_path))
+    assert (
+        "dense epochs=9 has the highest final accuracy: 99.00 % (n = 1). ast is -9.00 points from dense epochs=9"
+        in text
+    )
 
 
 def test_warnings(tmp_path):

@@ -19,6 +19,7 @@ TINY = "model.name=test_resnet dataset.image_size=32 training.epochs=3 ast.warmu
 TINY += "training.batch_size=8 training.lr_warmup_epochs=0 dataset.num_classes=3 training.compile=off"
 FOLDER = f"{TINY} dataset.train_dir=IMAGES/train dataset.val_dir=IMAGES/val"
 PARQUET = f"{TINY} dataset.name=PARQUET dataset.subset=null dataset.revision=null dataset.split_val=test"
+FEW = "--epochs 4 dataset.max_train_samples=256"
 SWEEP = "scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,random "
 SWEEP += "ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 --output-dir results/sweep"
 RESNET = "scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml"
@@ -30,8 +31,8 @@ ADDED = {
     "scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml configs/imagenet_vitb16_ast.yaml": FOLDER,
     "scripts/train_ast.py --config configs/imagenet_resnet50_ast.yaml": FOLDER,
     f"{SWEEP} --dry-run": "",
-    f"{SWEEP} --resume": "--grid ast.mode=ast,dense --seeds 0 --runs-per-gpu 2 training.epochs=4",
-    "scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin": "--epochs 4",
+    f"{SWEEP} --resume": "--grid ast.mode=ast --seeds 0 training.epochs=4 dataset.max_train_samples=256",
+    "scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin": FEW,
     "scripts/analyze_results.py --results-dir results": "--dataset digits",  # above, the same folder got others too
     "scripts/analyze_results.py --results-dir results --plot --save-dir results/plots": "--dataset digits",
     "scripts/analyze_results.py --results-dir results/sweep --report results/report.html --csv results/table.csv": "",

@@ -225,21 +225,21 @@ def test_a_wrong_request_starts_nothing(args, message, tmp_path, capsys):
 def test_results_of_others_are_not_taken_for_finished_runs(tmp_path):
     config = load_config(DIGITS, [f"logging.output_dir={tmp_path}"])
     plan = Planned(run_id(config), "", (), "", config)
-    for number, (status, overrides) in enumerate([("interrupted", []), ("completed", ["training.seed=3"])]):
-        result = {"status": status, "config": load_config(DIGITS, overrides).model_dump()}
-        (tmp_path / f"final_results_{number}.json").write_text(json.dumps(result))
+    write_run(tmp_path, "0", extra={"config": config.model_dump(), "status": "interrupted"})
+    write_run(tmp_path, "1", extra={"config": load_config(DIGITS, ["training.seed=3"]).model_dump()})
+    write_run(tmp_path, "2", extra={"config": config.model_dump(), "training_history": None})
     assert plan.id not in finished_runs([plan])
-    result = {"status": "completed", "config": load_config(DIGITS).model_dump()}
-    (tmp_path / "final_results_2.json").write_text(json.dumps(result))
-    assert finished_runs([plan])[plan.id] == tmp_path / "final_results_2.json"
+    path = write_run(tmp_path, "3", extra={"config": config.model_dump()})
+    assert finished_runs([plan])[plan.id]["results_file"] == str(path)
 
 
 def test_with_dense_twins_a_run_is_done_when_its_twin_is_there(tmp_path):
     plan, dense = (plan_run(DIGITS, (f"ast.mode={mode}",), mode, dense_twin=True) for mode in ("random", "dense"))
     assert ["--dense-twin" in command_for(each) for each in (plan, dense)] == [True, False]
-    alone = write_run(tmp_path, "1")
-    assert [is_done(plan, alone), is_done(plan, None), is_done(dense, alone)] == [False, False, True]
-    paired = write_run(tmp_path, "2", extra={"twin": "final_results_3.json"})
-    assert not is_done(plan, paired)
-    write_run(tmp_path, "3", ast__mode="dense")
-    assert is_done(plan, paired)
+    assert not is_done(plan, None)
+    row = {"results_file": str(write_run(tmp_path, "1"))}
+    assert [is_done(plan, row), is_done(dense, row)] == [False, True]
+    row["twin"] = "final_results_2.json"
+    assert not is_done(plan, row)
+    write_run(tmp_path, "2", ast__mode="dense")
+    assert is_done(plan, row)
