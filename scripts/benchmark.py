@@ -51,7 +51,7 @@ from train_ast import (
     ResidentLoader,
     Run,
     Stop,
-    build_transforms,
+    View,
     collate,
     configure_backends,
     device_batches,
@@ -276,17 +276,12 @@ def break_even(rows: dict[str, dict], activation: float) -> dict[str, float]:
     return found
 
 
-def pil_float_loader(folder: str, size: int, batches: list[list[int]], workers: int) -> DataLoader:
+def pil_float_loader(folder: str, size: int, plan: EpochPlan, shared: dict[str, Any]) -> DataLoader:
     """The pipeline of most training scripts: Pillow, float32 and normalised in the workers."""
     floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MOMENTS)]
     transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *floats])
-    return DataLoader(
-        ImageFolder(folder, transform),
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-    )
+    order = plan.order().reshape(-1, plan.batch_size).tolist()
+    return DataLoader(ImageFolder(folder, transform), batch_sampler=order, **shared)
 
 
 def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
@@ -296,16 +291,15 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
     config.training.batch_size = args.batch_size
     device = resolve_device(config.training)
     dataset = folder_dataset("--folder", args.folder)
-    dataset.transform = build_transforms(config.dataset, True)
-    indices = np.arange(args.steps * args.batch_size) % len(dataset)
-    chunks = [chunk.tolist() for chunk in indices.reshape(args.steps, args.batch_size)]
-    shared = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "persistent_workers": args.workers > 0}
-    keyed = [[(0, index) for index in chunk] for chunk in chunks]
-    streaming = DataLoader(dataset, batch_sampler=keyed, collate_fn=collate, **shared)
+    dataset.view = View(config.dataset, train=True)
+    lead, whole = 2 * args.workers + 2, np.arange(len(dataset))  # batches in flight before the clock starts
+    count = 2 * lead + args.steps * args.repeats
+    plan = EpochPlan(np.arange(count * args.batch_size) % len(dataset), args.batch_size, 0, lambda epoch: 1.0)
+    shared = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
+    pillow = pil_float_loader(args.folder, args.image_size, plan, shared)
+    streaming = DataLoader(dataset, batch_sampler=plan, collate_fn=collate, **shared)
     decoder = {"num_workers": args.workers, "collate_fn": list}
-    whole = np.arange(len(dataset))
-    plan = EpochPlan(whole, args.batch_size, 0, lambda epoch: 1.0)
-    resident = ResidentLoader(dataset, whole, plan, config, device, decoder)
+    resident = ResidentLoader(dataset, whole, EpochPlan(whole, args.batch_size, 0, plan.share), config, device, decoder)
 
     def by_pillow() -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in pillow:
@@ -315,23 +309,23 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
         while True:
             yield from device_batches(resident, device)
 
-    pillow = pil_float_loader(args.folder, args.image_size, chunks, args.workers)
-    sources: dict[str, Callable[[], Iterator]] = {
-        "Pillow, float32": by_pillow,
-        "streaming: torchvision.io, uint8": lambda: device_batches(streaming, device),
-        "dataset.cache=device": by_residence,
+    sources: dict[str, Iterator] = {
+        "Pillow, float32": by_pillow(),
+        "streaming: torchvision.io, uint8": device_batches(streaming, device),
+        "dataset.cache=device": by_residence(),
     }
     rows = {}
     for name, source in tqdm(sources.items(), unit="pipeline", disable=None):
         speeds = []
-        for round_ in range(args.repeats + 1):  # the first starts the workers and is not counted
+        for _ in islice(source, lead):
+            pass
+        for _ in range(args.repeats):
             synchronize(device)
-            started, images = time.perf_counter(), 0
-            for batch, _ in islice(source(), args.steps):
-                images += len(batch)
+            started = time.perf_counter()
+            images = sum(len(batch) for batch, _ in islice(source, args.steps))
             synchronize(device)
-            if round_:
-                speeds.append(images / (time.perf_counter() - started))
+            speeds.append(images / (time.perf_counter() - started))
+        source.close()
         median = statistics.median(speeds)
         rows[name] = {"images_per_second": median, "lowest": min(speeds), "highest": max(speeds)}
         rows[name]["ratio"] = median / rows["Pillow, float32"]["images_per_second"]

@@ -47,7 +47,7 @@ import yaml
 from dotenv import load_dotenv
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -693,15 +693,15 @@ def decode_image(data: bytes) -> Tensor:
 
 
 class ImageDataset(Dataset):
-    """Item (epoch, index) is (uint8 image [3, size, size], label), or a string that says why it cannot be read.
+    """Item (index, draws) is (uint8 image [3, size, size], label), or a string that says why it cannot be read.
 
-    `samples[index]` is (what holds the image: a path, bytes or a uint8 tensor [3, H, W]; label). Augmentation
-    is a function of (seed, epoch, index) alone.
+    `samples[index]` is (what holds the image: a path, bytes or a uint8 tensor [3, H, W]; label); `draws` are the
+    random numbers of its augmentation, see `EpochPlan`.
     """
 
     def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
-        self.samples, self.classes, self.seed = samples, classes, 0
-        self.transform: Callable[[Tensor], Tensor] = nn.Identity()
+        self.samples, self.classes = samples, classes
+        self.view: View | None = None  # what `build_datasets` adds
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -719,20 +719,26 @@ class ImageDataset(Dataset):
         except (OSError, ValueError) as error:
             return f"{source if isinstance(source, Path) else f'sample {index}'}: {_one_line(error)}"
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
-        epoch, index = key
-        loaded = self.load(index)
-        if isinstance(loaded, str):
-            return loaded
-        entropy = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(entropy[0]))
-            return self.transform(loaded[0]), loaded[1]
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Tensor, int] | str:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[tuple[Tensor, int] | str]:
+        """The items of `keys`, a few at a time, for boxes cost a picture less the more are drawn at once."""
+        samples: list[tuple[Tensor, int] | str] = []
+        for start in range(0, len(keys), 16):
+            chunk = keys[start : start + 16]
+            loaded = [self.load(index) for index, _ in chunk]
+            good = [i for i, sample in enumerate(loaded) if not isinstance(sample, str)]
+            draws = torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, DRAWS)
+            for i, image in zip(good, self.view([loaded[i][0] for i in good], draws), strict=True):
+                loaded[i] = (image, loaded[i][1])
+            samples += loaded
+        return samples
 
 
 def collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
     good = [sample for sample in samples if not isinstance(sample, str)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    images = default_collate([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
     return Batch(images, labels, [sample for sample in samples if isinstance(sample, str)])
 
@@ -810,32 +816,107 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
     return ImageDataset([(grey[i], int(labels[i])) for i in chosen], [str(digit) for digit in range(10)])
 
 
+DRAWS = 23  # random numbers a sample's augmentation may use
+
+
+def uniform(seed: int, epoch: int, indices: Tensor, draws: int) -> Tensor:
+    """Random numbers in [0, 1) as a function of (seed, epoch, sample index) alone: [n] -> float64 [n, draws].
+
+    SplitMix64's output function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators",
+    figure 17) over a counter, in int64 arithmetic, so that CPU and GPU draw the same.
+    """
+
+    def shifted(x: Tensor, bits: int) -> Tensor:  # logical shift: int64's own keeps the sign
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+        return x ^ shifted(x, 31)
+
+    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+    key = mix(mix(torch.tensor([seed], device=indices.device) + golden) + epoch)
+    counter = torch.arange(1, draws + 1, device=indices.device) * golden
+    return shifted(mix(mix(key + indices.long())[:, None] + counter), 11).double() * 2.0**-53
+
+
+def random_crops(draws: Tensor, aspects: Tensor, sides: Tensor) -> Tensor:
+    """Boxes [n, 4] (top, left, height, width, whole pixels) that cover 8 to 100 % of a picture at ratios from 3:4 to
+    4:3 (Szegedy et al. 2015, section 6; as torchvision's RandomResizedCrop: ten tries, then the middle).
+
+    draws: [n, 22], uniform; aspects: [n], height over width of the pictures; sides: [n, 2], height and width at
+    which they are kept.
+    """
+    area, ratio = 0.08 + 0.92 * draws[:, :10], torch.exp(math.log(4 / 3) * (2 * draws[:, 10:20] - 1))
+    tries = torch.stack([area / ratio / aspects[:, None], area * ratio * aspects[:, None]], 1).sqrt()  # [n, 2, 10]
+    fits = (tries <= 1).all(1)
+    found, first = fits.any(1, keepdim=True), fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
+    middle = torch.stack([4 / 3 / aspects, 4 / 3 * aspects], 1).clamp(max=1)
+    lengths = (torch.where(found, tries.gather(2, first)[..., 0], middle) * sides).round().clamp(min=1)
+    starts = torch.where(found, draws[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2).floor()
+    return torch.cat([starts, lengths], 1)
+
+
 CENTRE = 0.875  # side of the validation crop over the picture's shorter side, where training crops at random
 
 
-def build_transforms(config: DatasetConfig, train: bool) -> v2.Transform:
-    """uint8 [3, H, W] -> uint8 [3, size, size]; normalisation happens on the device."""
-    size, augment = config.image_size, config.resolved_augment()
-    if augment == "random_resized_crop":
-        if train:
-            return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-        return v2.Compose([v2.Resize(round(size / CENTRE), antialias=True), v2.CenterCrop(size)])
-    crop_flip = [v2.RandomCrop(size, padding=padding(size)), v2.RandomHorizontalFlip()]
-    return v2.Compose(
-        [v2.Resize((size, size), antialias=True), *(crop_flip if train and augment == "pad_crop" else [])]
-    )
+def centre_crops(aspects: Tensor, sides: Tensor) -> Tensor:
+    """Boxes [n, 4], likewise, of the square in the middle of each picture."""
+    lengths = (CENTRE * sides * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round().clamp(min=1)
+    return torch.cat([((sides - lengths) / 2).floor(), lengths], 1)
 
 
-def padding(size: int) -> int:
-    """How far pad_crop moves a picture of `size`, pixels: 4 at 32 (He et al. 2016, section 4.2)."""
-    return max(1, size // 8)
+class View:
+    """What the network sees of a picture: uint8 [3, H, W] -> uint8 [3, size, size]; the device normalises it.
+
+    random_resized_crop: a random crop and mirror; the middle for validation. pad_crop: the whole picture resized to
+    `size`, shifted over black and mirrored (He et al. 2016, section 4.2); not shifted for validation. none: resized.
+    """
+
+    def __init__(self, config: DatasetConfig, train: bool):
+        augment, self.size = config.resolved_augment(), config.image_size
+        self.crops, self.random = augment == "random_resized_crop", train and augment != "none"
+        self.margin = max(1, self.size // 8)  # of the shift, pixels: 4 at 32
+
+    def boxes(self, draws: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [n, 4] and mirrors [n]; arguments as of `random_crops`, with [n, DRAWS] draws."""
+        mirror = (draws[:, 22] < 0.5) & self.random
+        if self.crops:
+            return random_crops(draws, aspects, sides) if self.random else centre_crops(aspects, sides), mirror
+        starts = ((draws[:, :2] * (2 * self.margin + 1)).floor() - self.margin) * self.random
+        return torch.cat([starts, torch.full_like(starts, self.size)], 1), mirror
+
+    def __call__(self, images: Sequence[Tensor], draws: Tensor) -> list[Tensor]:
+        """Each picture by its row of `draws` [n, DRAWS]."""
+        if not self.crops:
+            images = [image if image.shape[1:] == (self.size,) * 2 else _resize(image, self.size) for image in images]
+        if not images or not (self.crops or self.random):
+            return list(images)
+        sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
+        boxes, mirrors = self.boxes(draws, sides[:, 0] / sides[:, 1], sides)
+        return [self._cut(*each) for each in zip(images, boxes.int().tolist(), mirrors.tolist(), strict=True)]
+
+    def _cut(self, image: Tensor, box: Sequence[int], mirror: bool) -> Tensor:
+        top, left, height, width = box
+        if not self.crops:
+            image, top, left = F.pad(image, [self.margin] * 4), top + self.margin, left + self.margin
+        image = image[:, top : top + height, left : left + width]
+        image = _resize(image, self.size) if self.crops else image
+        return image.flip(-1) if mirror else image
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    """uint8 [3, H, W] -> [3, size, size], bilinear with antialiasing; fast in the layout that decoders leave."""
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
 
 
 class EpochPlan(Sampler):
-    """Which samples an epoch loads, and in which order: chunks of (epoch, index) keys, batch_size each.
+    """Which samples an epoch loads, and in which order: chunks of (index, draws) keys, batch_size each.
 
-    The order is a function of (seed, epoch). `share(epoch)` below 1 draws a random part before anything is
-    loaded. The last, smaller chunk is left out where a full one exists: every step has one shape.
+    The order is a function of (seed, epoch), the draws that augment a sample one of (seed, epoch, index): neither
+    workers nor restarts nor a cache change what it looks like. `share(epoch)` below 1 draws a random part before
+    anything is loaded. The last, smaller chunk is left out where a full one exists: every step has one shape.
     """
 
     def __init__(self, indices: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float]):
@@ -862,31 +943,12 @@ class EpochPlan(Sampler):
         """The indices this epoch loads, in order."""
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)[: self.chosen(self.epoch)]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self.order().tolist()
+    def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
+        order = self.order()
         for start in range(0, len(order), self.batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
-
-
-def uniform(seed: int, epoch: int, indices: Tensor, draws: int) -> Tensor:
-    """Random numbers in [0, 1) as a function of (seed, epoch, sample index) alone: [n] -> float64 [n, draws].
-
-    SplitMix64's output function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators",
-    figure 17) over a counter, in int64 arithmetic, so that CPU and GPU draw the same.
-    """
-
-    def shifted(x: Tensor, bits: int) -> Tensor:  # logical shift: int64's own keeps the sign
-        return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-    def mix(x: Tensor) -> Tensor:
-        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-        return x ^ shifted(x, 31)
-
-    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
-    key = mix(mix(torch.tensor([seed], device=indices.device) + golden) + epoch)
-    counter = torch.arange(1, draws + 1, device=indices.device) * golden
-    return shifted(mix(mix(key + indices.long())[:, None] + counter), 11).double() * 2.0**-53
+            chunk = order[start : start + self.batch_size]
+            draws = uniform(self.seed, self.epoch, torch.from_numpy(chunk), DRAWS)
+            yield list(zip(chunk.tolist(), draws.numpy(), strict=True))
 
 
 def axis_weights(start: Tensor, length: Tensor, size: int, side: int, mirror: Tensor | None = None) -> Tensor:
@@ -920,40 +982,19 @@ def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Ten
     return (rows[:, None] @ narrow.unflatten(1, (3, side))).round().clamp(0, 255).to(torch.uint8)
 
 
-def random_crops(draws: Tensor, aspects: Tensor, side: int) -> Tensor:
-    """Boxes [n, 4] (top, left, height, width, whole pixels) that cover 8 to 100 % of a picture at ratios from 3:4 to
-    4:3 (Szegedy et al. 2015, section 6; as torchvision's RandomResizedCrop: ten tries, then the middle).
-
-    draws: [n, 22], uniform; aspects: [n], height over width of the pictures, each kept as side x side pixels.
-    """
-    area, ratio = 0.08 + 0.92 * draws[:, :10], torch.exp(math.log(4 / 3) * (2 * draws[:, 10:20] - 1))
-    tries = torch.stack([area / ratio / aspects[:, None], area * ratio * aspects[:, None]], 1).sqrt()  # [n, 2, 10]
-    fits = (tries <= 1).all(1)
-    found, first = fits.any(1, keepdim=True), fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
-    middle = torch.stack([4 / 3 / aspects, 4 / 3 * aspects], 1).clamp(max=1)
-    lengths = (torch.where(found, tries.gather(2, first)[..., 0], middle) * side).round().clamp(1, side)
-    starts = torch.where(found, draws[:, 20:] * (side - lengths + 1), (side - lengths) / 2).floor()
-    return torch.cat([starts, lengths], 1)
-
-
-def centre_crops(aspects: Tensor, side: int) -> Tensor:
-    """Boxes [n, 4], likewise, of the square in the middle of each picture."""
-    lengths = (CENTRE * side * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round()
-    return torch.cat([((side - lengths) / 2).floor(), lengths], 1)
-
-
 class _Kept(Dataset):
     """Item `index` is (uint8 [3, side, side], label, height over width), or a string; see ImageDataset."""
 
     def __init__(self, dataset: ImageDataset, side: int):
-        self.dataset, self.resize = dataset, v2.Resize((side, side), antialias=True)
+        self.dataset, self.side = dataset, side
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, float] | str:
         loaded = self.dataset.load(index)
         if isinstance(loaded, str):
             return loaded
         image, label = loaded
-        return self.resize(image), label, image.shape[1] / image.shape[2]
+        kept = image if image.shape[1:] == (self.side, self.side) else _resize(image, self.side)
+        return kept, label, image.shape[1] / image.shape[2]
 
 
 class ResidentLoader:
@@ -969,8 +1010,7 @@ class ResidentLoader:
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
                  device: torch.device, shared: dict[str, Any]):  # fmt: skip
         self.plan, self.indices, self.batch_size = plan, indices, config.training.batch_size
-        self.size, self.side = config.dataset.image_size, kept_side(config.dataset)
-        self.augment = config.dataset.resolved_augment()
+        self.view, self.side = dataset.view, kept_side(config.dataset)
         n, self.keys = len(indices), torch.from_numpy(indices).to(device)
         self.images = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=device)
         self.labels = torch.empty(n, dtype=torch.int64, device=device)
@@ -985,7 +1025,7 @@ class ResidentLoader:
             self.images[part], self.labels[part] = torch.stack(images).to(device), torch.tensor(labels).to(device)
             self.aspects[part], done = torch.tensor(aspects).to(device), part.stop
         mode = "off" if plan is None or config.training.compile == "off" else "default"
-        self.crop = compiled(partial(crop_resize, size=self.size), mode)
+        self.crop = compiled(partial(crop_resize, size=self.view.size), mode)
         if mode != "off":  # compile before the clock of the training starts
             next(iter(self))
 
@@ -1001,17 +1041,11 @@ class ResidentLoader:
 
     def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
         """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
-        cropped, mirror = self.augment == "random_resized_crop", torch.zeros_like(rows, dtype=torch.bool)
-        if self.plan is None:
-            return (centre_crops(self.aspects[rows], self.side), mirror) if cropped else ()
-        if self.augment == "none":
+        if not self.view.crops and not self.view.random:
             return ()
-        draws = uniform(self.plan.seed, self.plan.epoch, self.keys[rows], 23)
-        if cropped:
-            return random_crops(draws[:, :22], self.aspects[rows], self.side), draws[:, 22] < 0.5
-        margin = padding(self.size)
-        starts = (draws[:, :2] * (2 * margin + 1)).floor() - margin
-        return torch.cat([starts, torch.full_like(starts, self.size)], 1), draws[:, 2] < 0.5
+        seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
+        sides = torch.full((1, 2), self.side, dtype=torch.float64, device=rows.device)
+        return self.view.boxes(uniform(seed, epoch, self.keys[rows], DRAWS), self.aspects[rows], sides)
 
 
 def kept_side(config: DatasetConfig) -> int:
@@ -1058,7 +1092,7 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         raise RequestError(f"dataset: {len(train.classes)} training and {len(val.classes)} validation classes")
     if not len(train) or not len(val):
         raise RequestError(f"dataset: {len(train)} training and {len(val)} validation samples")
-    train.transform, val.transform = build_transforms(config, True), build_transforms(config, False)
+    train.view, val.view = View(config, train=True), View(config, train=False)
     return train, val
 
 
@@ -1094,7 +1128,6 @@ def build_dataloaders(config: Config, device: torch.device) -> tuple[Loader, Loa
     """Training loader, validation loader, the plan that drives the first, and the number of classes."""
     dataset, training = config.dataset, config.training
     train, val = build_datasets(dataset)
-    train.seed = training.seed
     workers = training.num_workers
     if workers is None:  # digits are in memory already
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1108,7 +1141,7 @@ def build_dataloaders(config: Config, device: torch.device) -> tuple[Loader, Loa
         shared["collate_fn"] = list
         resident = partial(ResidentLoader, config=config, device=device, shared=shared)
         return resident(train, indices, plan), resident(val, val_indices, None), plan, len(train.classes)
-    keys = [(0, int(index)) for index in val_indices]
+    keys = [(index, np.zeros(DRAWS)) for index in val_indices.tolist()]
     chunks = [keys[start : start + training.batch_size] for start in range(0, len(keys), training.batch_size)]
     shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
     streaming = partial(DataLoader, **shared)

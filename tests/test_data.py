@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 from train_ast import (
+    DRAWS,
     EpochPlan,
     RequestError,
+    View,
     build_dataloaders,
     build_datasets,
-    build_transforms,
     collate,
     crop_resize,
     decode_image,
@@ -71,7 +72,7 @@ def test_images_and_labels_belong_together(kind, image_folder, parquet_folder):
     assert (len(train), len(val)) == (24, 9)
     for dataset in (train, val):
         for index in range(len(dataset)):
-            image, label = dataset[(0, index)]
+            image, label = dataset[(index, np.zeros(DRAWS))]
             assert image.shape == (3, config.dataset.image_size, config.dataset.image_size)
             assert image.dtype == torch.uint8
             brightest = int(image.float().mean((1, 2)).argmax())
@@ -106,7 +107,7 @@ def test_an_epoch_draws_without_repeats_in_full_chunks(n, batch_size, share, epo
     plan = EpochPlan(np.arange(n) + 7, batch_size, 3, lambda _: share)
     plan.epoch = epoch
     chunks = list(plan)
-    drawn = [index for chunk in chunks for _, index in chunk]
+    drawn = [index for chunk in chunks for index, _ in chunk]
     assert len(set(drawn)) == len(drawn)
     assert set(drawn) <= set(range(7, n + 7))
     assert len(plan) == len(chunks) == plan.steps(epoch)
@@ -114,8 +115,10 @@ def test_an_epoch_draws_without_repeats_in_full_chunks(n, batch_size, share, epo
     assert len(drawn) == (wanted // batch_size * batch_size or wanted)
     if wanted >= batch_size:
         assert {len(chunk) for chunk in chunks} == {batch_size}
-    assert list(plan) == chunks  # a function of (seed, epoch)
-    assert {e for chunk in chunks for e, _ in chunk} == {epoch}
+    again = [key for chunk in plan for key in chunk]  # a function of (seed, epoch)
+    assert [index for index, _ in again] == drawn
+    rows = uniform(3, epoch, torch.tensor(drawn), DRAWS).numpy()
+    assert all(np.array_equal(draws, row) for (_, draws), row in zip(again, rows, strict=True))
 
 
 def test_epochs_and_seeds_order_differently():
@@ -124,7 +127,7 @@ def test_epochs_and_seeds_order_differently():
         plan.epoch = epoch
         return next(iter(plan))
 
-    assert len({str([i for _, i in order(seed, epoch)]) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert len({str([i for i, _ in order(seed, epoch)]) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
 def test_random_mode_draws_before_loading_and_dense_phases_load_all(image_folder):
@@ -159,19 +162,15 @@ def test_neither_workers_nor_order_change_what_a_sample_looks_like(image_folder,
     for epoch in (0, 3):
         alone, shared = batches(0, epoch), batches(workers, epoch)
         assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, shared, strict=True))
-    train, _ = build_datasets(folder_config(image_folder).dataset)
-    first = train[(0, 5)][0]
-    for other in ((0, 3), (1, 5), (0, 7)):
-        train[other]
-    assert torch.equal(train[(0, 5)][0], first)
-    assert not torch.equal(train[(1, 5)][0], first)  # another epoch, another crop
 
 
-def test_reading_leaves_the_global_random_state_alone(image_folder):
+def test_a_picture_is_augmented_by_its_draws_alone(image_folder):
     train, _ = build_datasets(folder_config(image_folder, "dataset.augment=random_resized_crop").dataset)
-    torch.manual_seed(5)
+    draws = uniform(0, 0, torch.arange(3), DRAWS).numpy()
+    first = train[(5, draws[0])][0]
     before = torch.get_rng_state()
-    train[(0, 0)]
+    assert not torch.equal(train[(5, draws[1])][0], first)
+    assert torch.equal(train[(5, draws[0])][0], first)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -185,7 +184,7 @@ def test_subset_is_fixed_mixed_and_the_same_for_every_seed(image_folder):
     def keys(seed):
         limits = ["dataset.max_train_samples=9", "dataset.max_val_samples=5", f"training.seed={seed}"]
         _, val, plan, _ = build_dataloaders(folder_config(image_folder, *limits), CPU)
-        return sorted(plan.indices.tolist()), [index for chunk in val.batch_sampler for _, index in chunk]
+        return sorted(plan.indices.tolist()), [index for chunk in val.batch_sampler for index, _ in chunk]
 
     assert keys(0) == keys(1)
     assert (len(keys(0)[0]), len(keys(0)[1])) == (9, 5)
@@ -214,9 +213,10 @@ def test_a_bad_row_of_a_parquet_file_is_named(parquet_folder):
     rows[4] = {**rows[4], "img": {"bytes": b"rubbish", "path": None}}
     rows[5] = {**rows[5], "kind": None}
     train.samples = rows
-    assert train[(0, 4)].startswith("sample 4: not a readable image")
-    assert "no class" in train[(0, 5)]
-    batch = collate([train[(0, 3)], train[(0, 4)], train[(0, 5)]])
+    samples = [train[(index, np.zeros(DRAWS))] for index in (3, 4, 5)]
+    assert samples[1].startswith("sample 4: not a readable image")
+    assert "no class" in samples[2]
+    batch = collate(samples)
     assert len(batch.images) == len(batch.labels) == 1
     assert len(batch.unreadable) == 2
 
@@ -254,21 +254,65 @@ def test_a_class_without_validation_images_keeps_the_labels_right(image_folder):
     assert sorted({label for _, label in val.samples}) == [1, 2]  # green and red, as in training
 
 
-def test_augmentation_by_size_and_dataset():
-    def names(*overrides):
-        config = load_config(None, ["dataset.type=hf", "dataset.name=x", *overrides])
-        return [type(step).__name__ for step in build_transforms(config.dataset, True).transforms]
+@pytest.mark.parametrize(
+    ("overrides", "crops", "moves"),
+    [
+        (["dataset.image_size=32"], False, True),
+        (["dataset.image_size=224"], True, True),
+        (["dataset.type=digits"], False, False),
+        (["dataset.type=digits", "dataset.augment=pad_crop"], False, True),
+    ],
+)
+def test_augmentation_by_size_and_dataset(overrides, crops, moves):
+    config = load_config(None, ["dataset.type=hf", "dataset.name=x", *overrides]).dataset
+    assert (View(config, train=True).crops, View(config, train=True).random) == (crops, moves)
+    assert not View(config, train=False).random
 
-    assert names("dataset.image_size=32") == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
-    assert names("dataset.image_size=224") == ["RandomResizedCrop", "RandomHorizontalFlip"]
-    assert names("dataset.type=digits") == ["Resize"]
-    assert names("dataset.type=digits", "dataset.augment=pad_crop")[1:] == ["RandomCrop", "RandomHorizontalFlip"]
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_streamed_crop_is_torchvisions(train):
+    """The stated box, cut and resized; for validation the same picture as torchvision's resize and centre crop."""
+    view = View(load_config(None, ["dataset.image_size=72", "dataset.augment=random_resized_crop"]).dataset, train)
+    image = v2.functional.resize(pictures(1, 90)[0], [120, 200], antialias=True)
+    draws = uniform(0, 1, torch.arange(8), DRAWS)
+    sides = torch.tensor([[120.0, 200.0]], dtype=torch.float64)
+    boxes, mirrors = view.boxes(draws, torch.full((8,), 0.6, dtype=torch.float64), sides)
+    for row, box, mirror in zip(draws, boxes.int().tolist(), mirrors, strict=True):
+        expected = v2.functional.resized_crop(image, *box, [72, 72], antialias=True)
+        if not train:
+            expected = v2.functional.center_crop(v2.functional.resize(image, 82, antialias=True), [72, 72])
+        expected = v2.functional.horizontal_flip(expected) if mirror else expected
+        assert (view([image], row[None])[0].int() - expected.int()).abs().max() <= (1 if train else 12)
+        assert (view([image], row[None])[0].float() - expected.float()).abs().mean() < (
+            0.5 if train else 4
+        )  # half a pixel
+    assert mirrors.any() == train
+
+
+def test_a_shifted_picture_is_padded_and_cropped():
+    view = View(load_config(None, ["dataset.image_size=32", "dataset.augment=pad_crop"]).dataset, train=True)
+    image = pictures(1, 32)[0]
+    padded, seen = v2.functional.pad(image, [4, 4, 4, 4]), set()
+    for row in uniform(0, 0, torch.arange(400), DRAWS):
+        boxes, mirror = view.boxes(row[None], torch.ones(1), torch.full((1, 2), 32.0))
+        top, left, height, width = boxes[0].int().tolist()
+        expected = v2.functional.crop(padded, top + 4, left + 4, height, width)
+        assert torch.equal(view([image], row[None])[0], v2.functional.horizontal_flip(expected) if mirror else expected)
+        seen |= {top, left + 100, 1000 + int(mirror)}
+    assert seen == {*range(-4, 5), *range(96, 105), 1000, 1001}
 
 
 def pictures(count, side, seed=0):
     """Smooth random pictures: what resizing errors would show on."""
     coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 255
     return v2.functional.resize(coarse, [side, side], antialias=True).round().to(torch.uint8)
+
+
+def smooth_pictures(folder):
+    """Replace the noisy pictures of a folder by smooth ones, on which a second resizing shows little."""
+    for i, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        pixels = v2.functional.resize(pictures(1, 60, seed=i)[0], [60, 80], antialias=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=95)
 
 
 @pytest.mark.parametrize("size", [24, 40, 64])  # smaller than the crops, between, larger
@@ -323,9 +367,8 @@ def test_random_numbers_are_splitmix64_over_seed_epoch_and_index():
 def test_random_crops_have_torchvisions_distribution():
     draws = uniform(0, 0, torch.arange(20000), 22)
     for height, width in ((300, 400), (100, 400), (640, 200)):
-        side = 512
         aspects = torch.full((20000,), height / width, dtype=torch.float64)
-        top, left, tall, wide = (random_crops(draws, aspects, side) / side).T
+        top, left, tall, wide = (random_crops(draws, aspects, torch.full((1, 2), 512.0)) / 512).T
         assert top.min() >= 0 and left.min() >= 0 and (top + tall).max() <= 1 and (left + wide).max() <= 1  # noqa: PT018
         torch.manual_seed(0)
         params = [v2.RandomResizedCrop(8).make_params([torch.empty(3, height, width)]) for _ in range(4000)]
@@ -345,6 +388,7 @@ def test_resident_validation_is_the_streamed_one(kind, image_folder, parquet_fol
     make = folder_config if kind == "folder" else hf_config
     source = image_folder if kind == "folder" else parquet_folder
     size = ["dataset.image_size=72"] if kind == "folder" else ["dataset.image_size=32"]
+    smooth_pictures(image_folder)
     batches = {}
     for cache in ("none", "device"):
         config = make(source, *size, f"dataset.cache={cache}", "training.num_workers=0", "training.batch_size=4")
@@ -354,7 +398,23 @@ def test_resident_validation_is_the_streamed_one(kind, image_folder, parquet_fol
     assert torch.equal(streamed[1], kept[1])
     assert len(kept[1]) == 9
     difference = (streamed[0].float() - kept[0].float()).abs().mean()
-    assert difference == 0 if kind == "hf" else difference < 6  # random crops: resized twice, of noisy pictures
+    assert difference == 0 if kind == "hf" else difference < 1.5  # centre crops: resized twice
+
+
+@pytest.mark.parametrize(("size", "apart"), [(32, 0), (72, 4)])
+def test_a_sample_looks_the_same_streamed_and_resident(size, apart, image_folder):
+    smooth_pictures(image_folder)
+    batches = {}
+    for cache in ("none", "device"):
+        config = folder_config(image_folder, f"dataset.image_size={size}", f"dataset.cache={cache}")
+        train, _, plan, _ = build_dataloaders(config, CPU)
+        plan.epoch = 3
+        batches[cache] = list(device_batches(train, CPU))
+    for (streamed, labels), (kept, kept_labels) in zip(batches["none"], batches["device"], strict=True):
+        assert torch.equal(labels, kept_labels)
+        difference = (streamed.float() - kept.float()).abs().mean()
+        assert difference <= apart  # crops of down to a few pixels, their edges rounded twice
+        assert (streamed.float() - kept.float().flip(-1)).abs().mean() > 20
 
 
 def test_resident_batches_follow_the_plan_and_depend_on_the_seed_and_epoch_alone(image_folder):
