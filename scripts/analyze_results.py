@@ -127,10 +127,8 @@ def sparse_epochs(history: Mapping[str, np.ndarray], settings: Mapping[str, str]
     if "ast.mode" not in settings:
         return active < 1
     index, epochs = np.arange(len(active)), int(settings.get("training.epochs", len(active)))
-    dense = (index < int(settings.get("ast.warmup_epochs", 0))) | (
-        index >= epochs - int(settings.get("ast.anneal_epochs", 0))
-    )
-    return ~dense & (not settings["ast.mode"].startswith("dense"))
+    first, end = int(settings.get("ast.warmup_epochs", 0)), epochs - int(settings.get("ast.anneal_epochs", 0))
+    return (index >= first) & (index < end) & (not settings["ast.mode"].startswith("dense"))
 
 
 def activation_errors(history: Mapping[str, np.ndarray], settings: Mapping[str, str]) -> np.ndarray:
@@ -159,7 +157,7 @@ def figures(
     active = history.get("activation_rate", np.array([]))[sparse]
     best_epoch = int(np.nanargmax(accuracies)) if np.isfinite(accuracies := history.get("val_acc", [])).any() else None
     return {
-        "seed": result.get("seed"),
+        "seed": seed if isinstance(seed := result.get("seed"), int | None) else one_line(seed),
         "status": one_line(result.get("status") or "completed"),
         "error": one_line(result.get("error") or ""),
         "twin": one_line(result.get("twin") or ""),
@@ -340,6 +338,7 @@ def compare(runs: Sequence[Run], left_out: Mapping[str, str], baseline: str | No
     names = label_settings([run.settings for run in first.values()], [run.name for run in first.values()])
     name_of = dict(zip(first, names, strict=True))
     frame = pd.DataFrame([{"setting": name_of[run.key], **run.figures, "file": str(run.path)} for run in runs])
+    frame["seed"] = ["-" if run.figures["seed"] is None else str(run.figures["seed"]) for run in runs]
     frame["mode"] = [run.settings.get("ast.mode", "") for run in runs]
     frame["arena"] = [arena(run) for run in runs]
     table = tabulate(frame)
@@ -374,7 +373,7 @@ def tabulate(frame: pd.DataFrame) -> pd.DataFrame:
     groups = frame.groupby("setting", sort=False)
     table = groups.agg(
         n=("final_accuracy", "count"),
-        seeds=("seed", lambda seeds: " ".join(str(seed) for seed in seeds if seed is not None)),
+        seeds=("seed", " ".join),
         final_mean=("final_accuracy", "mean"),
         final_sd=("final_accuracy", "std"),
         best_mean=("best_accuracy", "mean"),
@@ -465,9 +464,7 @@ def verdict(study: Study) -> str:
     spread = f", 95 % interval ± {figures[best]['± 95 %']}" if figures[best].get("± 95 %", "-") != "-" else ""
     text = f"{best} has the highest final accuracy: {figures[best]['final %']} % (n = {figures[best]['n']}{spread})."
     base = study.baseline
-    others = sorted(
-        table.index[1:], key=lambda name: table.loc[name, "dense"]
-    )  # the best sparse one before a dense one
+    others = sorted(table.index[1:], key=lambda name: table.loc[name, "dense"])  # the sparse ones first
     other = base if base != best else next(iter(others), None)
     if base is not None and other is not None:
         winner, loser = (best, base) if best != base else (other, base)

@@ -224,7 +224,7 @@ def runs_table(study: Study) -> pd.DataFrame:
     texts = {key: ["-" if pd.isna(v) else format(v, spec) for v in study.runs[key]] for key, spec in specs.items()}
     return pd.DataFrame({
         "setting": study.runs["setting"],
-        "seed": ["-" if pd.isna(seed) else str(seed) for seed in study.runs["seed"]],
+        "seed": study.runs["seed"],
         "status": study.runs["status"],
         "final %": texts["final_accuracy"],
         "best %": texts["best_accuracy"],

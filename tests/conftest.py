@@ -32,6 +32,7 @@ def make_config(*overrides: str) -> Config:
 @pytest.fixture(autouse=True)
 def _own_handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, its children too
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
