@@ -723,10 +723,10 @@ class ImageDataset(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[tuple[Tensor, int] | str]:
-        """The items of `keys`, a few at a time, for boxes cost a picture less the more are drawn at once."""
+        """The items of `keys`, four at a time: boxes cost less drawn together, and pictures are cut while in cache."""
         samples: list[tuple[Tensor, int] | str] = []
-        for start in range(0, len(keys), 16):
-            chunk = keys[start : start + 16]
+        for start in range(0, len(keys), 4):
+            chunk = keys[start : start + 4]
             loaded = [self.load(index) for index, _ in chunk]
             good = [i for i, sample in enumerate(loaded) if not isinstance(sample, str)]
             draws = torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, DRAWS)

@@ -23,7 +23,10 @@ GPU = torch.device("cuda")
 
 @pytest.mark.parametrize(("mode", "window"), [("dense", 1), ("ast", 2)])
 def test_cuda_graphs_train_as_eager_steps_do(mode, window):
-    """ResNet-18 in float32, 24 loop steps from the same weights: weights and running statistics stay together."""
+    """ResNet-18 in float32, 24 loop steps from the same weights: every tensor moves the same way by the same amount.
+
+    The rate is small because at 0.01 a change of the weights by 1e-7 is one of 9 % after as many steps.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (24, 32, 3, 32, 32), dtype=torch.uint8, generator=generator).to(GPU)
     labels = torch.randint(0, 10, (24, 32), generator=generator).to(GPU)
@@ -31,7 +34,7 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, window):
     for compile_ in ("off", "reduce-overhead"):
         torch.manual_seed(0)
         settings = [f"training.compile={compile_}", f"training.grad_accum_steps={window}", "ast.kp=1.0"]
-        settings += ["training.device=cuda", "training.mixed_precision=false", "training.lr=0.01", "ast.pack=true"]
+        settings += ["training.device=cuda", "training.mixed_precision=false", "training.lr=1e-4", "ast.pack=true"]
         config = make_config(f"ast.mode={mode}", "training.batch_size=32", "dataset.image_size=32", *settings)
         configure_backends(config.ast, GPU)
         torch.set_float32_matmul_precision("highest")
@@ -39,16 +42,16 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, window):
         model = get_model(ModelConfig(name="resnet18", small_stem=True), 10, 32)
         run = Run(config, model, GPU, planned_steps=24)
         run.start_epoch(0)
+        start = {name: tensor.double() for name, tensor in model.state_dict().items()}
         warm_up(run)
         train_one_epoch(run, zip(images, labels, strict=True), 24, Stop())
-        ended[compile_] = {name: tensor.double() for name, tensor in model.state_dict().items()}
+        ended[compile_] = {name: tensor.double() - start[name] for name, tensor in model.state_dict().items()}
         ended[compile_ + " activation"] = run.activations
         assert run.ledger.steps >= 2
     assert ended["off activation"] == pytest.approx(ended["reduce-overhead activation"], abs=1 / 16)
-    for name, eager in ended["off"].items():
-        error = (ended["reduce-overhead"][name] - eager).norm() / eager.norm().clamp(min=1e-3)
-        assert error < 0.02, name
-        assert not torch.equal(eager, torch.zeros_like(eager)) or "bias" in name
+    for name, moved in ended["off"].items():
+        assert moved.norm() > 0, name
+        assert (ended["reduce-overhead"][name] - moved).norm() < 0.1 * moved.norm(), name
 
 
 def test_streamed_and_resident_batches_reach_the_gpu_as_they_are(image_folder):
