@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from train_ast import Config, RequestError, Stop, execute, load_config, options_help, run_cli, train, write_result
+from train_ast import (
+    Config,
+    RequestError,
+    Stop,
+    execute,
+    load_config,
+    options_help,
+    results_text,
+    run_cli,
+    train,
+    write_whole,
+)
 
 FLAGS = {
     "--epochs": "training.epochs",
@@ -67,8 +78,8 @@ def execute_with_twin(config: Config) -> int:
     twin, twin_path = train(dense_twin(config, result["train_seconds"]), stop)
     if twin["status"] == "interrupted":
         return 128 + stop.signal
-    write_result(twin | {"twin": path.name}, twin_path)
-    write_result(result | {"twin": twin_path.name}, path)
+    write_whole(results_text(twin | {"twin": path.name}), twin_path)
+    write_whole(results_text(result | {"twin": twin_path.name}), path)
     print(twin_verdict(result, twin))
     return 0
 

@@ -1720,21 +1720,26 @@ def build_result(run: Run, outcome: dict[str, str], seconds: float) -> dict[str,
 
 def save_results(result: dict[str, Any], output_dir: str | Path) -> Path:
     """Write final_results_<timestamp>.json whole or not at all, under a name nobody has taken."""
-    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    stamp, text = datetime.now().strftime("%Y%m%d_%H%M%S"), results_text(result)
     for tail in chain([""], (f"_{n}" for n in count(1))):
         path = Path(output_dir) / f"final_results_{stamp}{tail}.json"
         with contextlib.suppress(FileExistsError):
             path.open("x").close()  # claims the name
             break
-    write_result(result, path)
+    write_whole(text, path)
     return path
 
 
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write a results file, or replace it, whole or not at all."""
-    text, part = json.dumps(result, indent=2, allow_nan=False), path.with_suffix(f".{os.getpid()}.part")
+def results_text(result: dict[str, Any]) -> str:
+    """What stands in a results file. Raises ValueError for NaN or infinity."""
+    return json.dumps(result, indent=2, allow_nan=False) + "\n"
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a file, or replace it, whole or not at all."""
+    part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
