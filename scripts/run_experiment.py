@@ -3,6 +3,7 @@
     python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml
     python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3
     python scripts/run_experiment.py --config configs/digits_smoke.yaml training.lr=0.001 ast.mode=dense --dry-run
+    python scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin
 
 Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interrupted.
 """
@@ -10,11 +11,25 @@ Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interr
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import yaml
-from train_ast import execute, load_config, options_help, run_cli
+from train_ast import (
+    Config,
+    RequestError,
+    Stop,
+    execute,
+    load_config,
+    options_help,
+    results_text,
+    run_cli,
+    train,
+    write_whole,
+)
 
 FLAGS = {
     "--epochs": "training.epochs",
@@ -25,6 +40,56 @@ FLAGS = {
     "--max-minutes": "training.max_minutes",
     "--output-dir": "logging.output_dir",
 }
+
+TWIN_EPOCHS = 100  # times the sparse run's: a bound no dense run comes near in the same time
+
+
+def dense_twin(config: Config, train_seconds: float) -> Config:
+    """The same config in dense mode, its schedule decayed over exactly `train_seconds` of training."""
+    training = config.training.model_copy(
+        update={
+            "lr_decay": "time",
+            "max_minutes": train_seconds / 60,
+            "epochs": TWIN_EPOCHS * config.training.epochs,
+            "lr_warmup_epochs": TWIN_EPOCHS * config.training.lr_warmup_epochs,  # the same share of the schedule
+        }
+    )
+    ast, outputs = config.ast.model_copy(update={"mode": "dense"}), config.logging
+    if outputs.jsonl_path is not None:
+        log = Path(outputs.jsonl_path)
+        outputs = outputs.model_copy(update={"jsonl_path": str(log.with_name(f"{log.stem}.dense{log.suffix}"))})
+    twin = config.model_copy(update={"training": training, "ast": ast, "logging": outputs})
+    return Config.model_validate(twin.model_dump())
+
+
+def execute_with_twin(config: Config) -> int:
+    """Train `config`, then its dense twin on the training time that took; both results name each other.
+
+    Returns the exit code. Raises RequestError for a config that is dense itself.
+    """
+    if config.ast.mode == "dense":
+        raise RequestError("--dense-twin: ast.mode is dense; a twin is of a sparse or random run")
+    stop = Stop()
+    stop.watch_signals()
+    result, path = train(config, stop)
+    if result["status"] == "interrupted":
+        return 128 + stop.signal
+    stop.deadline = math.inf  # a cap in wall time was the sparse run's
+    twin, twin_path = train(dense_twin(config, result["train_seconds"]), stop)
+    if twin["status"] == "interrupted":
+        return 128 + stop.signal
+    write_whole(results_text(twin | {"twin": path.name}), twin_path)
+    write_whole(results_text(result | {"twin": twin_path.name}), path)
+    print(twin_verdict(result, twin))
+    return 0
+
+
+def twin_verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
+    """Who won, by how many points of final accuracy, in what training time."""
+    lead, mode = result["final_accuracy"] - twin["final_accuracy"], result["config"]["ast"]["mode"]
+    winner = "a draw" if lead == 0 else f"{mode if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
+    texts = [f"{each['final_accuracy']:.2f} % in {each['train_seconds']:.1f} s" for each in (result, twin)]
+    return f"verdict: {winner}: {mode} {texts[0]}, its dense twin {texts[1]} of training"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, key in FLAGS.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"short for {key}=VALUE")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config as YAML and stop")
+    parser.add_argument("--dense-twin", action="store_true", help="then train dense for the same time, and compare")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, for example ast.pack=true")
     args = parser.parse_intermixed_args(argv)
     flags = [f"{key}={value}" for key in FLAGS.values() if (value := getattr(args, key)) is not None]
@@ -44,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(yaml.safe_dump(config.model_dump(), sort_keys=False), end="")
         return 0
-    return execute(config)
+    return execute_with_twin(config) if args.dense_twin else execute(config)
 
 
 if __name__ == "__main__":

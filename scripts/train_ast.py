@@ -181,6 +181,7 @@ class MetricsConfig(Section):
 class LoggingConfig(Section):
     output_dir: str = Field("results", description="where final_results_<timestamp>.json goes")
     jsonl_path: str | None = Field(None, description="append one JSON line an epoch to this file")
+    tensorboard: bool = Field(False, description="write the same as scalars to <output_dir>/tensorboard/<timestamp>")
 
 
 class Config(Section):
@@ -1272,6 +1273,28 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def open_tensorboard(outputs: LoggingConfig) -> Any | None:
+    """torch's SummaryWriter into a folder of its own, None where none is asked for.
+
+    Raises RequestError, saying what to install, where the package is missing.
+    """
+    if not outputs.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RequestError("logging.tensorboard: needs a package that is not there: pip install tensorboard") from None
+    return SummaryWriter(Path(outputs.output_dir) / "tensorboard" / f"{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}")
+
+
+def add_scalars(board: Any, row: dict[str, Any]) -> None:
+    """The epoch's row of the history to TensorBoard, what was measured of it."""
+    for key, value in row.items():
+        if value is not None:
+            board.add_scalar(key, value, row["epoch"])
+    board.flush()
+
+
 # ------------------------------------------------------------------------------------------------ Train
 
 
@@ -1405,6 +1428,7 @@ class Run:
         self.ledger = Ledger()
         self.history: dict[str, list] = {key: [] for key in HISTORY_KEYS}
         self.epochs_completed, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
+        self.board: Any | None = None  # TensorBoard's writer
         self.epoch_started: float | None = None  # time.monotonic() seconds, while an epoch trains
         self.energy_kj = None if self.energy.read_kj() is None else 0.0
         self.lr = lr_at(0.0, training)
@@ -1590,11 +1614,13 @@ def train(config: Config, stop: Stop | None = None) -> tuple[dict[str, Any], Pat
         stop.deadline = started + 60 * config.training.max_minutes
     device = resolve_device(config.training)
     prepare_outputs(config.logging)
+    board = open_tensorboard(config.logging)
     torch.manual_seed(config.training.seed)
     configure_backends(config.ast, device)
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device)
     model = get_model(config.model, num_classes, config.dataset.image_size)
     run = Run(config, model, device, sum(plan.steps(epoch) for epoch in range(config.training.epochs)))
+    run.board = board
     outcome = {"status": "failed"}
     if device.type == "cuda" or config.training.compile != "off":
         warm_up(run)
@@ -1634,6 +1660,8 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         print(epoch_line(run.config, row), flush=True)
         if run.config.logging.jsonl_path is not None:
             append_jsonl(run.config.logging.jsonl_path, row)
+        if run.board is not None:
+            add_scalars(run.board, row)
         best = max(best, (val_acc, -epoch))
         if run.epochs_completed == training.epochs or run.out_of_time():
             return "completed"
@@ -1646,7 +1674,7 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
 
 def prepare_outputs(outputs: LoggingConfig) -> None:
     """Make the output folders. Raises RequestError where nothing could be written at the end."""
-    for key, path in outputs:
+    for key, path in (("output_dir", outputs.output_dir), ("jsonl_path", outputs.jsonl_path)):
         try:
             if path is not None:
                 folder = Path(path) if key == "output_dir" else Path(path).parent
@@ -1693,19 +1721,29 @@ def build_result(run: Run, outcome: dict[str, str], seconds: float) -> dict[str,
 
 def save_results(result: dict[str, Any], output_dir: str | Path) -> Path:
     """Write final_results_<timestamp>.json whole or not at all, under a name nobody has taken."""
-    stamp, text = datetime.now().strftime("%Y%m%d_%H%M%S"), json.dumps(result, indent=2, allow_nan=False)
+    stamp, text = datetime.now().strftime("%Y%m%d_%H%M%S"), results_text(result)
     for tail in chain([""], (f"_{n}" for n in count(1))):
         path = Path(output_dir) / f"final_results_{stamp}{tail}.json"
         with contextlib.suppress(FileExistsError):
             path.open("x").close()  # claims the name
             break
+    write_whole(text, path)
+    return path
+
+
+def results_text(result: dict[str, Any]) -> str:
+    """What stands in a results file. Raises ValueError for NaN or infinity."""
+    return json.dumps(result, indent=2, allow_nan=False) + "\n"
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a file, or replace it, whole or not at all."""
     part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    return path
 
 
 EPOCH_COLUMNS = {  # title: (history key, format); the width is the format's

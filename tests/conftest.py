@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,15 @@ def make_config(*overrides: str) -> Config:
     """Digits at 8 px on the CPU, sparse from the first epoch, with `overrides` laid over."""
     base = ["dataset.image_size=8", "training.batch_size=16", "training.device=cpu", "ast.warmup_epochs=0"]
     return load_config(None, [*base, "metrics.base_flop_per_sample=1e6", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def _own_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, its children too
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class LayerNormNet(nn.Module):

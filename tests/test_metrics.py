@@ -2,10 +2,21 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
-from train_ast import EnergyMeter, Ledger, Meter, TrainingFailed, append_jsonl
+from train_ast import (
+    EnergyMeter,
+    Ledger,
+    LoggingConfig,
+    Meter,
+    RequestError,
+    TrainingFailed,
+    add_scalars,
+    append_jsonl,
+    open_tensorboard,
+)
 
 CPU = torch.device("cpu")
 
@@ -48,3 +59,22 @@ def test_jsonl_appends_whole_lines(tmp_path):
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1, 2]
     with pytest.raises(ValueError, match="JSON"):
         append_jsonl(path, {"epoch": math.nan})
+
+
+def test_tensorboard_that_is_missing_says_what_to_install(tmp_path, monkeypatch):
+    assert open_tensorboard(LoggingConfig(output_dir=str(tmp_path))) is None
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
+    with pytest.raises(RequestError, match="logging.tensorboard: .* pip install tensorboard"):
+        open_tensorboard(LoggingConfig(output_dir=str(tmp_path), tensorboard=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_what_was_measured(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = open_tensorboard(LoggingConfig(output_dir=str(tmp_path), tensorboard=True))
+    for epoch, threshold in enumerate([None, 0.5, 0.25], 1):
+        add_scalars(board, {"epoch": epoch, "val_acc": 10.0 * epoch, "threshold": threshold})
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val_acc")] == [(1, 10), (2, 20), (3, 30)]
+    assert [(event.step, event.value) for event in events.Scalars("threshold")] == [(2, 0.5), (3, 0.25)]

@@ -19,6 +19,9 @@ TINY = "model.name=test_resnet dataset.image_size=32 training.epochs=3 ast.warmu
 TINY += "training.batch_size=8 training.lr_warmup_epochs=0 dataset.num_classes=3 training.compile=off"
 FOLDER = f"{TINY} dataset.train_dir=IMAGES/train dataset.val_dir=IMAGES/val"
 PARQUET = f"{TINY} dataset.name=PARQUET dataset.subset=null dataset.revision=null dataset.split_val=test"
+FEW = "--epochs 4 dataset.max_train_samples=256"
+SWEEP = "scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,random "
+SWEEP += "ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 --output-dir results/sweep"
 RESNET = "scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml"
 ADDED = {
     "scripts/run_experiment.py --config configs/digits_smoke.yaml": "",
@@ -27,8 +30,12 @@ ADDED = {
     "scripts/run_experiment.py --config configs/digits_smoke.yaml ast.mode=dense training.lr=1e-3 --dry-run": "",
     "scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml configs/imagenet_vitb16_ast.yaml": FOLDER,
     "scripts/train_ast.py --config configs/imagenet_resnet50_ast.yaml": FOLDER,
-    "scripts/analyze_results.py --results-dir results": "",
-    "scripts/analyze_results.py --results-dir results --plot --save-dir results/plots": "",
+    f"{SWEEP} --dry-run": "",
+    f"{SWEEP} --resume": "--grid ast.mode=ast --seeds 0 training.epochs=4 dataset.max_train_samples=256",
+    "scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin": FEW,
+    "scripts/analyze_results.py --results-dir results": "--dataset digits",  # above, the same folder got others too
+    "scripts/analyze_results.py --results-dir results --plot --save-dir results/plots": "--dataset digits",
+    "scripts/analyze_results.py --results-dir results/sweep --report results/report.html --csv results/table.csv": "",
     "scripts/download_imagenette.py": "",  # finds the folder there; the download has a test of its own
     "scripts/run_experiment.py --config configs/imagenette_hf_ast.yaml --epochs 10": f"{PARQUET} --epochs 3",
     "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model test_resnet --classes 10 "
@@ -69,10 +76,10 @@ def test_command_works(command, clone, image_folder, parquet_folder):
     line = [sys.executable, *shlex.split(command), *shlex.split(added)]
     done = subprocess.run(line, cwd=clone, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
-    if "digits_smoke.yaml" in command and "dry-run" not in command:
+    if command == "scripts/run_experiment.py --config configs/digits_smoke.yaml":
         accuracy = float(re.search(r"final (\d+\.\d+) %", done.stdout)[1])
         assert accuracy > 90
         rates = [float(line.split()[5]) for line in done.stdout.splitlines() if re.match(r" +\d+/20 +ast", line)]
         assert max(abs(rate - 0.25) for rate in rates[-5:]) < 0.03
     if "--plot" in command:
-        assert len(list((clone / "results" / "plots").glob("*.png"))) == 4
+        assert len(list((clone / "results" / "plots").glob("*.png"))) == 8

@@ -1,5 +1,13 @@
 """The single runner: flags, overrides, dry runs, exit codes, secrets."""
 
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
 import pytest
 import run_experiment
 import yaml
@@ -77,3 +85,67 @@ def test_secrets_of_the_environment_stay_out_of_the_results(script, monkeypatch,
     assert done.returncode == 0, done.stderr
     written = "".join(path.read_text() for path in tmp_path.iterdir()) + done.stdout + done.stderr
     assert "planted" not in written
+
+
+SMALL = ["dataset.max_train_samples=512", "training.epochs=4", "ast.warmup_epochs=1", "training.lr_warmup_epochs=1"]
+
+
+def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(tmp_path, capsys):
+    log = ["--output-dir", str(tmp_path), f"logging.jsonl_path={tmp_path}/log.jsonl"]
+    assert run_cli(lambda: run_experiment.main(["--config", CONFIG, "--dense-twin", *SMALL, *log])) == 0
+    printed = capsys.readouterr().out
+    names = [Path(line.removeprefix("results: ")).name for line in printed.splitlines() if line.startswith("results: ")]
+    sparse, dense = (json.loads((tmp_path / name).read_text()) for name in names)
+    assert [sparse["twin"], dense["twin"]] == names[::-1]
+    assert len(list(tmp_path.glob("final_results_*"))) == 2
+    assert dense["config"]["training"]["max_minutes"] == sparse["train_seconds"] / 60
+    assert dense["status"] == "completed"
+    budget = sparse["train_seconds"]
+    assert budget <= dense["train_seconds"] < budget + 0.5  # the step at the end of its time, and no other
+    assert dense["training_history"]["lr"][-1] < 0.003 * 0.05
+    assert dense["ledger"]["scored"] == 0
+    changed = {
+        f"{section}.{key}"
+        for section, part in sparse["config"].items()
+        for key, value in part.items()
+        if value != dense["config"][section][key]
+    }
+    assert changed == {"ast.mode", "logging.jsonl_path"} | {
+        f"training.{key}" for key in ("epochs", "lr_decay", "lr_warmup_epochs", "max_minutes")
+    }
+    lead = sparse["final_accuracy"] - dense["final_accuracy"]
+    verdict = re.fullmatch(
+        r"verdict: (.*): ast (\S+) % in (\S+) s, its dense twin (\S+) % in (\S+) s of training",
+        printed.splitlines()[-1],
+    )
+    words = f"{'ast' if lead > 0 else 'dense'} wins by {abs(lead):.2f} points" if lead else "a draw"
+    accuracies = [f"{each['final_accuracy']:.2f}" for each in (sparse, dense)]
+    seconds = [f"{each['train_seconds']:.1f}" for each in (sparse, dense)]
+    assert verdict.groups() == (words, accuracies[0], seconds[0], accuracies[1], seconds[1])
+
+
+def test_a_twin_warms_up_for_the_same_share_of_its_time():
+    config = load_config(CONFIG, SMALL)
+    twin = run_experiment.dense_twin(config, 90.0)
+    assert (twin.training.max_minutes, twin.ast.mode) == (1.5, "dense")
+    shares = [each.training.lr_warmup_epochs / each.training.epochs for each in (config, twin)]
+    assert shares[0] == shares[1] == 0.25
+    assert twin.training.epochs >= 100
+
+
+def test_a_dense_twin_needs_a_sparse_run_that_ended(tmp_path, capsys):
+    args = ["--config", CONFIG, "--dense-twin", "--output-dir", str(tmp_path)]
+    assert run_cli(lambda: run_experiment.main([*args, "ast.mode=dense"])) == 2
+    assert capsys.readouterr().err == "error: --dense-twin: ast.mode is dense; a twin is of a sparse or random run\n"
+    log = tmp_path / "log.jsonl"
+
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert run_cli(lambda: run_experiment.main([*args, "--epochs", "100000", f"logging.jsonl_path={log}"])) == 130
+    (path,) = tmp_path.glob("final_results_*.json")
+    assert "twin" not in json.loads(path.read_text())

@@ -1,32 +1,245 @@
-"""The sweep: every config its own process, failures reported, the rest go on."""
+"""The sweep: plans, identities, processes, signals, and a summary that holds each run once."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
+import run_sweep
+from conftest import REPO
+from run_sweep import (
+    Halt,
+    Planned,
+    Running,
+    command_for,
+    finished_runs,
+    is_done,
+    main,
+    plan_run,
+    run_id,
+    slots_of,
+    time_left,
+    work_off,
+)
+from test_analyze_results import write_run
+from train_ast import Config, RequestError, load_config, run_cli
+
+DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "training.batch_size=16"]
+ENDLESS = ["training.epochs=100000", "dataset.max_train_samples=64"]
 
 
-def test_a_failing_run_is_reported_and_the_rest_go_on(script, tmp_path):
-    bad = tmp_path / "bad.yaml"
-    bad.write_text("training:\n  epochz: 3\n")
-    dies = tmp_path / "dies.yaml"
-    dies.write_text("ast: {mode: dense}\ntraining: {lr: 1.0e+20}\nmodel: {name: test_resnet}\n")
-    good = "configs/digits_smoke.yaml"
-    done = script("run_sweep", "--configs", bad, dies, good, *QUICK, "--output-dir", tmp_path / "out")
-    assert done.returncode == 1, done.stderr
-    (summary,) = (tmp_path / "out").glob("sweep_summary_*.jsonl")
-    rows = [json.loads(line) for line in summary.read_text().splitlines()]
-    assert [row["exit_code"] for row in rows] == [2, 1, 0]
-    assert [row["status"] for row in rows] == ["failed", "failed", "completed"]
-    assert "training.epochz: unknown key; did you mean training.epochs?" in rows[0]["error"]
-    assert "non-finite loss" in rows[1]["error"]
-    assert rows[1]["results_file"] is not None  # what was finished, and why it ended
-    assert rows[2]["best_accuracy"] == json.loads(Path(rows[2]["results_file"]).read_text())["best_accuracy"]
-    assert all(row["duration_seconds"] > 0 for row in rows)
-    assert all(name in done.stdout for name in (str(bad), str(dies), good, str(summary)))
+def rows_of(folder):
+    (summary,) = folder.glob("sweep_summary_*.jsonl")
+    return [json.loads(line) for line in summary.read_text().splitlines()]
 
 
-def test_nothing_to_run_is_a_wrong_request(script):
-    done = script("run_sweep", "--configs")
-    assert done.returncode == 2
-    assert "--configs" in done.stderr
+def processes(word):
+    """The ids of the processes with `word` on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"\0{word}\0" in path.read_text():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def test_identity_is_the_config_with_its_seed_without_its_logging():
+    base = load_config(DIGITS)
+    assert run_id(base) == run_id(load_config(DIGITS, ["logging.output_dir=elsewhere", "logging.jsonl_path=log"]))
+    assert run_id(base) == run_id(load_config(DIGITS, ["training.seed=0", "ast.kp=1"]))
+    assert run_id(base) == run_id(Config.model_validate(json.loads(json.dumps(base.model_dump()))))
+    others = [["training.seed=1"], ["ast.kp=1.5"], ["ast.mode=dense"], ["dataset.max_val_samples=9"]]
+    assert len({run_id(base), *(run_id(load_config(DIGITS, other)) for other in others)}) == 5
+
+
+def test_failed_and_killed_runs_are_listed_and_the_others_complete(tmp_path, capsys):
+    """A bad value, a run that dies of it, one that is killed, one that is sound; then the same again with --resume."""
+    killer = threading.Thread(target=lambda: os.kill(wait_for(lambda: processes("training.lr=0.002"))[0], 9))
+    killer.start()
+    common = ["--configs", DIGITS, "--output-dir", str(tmp_path), *QUICK, "ast.mode=dense", "training.optimizer=sgd"]
+    args = [*common, "--grid", "training.lr=-1,1e20,0.002,0.003", "--seeds", "7", "--runs-per-gpu", "3"]
+    assert run_cli(lambda: main(args)) == 1
+    killer.join()
+    rows = rows_of(tmp_path)
+    assert len(rows) == len({row["id"] for row in rows}) == 4
+    by_rate = {row["overrides"][-2].partition("=")[2]: row for row in rows}
+    bad, died, killed, done = (by_rate[rate] for rate in ("-1", "1e20", "0.002", "0.003"))
+    shown = capsys.readouterr().out
+    assert all(row["error"] in shown for row in (bad, died, killed))
+    assert (bad["status"], bad["exit_code"]) == ("failed", 2)
+    assert "training.lr: expected greater than 0, got -1" in bad["error"]
+    assert (died["status"], died["exit_code"]) == ("failed", 1)
+    assert re.fullmatch(r"error: non-finite loss in epoch \d, step \d", died["error"])
+    assert (killed["status"], killed["exit_code"]) == ("failed", -9)
+    assert killed["error"] == "ended by SIGKILL: by hand, or for want of memory"
+    result = json.loads(Path(done["results_file"]).read_text())
+    assert (done["status"], done["exit_code"], done["seed"]) == ("completed", 0, 7)
+    assert all(done[key] == result[key] for key in ("best_accuracy", "final_accuracy", "train_seconds", "energy_kj"))
+    assert done["duration_seconds"] > done["train_seconds"] > 0
+
+    files = sorted(tmp_path.glob("final_results_*.json"))
+    again = [*common, "--grid", "training.lr=-1,0.003", "--seeds", "7", "--resume"]
+    assert run_cli(lambda: main(again)) == 1  # the bad one is bad again, the finished one is not repeated
+    assert sorted(row["id"] for row in rows_of(tmp_path)) == sorted(row["id"] for row in rows)
+    assert sorted(tmp_path.glob("final_results_*.json")) == files
+
+
+def test_a_sweep_killed_in_the_middle_resumes_without_repeating_a_finished_run(tmp_path):
+    grid = ["--configs", DIGITS, "--seeds", "0", "1", "--output-dir", str(tmp_path), *QUICK]
+    sweep = subprocess.Popen(
+        [sys.executable, "scripts/run_sweep.py", *grid], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for(lambda: len(list(tmp_path.glob("final_results_*.json"))) == 1 and processes("training.seed=1"))
+    sweep.kill()
+    sweep.communicate()
+    wait_for(lambda: not processes("training.seed=1"), 10)  # it takes its runs with it
+    (first,) = tmp_path.glob("final_results_*.json")
+    (tmp_path / "final_results_20200101_000000.json").write_text("{")  # what another writer left
+    with next(tmp_path.glob("sweep_summary_*.jsonl")).open("a") as file:
+        file.write('{"id": "cut sho')
+    assert run_cli(lambda: main([*grid, "--resume"])) == 0
+    rows = rows_of(tmp_path)
+    assert [(row["seed"], row["status"], row["exit_code"]) for row in rows] == [
+        (0, "completed", 0),
+        (1, "completed", 0),
+    ]
+    assert rows[0]["results_file"] == str(first)
+    assert len({row["id"] for row in rows}) == 2
+    assert rows[1]["results_file"] in map(str, tmp_path.glob("final_results_*.json"))
+
+
+def test_ctrl_c_lets_the_running_ones_save_and_starts_no_other(tmp_path, capsys):
+    def interrupt():
+        wait_for(lambda: list(tmp_path.glob("log.*.jsonl")))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    overrides = [*ENDLESS, f"logging.jsonl_path={tmp_path}/log.jsonl", "--output-dir", str(tmp_path)]
+    assert run_cli(lambda: main(["--configs", DIGITS, *overrides, "--seeds", "0", "1"])) == 130
+    (row,) = rows_of(tmp_path)
+    assert (row["status"], row["exit_code"]) == ("interrupted", 130)
+    assert json.loads(Path(row["results_file"]).read_text())["training_history"]["epoch"][0] == 1
+    assert "0 of 2 runs done, 1 not started" in capsys.readouterr().out
+
+
+def stand_in(monkeypatch, program):
+    """Runs that are `program` instead of the lab, where only their processes matter."""
+    monkeypatch.setattr(run_sweep, "command_for", lambda plan: [sys.executable, "-c", program, plan.name])
+    return [Planned(name, "config", (), name, load_config(DIGITS)) for name in "abcd"]
+
+
+def test_a_second_signal_kills(tmp_path, monkeypatch):
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    plan, halt = stand_in(monkeypatch, deaf)[0], Halt()
+    run = Running(plan, None, tmp_path / "log")
+    wait_for(lambda: "up" in (tmp_path / "log").read_text())
+    halt.signals.append(signal.SIGINT)
+    halt.pass_on([run])
+    time.sleep(0.2)
+    assert run.process.poll() is None
+    halt.signals.append(signal.SIGINT)
+    halt.pass_on([run])
+    assert run.process.wait(10) == -signal.SIGKILL
+    assert run.row()["status"] == "failed"
+
+
+def test_each_gpu_works_off_the_queue(tmp_path, monkeypatch):
+    """Two devices, one run at a time on each: never two on one, and the quick device takes what is left."""
+    program = "import os, time; time.sleep(1.5 if os.environ['CUDA_VISIBLE_DEVICES'] == 'slow' else 0.05)"
+    plans, rows = stand_in(monkeypatch, program), []
+    work_off(plans, ["slow", "quick"], tmp_path, Halt(), lambda row, still: rows.append((row, len(still))))
+    assert [row["device"] for row, _ in rows] == ["quick", "quick", "quick", "slow"]
+    assert [still for _, still in rows] == [3, 2, 1, 0]
+
+
+def test_slots(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert slots_of([], 2) == [None, None]
+    assert slots_of(["0", "1"], 2) == ["0", "0", "1", "1"]
+    with pytest.raises(RequestError, match="--gpus 2: torch sees 2 GPUs"):
+        slots_of(["2"], 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")  # numbers count what this process may see
+    assert slots_of(["1", "0"], 1) == ["6", "4"]
+
+
+def test_time_left_goes_by_epochs():
+    plans = [Planned("a", "", (), "", load_config(DIGITS, ["training.epochs=30"]))]
+    rows = [{"status": "completed", "epochs": 10, "duration_seconds": 20.0}, {"status": "failed"}]
+    assert time_left(rows, plans, 2) == timedelta(seconds=30)
+    assert time_left(rows[1:], plans, 2) is None
+
+
+def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
+    grid = ["--grid", "ast.mode=ast,dense", "ast.target_activation=0.25,0.5", "--seeds", "0", "0", "1"]
+    assert main(["--configs", DIGITS, DIGITS, "--output-dir", str(tmp_path / "out"), *grid, "--dry-run"]) == 0
+    *plan, total = capsys.readouterr().out.splitlines()
+    assert len(plan) == len(set(plan)) == 8
+    assert total == "8 runs, 1 at a time: no finished run to estimate their time from"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--grid", "ast.target_activaton=0.1"], "ast.target_activaton: unknown key; did you mean ast.target_act"),
+        (["training.epochz=3"], "training.epochz: unknown key; did you mean training.epochs?"),
+        (["--grid", "training.lr="], "--grid training.lr: expected key=value,value..."),
+        (["--grid", "training.lr"], "--grid training.lr: expected key=value,value..."),
+        (["--grid", "training.lr=1", "training.lr=2"], "--grid training.lr: given twice"),
+        (["--grid", "logging.output_dir=a,b"], "--grid logging.output_dir: does not make a run another"),
+        (["--grid", "training.seed=1", "--seeds", "2"], "--seeds: training.seed is in --grid too"),
+        (["--seeds", "one"], "--seeds: expected whole numbers, got 'one'"),
+        (["--runs-per-gpu", "0"], "--runs-per-gpu: expected at least 1, got 0"),
+        (["--dense-twin", "ast.mode=dense"], "--dense-twin: none of the runs is sparse"),
+        (["--output-dir", "/proc/nowhere"], "logging.output_dir: cannot write to /proc/nowhere"),
+    ],
+)
+def test_a_wrong_request_starts_nothing(args, message, tmp_path, capsys):
+    output = [] if "--output-dir" in args else ["--output-dir", str(tmp_path)]
+    assert run_cli(lambda: main(["--configs", DIGITS, *output, *args])) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_others_are_not_taken_for_finished_runs(tmp_path):
+    config = load_config(DIGITS, [f"logging.output_dir={tmp_path}"])
+    plan = Planned(run_id(config), "", (), "", config)
+    write_run(tmp_path, "0", extra={"config": config.model_dump(), "status": "interrupted"})
+    write_run(tmp_path, "1", extra={"config": load_config(DIGITS, ["training.seed=3"]).model_dump()})
+    write_run(tmp_path, "2", extra={"config": config.model_dump(), "training_history": None})
+    assert plan.id not in finished_runs([plan])
+    path = write_run(tmp_path, "3", extra={"config": config.model_dump()})
+    assert finished_runs([plan])[plan.id]["results_file"] == str(path)
+
+
+def test_with_dense_twins_a_run_is_done_when_its_twin_is_there(tmp_path):
+    plan, dense = (plan_run(DIGITS, (f"ast.mode={mode}",), mode, dense_twin=True) for mode in ("random", "dense"))
+    assert ["--dense-twin" in command_for(each) for each in (plan, dense)] == [True, False]
+    assert not is_done(plan, None)
+    row = {"results_file": str(write_run(tmp_path, "1"))}
+    assert [is_done(plan, row), is_done(dense, row)] == [False, True]
+    row["twin"] = "final_results_2.json"
+    assert not is_done(plan, row)
+    write_run(tmp_path, "2", ast__mode="dense")
+    assert is_done(plan, row)

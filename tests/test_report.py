@@ -1,0 +1,195 @@
+"""The figures and the page: the same numbers as the table, nothing unescaped, readable on a phone."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import report
+from analyze_results import cli, compare, frontier_lines, load_runs, shown, verdict
+from PIL import Image
+from test_analyze_results import write_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """<script>
+addEventListener("load", () => {
+  const page = document.documentElement, outside = [];
+  for (const each of document.querySelectorAll("main *:not(.wide *):not(svg *)"))
+    if (each.getBoundingClientRect().right > page.clientWidth + 1) outside.push(each.tagName + "." + each.className);
+  const column = () => [...document.querySelectorAll("#settings tbody tr")].map(row => row.cells[2].textContent);
+  const before = column();
+  const button = document.querySelector("#settings thead").rows[0].cells[2].querySelector("button");
+  button.click(); button.click();
+  parent.postMessage([page.clientWidth, page.scrollWidth, outside.join() || "none", before, column()].join(" | "), "*");
+});
+</script>"""
+FRAME = """<body style="margin: 0"><p id="found" hidden></p>
+<script>addEventListener("message", event => { document.getElementById("found").textContent = event.data })</script>
+<iframe src="page.html" style="border: 0; width: WIDTHpx; height: 3000px"></iframe>"""
+
+
+class Page(HTMLParser):
+    """The text of every table as rows of cells, by id; how often each tag occurs; every attribute."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.tags, self.attributes, self.cell, self.paragraphs = {}, [], [], None, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "table":
+            self.rows = self.tables[dict(attrs)["id"]] = []
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.cell = ""
+        if tag == "text":
+            self.cell = None if self.cell is None else self.cell + "\0"  # the legend's marker, no text of the cell
+        if tag == "p":
+            self.paragraphs.append("")
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.rows[-1].append(re.sub("\0.", "", self.cell).strip())
+            self.cell = None
+
+    def handle_data(self, data):
+        if self.cell is not None:
+            self.cell += data
+        elif self.paragraphs:
+            self.paragraphs[-1] += data
+
+
+def page_of(study):
+    return report.render(study, shown(study), verdict(study), frontier_lines(study))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three settings with three seeds, one of them dense, one failed run, and a file with hostile text."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for seed in range(3):
+        common = {"training__seed": seed}
+        write_run(folder, f"a{seed}", (40.0, 60.0, 71 + seed / 3), 20 + seed, **common)
+        write_run(folder, f"b{seed}", (40.0, 60.0, 72 + seed / 7), 21 + seed, **common, ast__target_activation=0.5)
+        write_run(folder, f"d{seed}", (40.0, 60.0, 73 + seed / 9), 30 + seed, **common, ast__mode="dense")
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'$x_{"
+    write_run(folder, "h", (40.0, 60.0, 70.0), 25.0, ast__threshold_unit=hostile)
+    write_run(folder, "f", extra={"status": "failed", "error": hostile}, training__seed=9)
+    return folder
+
+
+def test_every_number_is_the_tables(folder):
+    study = compare(*load_runs([folder]))
+    table, page = shown(study), Page(page_of(study))
+    assert page.tables["settings"] == [list(table.columns), *table.to_numpy().tolist()]
+    assert page.paragraphs[0].startswith(verdict(study))
+    assert set(re.findall(r"\d+\.\d\d", verdict(study))) <= set(
+        re.findall(r"\d+\.\d\d", " ".join(table.to_numpy().ravel()))
+    )
+    runs = {row[-1]: row for row in page.tables["runs"][1:]}
+    for row in study.runs.itertuples():
+        assert runs[row.file][:2] == [row.setting, str(row.seed)]
+        assert runs[row.file][3:5] == [f"{row.final_accuracy:.2f}", f"{row.best_accuracy:.2f}"]
+    changes = dict(page.tables["differences"][1:])
+    assert changes["dense"] == "the baseline"
+    assert changes["ast target_activation=0.5"] == "ast.mode: dense → astast.target_activation: 0.25 → 0.5"
+
+
+def test_nothing_is_loaded_and_nothing_gets_out_of_its_place(folder):
+    page = Page(page_of(compare(*load_runs([folder]))))
+    assert page.tags.count("script") == 1
+    assert not {"img", "link", "iframe", "object", "image"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert not any(name.startswith("on") for name in names)
+    assert all(value.startswith("#") for name, value in page.attributes if name.endswith(("href", "src")))
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_thirty_settings_are_told_apart_and_look_alike_in_every_figure(tmp_path):
+    for number in range(31):
+        write_run(tmp_path, f"{number:02}", (1.0, 2.0, 90 - number), ast__kp=float(number))
+    study = compare(*load_runs([tmp_path]))
+    styles = report.choose_styles(study)
+    assert len({tuple(style.values()) for style in styles.values()}) == len(styles) == 30
+    accuracy, threshold = (report.draw(study, name, legend=True) for name in ("accuracy", "threshold"))
+    lines = [{label: style["color"] for label, style in styles.items()}]
+    for figure in (accuracy, threshold):
+        (legend,) = figure.legends
+        drawn = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
+        assert len(drawn) == len(legend.get_texts()) == 30
+        lines.append(dict(zip(lines[0], [line.get_color() for line in drawn], strict=True)))
+        lines.append(
+            {text.get_text(): line.get_color() for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
+        )
+        figure.draw_without_rendering()
+        box = legend.get_window_extent()
+        assert box.y0 >= 0  # the legend's thirty lines fit
+        assert box.x0 >= figure.axes[0].get_window_extent().x1  # outside
+    assert all(each == lines[0] for each in lines)
+    assert "the 30 most accurate of 31 settings" in accuracy.get_suptitle()
+    assert "Drawn are the 30 most accurate of 31 settings" in page_of(study)
+
+
+def test_curves_are_means_over_the_epochs_all_seeds_reached():
+    histories = [
+        {"epoch": np.array([1.0, 2, 3]), "val_acc": np.array([10.0, 20, 30]), "train_seconds": np.array([1.0, 2, 3])},
+        {"epoch": np.array([1.0, 2]), "val_acc": np.array([20.0, np.nan]), "train_seconds": np.array([3.0, 4])},
+    ]
+    xs, ys = report.mean_curve(histories, "train_seconds", "val_acc")
+    assert xs.tolist() == [2, 3]
+    np.testing.assert_array_equal(ys, [[10, 20], [20, np.nan]])
+    assert report.mean_curve(histories, "epoch", "energy_kj") is None
+    assert report.mean_curve([{"val_acc": np.array([5.0])}], "epoch", "val_acc")[0].tolist() == [1]
+
+
+def test_a_figure_says_what_was_not_recorded(folder):
+    study = compare(*load_runs([folder]))
+    (axes,) = report.draw(study, "threshold", legend=False).axes
+    assert axes.get_xlabel() == "epoch   (1 settings without it)"  # dense
+    (axes,) = report.draw(study, "energy", legend=False).axes  # nothing measured on this CPU: one panel
+    assert axes.get_ylabel() == "estimated, time x TDP (kJ)"
+    (axes,) = report.draw(study, "frontier_time", legend=False).axes
+    assert axes.lines[0].get_xydata().tolist() == [[31.0, pytest.approx(73 + 1 / 9)]]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_in_a_browser_it_is_not_blank_and_nothing_overflows(width, folder, tmp_path):
+    """In a frame of the given width, for a headless window is never narrower than 500 px."""
+    assert cli(["--results-dir", str(folder), "--report", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.replace("WIDTH", str(width)))
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}/profile",
+    ]
+    command += [f"--window-size={max(width, 500)},3000"]
+
+    def browse(*flags):
+        return subprocess.run(
+            [*command, *flags, frame.as_uri()], capture_output=True, text=True, timeout=60, check=True
+        )
+
+    browse(f"--screenshot={tmp_path}/shot.png")
+    with Image.open(tmp_path / "shot.png") as image:
+        pixels = np.asarray(image.convert("RGB").crop((0, 0, width, 3000)))
+    inked = (pixels.min(axis=2) < 200).reshape(30, 100, width).sum(axis=(1, 2))
+    assert (inked > 50).sum() >= 25  # a text, a table or a figure in nearly every strip of 100 px
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{PROBE}</body>"))
+    found = re.search(r'id="found"[^>]*>([^<]*)<', browse("--virtual-time-budget=3000", "--dump-dom").stdout)[1]
+    client, scroll, outside, before, after = found.split(" | ")
+    assert int(client) == int(scroll) == width
+    assert outside == "none"
+    assert before.split(",") == sorted(after.split(","), reverse=True)
+    assert after.split(",") == sorted(after.split(","))  # two clicks on the head of a column: ascending
