@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from torch import nn
 from train_ast import Config, Run, load_config
 
 REPO = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # two test processes side by side, each with a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes they start
 
 
 @pytest.fixture(autouse=True)
