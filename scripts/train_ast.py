@@ -721,7 +721,8 @@ class BadImages:
 
     def add(self, unreadable: Iterable[str]) -> None:
         """Raises RequestError naming the first image beyond `limit`."""
-        self.found += [bad for bad in dict.fromkeys(unreadable) if bad not in self.found]
+        known = {text.partition(": ")[0]: text for text in [*unreadable, *self.found]}  # reasons may change
+        self.found += [text for name, text in known.items() if not any(t.startswith(f"{name}: ") for t in self.found)]
         if len(self.found) > self.limit:
             allowed = f"; dataset.max_bad_images={self.limit} allows no more" if self.limit else ""
             raise RequestError(f"dataset: {self.found[self.limit]}{allowed}")
@@ -742,7 +743,8 @@ def decode_image(data: bytes) -> Tensor:
             with Image.open(io.BytesIO(data)) as opened:
                 return v2.functional.pil_to_tensor(opened.convert("RGB"))
         except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-            raise ValueError(f"not a readable image ({_one_line(error)})") from None
+            why = re.sub(r" <_io\.BytesIO.*?>", "", _one_line(error))  # an address, another one every time
+            raise ValueError(f"not a readable image ({why})") from None
     image = image[0] if image.ndim == 4 else image  # the first frame of an animation
     return image if image.dtype == torch.uint8 else v2.functional.to_dtype(image, torch.uint8, scale=True)
 
