@@ -268,6 +268,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+# What a wrong tag such as `!!bool x` raises is of no kind of YAML's own
+BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05") over it.
 
@@ -279,7 +283,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         raw = (yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) if path else None) or {}
     except OSError as error:
         raise RequestError(f"{path}: cannot read the config: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except BAD_YAML as error:
         raise RequestError(f"{path}: not valid YAML or JSON: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise RequestError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
@@ -290,7 +294,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError) as error:
+        except BAD_YAML as error:
             raise RequestError(f"override {override!r}: not a valid value: {_one_line(error)}") from None
         part = raw[section] = {} if raw.get(section) is None else raw[section]
         if isinstance(part, dict):  # otherwise the validation below names the section
@@ -729,24 +733,25 @@ class BadImages:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """uint8 [3, H, W] from the bytes of an image file: torchvision.io, and Pillow for formats it has not.
+    """uint8 [3, H, W] from the bytes of an image file: torchvision.io for JPEG, Pillow for the rest, because
+    torchvision's PNG decoder ends the whole process on some damaged files.
 
     Raises ValueError where neither can read it.
     """
-    try:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        image = torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
-    except (RuntimeError, ValueError, AttributeError):  # AttributeError: torchvision is to give up decoding
-        from PIL import Image
+    if data[:3] == b"\xff\xd8\xff":
+        with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # AttributeError: it is to be given up
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
+    from PIL import Image
 
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                return v2.functional.pil_to_tensor(opened.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-            why = re.sub(r" <_io\.BytesIO.*?>", "", _one_line(error))  # an address, another one every time
-            raise ValueError(f"not a readable image ({why})") from None
-    image = image[0] if image.ndim == 4 else image  # the first frame of an animation
-    return image if image.dtype == torch.uint8 else v2.functional.to_dtype(image, torch.uint8, scale=True)
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.mode.startswith("I"):  # 16 bits a pixel, which conversion would clip
+                opened = Image.fromarray((np.asarray(opened) // 256).astype(np.uint8))
+            return v2.functional.pil_to_tensor(opened.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
+        why = re.sub(r" <_io\.BytesIO.*?>", "", _one_line(error))  # an address, another one every time
+        raise ValueError(f"not a readable image ({why})") from None
 
 
 class Sample(NamedTuple):
@@ -1536,7 +1541,7 @@ class Checkpoints:
         except OSError as error:
             raise RequestError(f"logging.output_dir: cannot write to {folder}: {error.strerror}") from None
         self.writer = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: Future | None = None
+        self.pending: list[Future] = []
         self.saved = time.monotonic()
 
     def require_space(self, size: int) -> None:
@@ -1552,20 +1557,23 @@ class Checkpoints:
         self.wait()
         copied = host_copy(state)
         synchronize(device)
-        self.pending = self.writer.submit(save_checkpoint, copied, self.last, best)
+        self.pending.append(self.writer.submit(save_checkpoint, copied, self.last, best))
         self.saved = time.monotonic()
+
+    def then(self, write: Callable, *arguments: Any) -> None:
+        """Have `write` called once what was saved is on the disk: a log never knows more than the checkpoint."""
+        self.pending.append(self.writer.submit(write, *arguments))
 
     def wait(self) -> None:
         """Until what was saved is on the disk. Raises TrainingFailed where it cannot be."""
-        pending, self.pending = self.pending, None
+        pending, self.pending = self.pending, []
         try:
-            if pending is not None:
-                pending.result()
+            for each in pending:
+                each.result()
         except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos" where the disk is full
             why = getattr(error, "strerror", None) or _one_line(error)
-            raise TrainingFailed(
-                f"{self.last}: cannot write the checkpoint, the one before it is whole: {why}"
-            ) from None
+            path = getattr(error, "filename", None) or self.last
+            raise TrainingFailed(f"{path}: cannot write, the checkpoint before is whole: {why}") from None
 
     def close(self) -> None:
         """Until the disk has what was saved, or has refused it; nothing can be saved any more."""
@@ -1884,6 +1892,11 @@ class Run:
         if self.checkpoints is not None:
             self.checkpoints.save(self.state_dict(), self.device, best)
 
+    def log(self, row: dict[str, Any]) -> None:
+        """Append the epoch's row to the log, where one is asked for."""
+        if self.config.logging.jsonl_path is not None:
+            append_jsonl(self.config.logging.jsonl_path, row)
+
     def checkpoint_due(self) -> bool:
         minutes = self.config.logging.checkpoint_minutes
         return minutes is not None and time.monotonic() - self.checkpoints.saved >= 60 * minutes
@@ -2132,14 +2145,14 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         row = close_epoch(run, val_acc, plan.considered * run.step / len(plan))
         run.epochs_completed += whole
         print(epoch_line(run.config, row), flush=True)
-        if run.config.logging.jsonl_path is not None:
-            append_jsonl(run.config.logging.jsonl_path, row)
         if run.board is not None:
             add_scalars(run.board, row)
         if not whole:  # the checkpoint is the one before the cap
+            run.checkpoints.then(run.log, row)
             return "completed" if run.out_of_time() else "time_capped"
         run.epoch, run.step = run.epoch + 1, 0
         run.save(best=val_acc == max(run.history["val_acc"]) > max(run.history["val_acc"][:-1], default=-1.0))
+        run.checkpoints.then(run.log, row)
     if status == "interrupted":
         run.save()
     return status
