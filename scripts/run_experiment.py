@@ -4,6 +4,7 @@
     python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3
     python scripts/run_experiment.py --config configs/digits_smoke.yaml training.lr=0.001 ast.mode=dense --dry-run
     python scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin
+    python scripts/run_experiment.py --config configs/digits_smoke.yaml --resume auto
 
 Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interrupted.
 """
@@ -19,16 +20,16 @@ from typing import Any
 
 import yaml
 from train_ast import (
+    RESUME_HELP,
     Config,
     RequestError,
     Stop,
     execute,
     load_config,
     options_help,
-    results_text,
     run_cli,
     train,
-    write_whole,
+    write_result,
 )
 
 FLAGS = {
@@ -62,24 +63,25 @@ def dense_twin(config: Config, train_seconds: float) -> Config:
     return Config.model_validate(twin.model_dump())
 
 
-def execute_with_twin(config: Config) -> int:
+def execute_with_twin(config: Config, resume: str | None = None) -> int:
     """Train `config`, then its dense twin on the training time that took; both results name each other.
 
-    Returns the exit code. Raises RequestError for a config that is dense itself.
+    `resume`: the first one's checkpoint; its twin then goes on from its own, where it has one. Returns the exit code.
+    Raises RequestError for a config that is dense itself.
     """
     if config.ast.mode == "dense":
         raise RequestError("--dense-twin: ast.mode is dense; a twin is of a sparse or random run")
     stop = Stop()
     stop.watch_signals()
-    result, path = train(config, stop)
+    result, path = train(config, stop, resume)
     if result["status"] == "interrupted":
         return 128 + stop.signal
     stop.deadline = math.inf  # a cap in wall time was the sparse run's
-    twin, twin_path = train(dense_twin(config, result["train_seconds"]), stop)
+    twin, twin_path = train(dense_twin(config, result["train_seconds"]), stop, resume and "auto")
     if twin["status"] == "interrupted":
         return 128 + stop.signal
-    write_whole(results_text(twin | {"twin": path.name}), twin_path)
-    write_whole(results_text(result | {"twin": twin_path.name}), path)
+    write_result(twin | {"twin": path.name}, twin_path)
+    write_result(result | {"twin": twin_path.name}, path)
     print(twin_verdict(result, twin))
     return 0
 
@@ -102,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, key in FLAGS.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"short for {key}=VALUE")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config as YAML and stop")
+    parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
     parser.add_argument("--dense-twin", action="store_true", help="then train dense for the same time, and compare")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, for example ast.pack=true")
     args = parser.parse_intermixed_args(argv)
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(yaml.safe_dump(config.model_dump(), sort_keys=False), end="")
         return 0
-    return execute_with_twin(config) if args.dense_twin else execute(config)
+    return (execute_with_twin if args.dense_twin else execute)(config, args.resume)
 
 
 if __name__ == "__main__":

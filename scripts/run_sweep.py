@@ -42,6 +42,7 @@ from train_ast import (
     load_config,
     prepare_outputs,
     run_cli,
+    run_id,
 )
 
 RUNNER = Path(__file__).with_name("run_experiment.py")
@@ -66,16 +67,7 @@ class Planned:
     config: Config | None
     error: str | None = None
     twin: bool = False
-
-
-def run_id(config: Config) -> str:
-    """Which run a config is: a hash of what differs from the defaults, the seed included, logging left out.
-
-    A results file's `config` gives the same hash once it is read as a Config.
-    """
-    differing = config.model_dump(exclude={"logging"}, exclude_defaults=True)
-    canonical = json.dumps(differing, sort_keys=True, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    resume: bool = False
 
 
 def parse_grid(texts: Sequence[str]) -> list[list[str]]:
@@ -113,14 +105,14 @@ def plan_runs(args: argparse.Namespace) -> list[Planned]:
         axes.append([f"training.seed={seed}" for seed in args.seeds])
     plans: dict[str, Planned] = {}
     for path, point in product(args.configs, product(*axes)):
-        plan = plan_run(path, (*args.overrides, *point), " ".join([path, *point]), args.dense_twin)
+        plan = plan_run(path, (*args.overrides, *point), " ".join([path, *point]), args.dense_twin, args.resume)
         plans.setdefault(plan.id, plan)
     if args.dense_twin and not any(plan.twin for plan in plans.values()):
         raise RequestError("--dense-twin: none of the runs is sparse")
     return list(plans.values())
 
 
-def plan_run(path: str, overrides: tuple[str, ...], name: str, dense_twin: bool) -> Planned:
+def plan_run(path: str, overrides: tuple[str, ...], name: str, dense_twin: bool, resume: bool = False) -> Planned:
     try:
         config = load_config(path, overrides)
     except RequestError as error:
@@ -129,7 +121,7 @@ def plan_run(path: str, overrides: tuple[str, ...], name: str, dense_twin: bool)
     if config.logging.jsonl_path is not None:  # a log of its own for each
         log = Path(config.logging.jsonl_path)
         overrides += (f"logging.jsonl_path={log.with_name(f'{log.stem}.{key}{log.suffix}')}",)
-    return Planned(key, path, overrides, name, config, twin=dense_twin and config.ast.mode != "dense")
+    return Planned(key, path, overrides, name, config, None, dense_twin and config.ast.mode != "dense", resume)
 
 
 def slots_of(gpus: Sequence[str], runs_per_gpu: int) -> list[str | None]:
@@ -244,8 +236,8 @@ def time_left(rows: Iterable[Mapping[str, Any]], plans: Iterable[Planned], slots
 
 
 def command_for(plan: Planned) -> list[str]:
-    twin = ["--dense-twin"] if plan.twin else []
-    return [sys.executable, str(RUNNER), "--config", plan.path, *twin, *plan.overrides]
+    flags = ["--dense-twin"] * plan.twin + ["--resume", "auto"] * plan.resume
+    return [sys.executable, str(RUNNER), "--config", plan.path, *flags, *plan.overrides]
 
 
 def end_with_parent() -> None:
@@ -348,7 +340,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", default=[], nargs="+", metavar="N", help="GPUs to use; default: as torch chooses")
     parser.add_argument("--runs-per-gpu", default=1, type=int, metavar="N", help="runs at a time on each (default 1)")
     parser.add_argument("--dense-twin", action="store_true", help="after each sparse run, a dense one of its length")
-    parser.add_argument("--resume", action="store_true", help="leave out the runs whose results are there already")
+    parser.add_argument("--resume", action="store_true", help="leave out finished runs, go on with begun ones")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and an estimate of its time, and stop")
     parser.add_argument("--output-dir", metavar="DIR", help="short for logging.output_dir=DIR in every run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over every config")

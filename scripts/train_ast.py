@@ -9,7 +9,8 @@ The law: a sample is active, and only then back-propagated, where
     loss + entropy_weight * entropy(logits) > threshold
 and after every step, with error = activation - target,
     threshold += (kp * error + ki * sum of errors) * spread.
-A run writes <output_dir>/final_results_<timestamp>.json and, if asked, one JSON line an epoch.
+A run writes <output_dir>/final_results_<timestamp>.json and, if asked, one JSON line an epoch. What it needs to go on
+bit for bit after an interruption (`run_experiment.py --resume auto`) is in <output_dir>/checkpoints/<run>/last.pt.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import hashlib
 import io
 import json
 import logging
@@ -25,6 +27,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -32,10 +35,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -102,6 +106,9 @@ class DatasetConfig(Section):
     cache_resolution: int | None = Field(
         None, ge=1, description="side of the kept pictures, pixels; null: image_size, or 8/7 of it to crop from"
     )
+    max_bad_images: int = Field(
+        0, ge=0, description="images that may be unreadable: the next sample stands in, the results list them"
+    )
     max_train_samples: int | None = Field(None, ge=1, description="train on a fixed random subset of this size")
     max_val_samples: int | None = Field(None, ge=1, description="validate on a fixed random subset of this size")
 
@@ -166,7 +173,12 @@ class TrainingConfig(Section):
         None, description="the same for scoring and validation; null: as training.compile"
     )
     num_workers: int | None = Field(None, ge=0, description="loader processes; null: one a core, at most 16")
-    max_minutes: float | None = Field(None, gt=0, description="cap on the run's wall time, minutes; see lr_decay")
+    max_minutes: float | None = Field(
+        None, gt=0, description="cap on wall time from start or resumption to the results, minutes; see lr_decay"
+    )
+    max_nonfinite_steps: int = Field(
+        0, ge=0, description="steps with a loss that is not finite to leave out before the run is given up"
+    )
     early_stop_patience: int | None = Field(None, ge=1, description="stop after so many epochs without a new best")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and random selection")
 
@@ -181,6 +193,9 @@ class MetricsConfig(Section):
 class LoggingConfig(Section):
     output_dir: str = Field("results", description="where final_results_<timestamp>.json goes")
     jsonl_path: str | None = Field(None, description="append one JSON line an epoch to this file")
+    checkpoint_minutes: float | None = Field(
+        None, gt=0, description="checkpoint so often within an epoch too, minutes; null: at epoch ends alone"
+    )
     tensorboard: bool = Field(False, description="write the same as scalars to <output_dir>/tensorboard/<timestamp>")
 
 
@@ -253,6 +268,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+# What a wrong tag such as `!!bool x` raises is of no kind of YAML's own
+BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05") over it.
 
@@ -264,7 +283,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         raw = (yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) if path else None) or {}
     except OSError as error:
         raise RequestError(f"{path}: cannot read the config: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except BAD_YAML as error:
         raise RequestError(f"{path}: not valid YAML or JSON: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise RequestError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
@@ -275,7 +294,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError) as error:
+        except BAD_YAML as error:
             raise RequestError(f"override {override!r}: not a valid value: {_one_line(error)}") from None
         part = raw[section] = {} if raw.get(section) is None else raw[section]
         if isinstance(part, dict):  # otherwise the validation below names the section
@@ -480,11 +499,16 @@ class Scores(NamedTuple):
     facts: Tensor  # float32 [2, batch] on the host, or on its way there: significance in nats, and 1 for a hit
     arrived: torch.cuda.Event | None
 
-    def read(self) -> tuple[Tensor, int]:
-        """(significance [batch] on the host, number of hits). Waits for the scoring forward, if it must."""
+    def wait(self) -> Tensor:
+        """The facts, once they are there: waits for the scoring forward, if it must."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.facts[0], int(self.facts[1].sum())
+        return self.facts
+
+    def read(self) -> tuple[Tensor, int]:
+        """(significance [batch] on the host, number of hits)."""
+        significances, hits = self.wait()
+        return significances, int(hits.sum())
 
 
 @torch.no_grad()
@@ -507,10 +531,16 @@ def score_ahead(run: Run, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[
     """
     waiting: list[tuple[Tensor, Tensor, Scores | None]] = []
     depth = 1 if run.scoring and run.config.ast.score_ahead else 0
+    kept, run.ahead = run.ahead, None  # of a checkpoint: the weights that gave these scores are gone
     for images, labels in batches:
-        waiting.append((images, labels, score(run, images, labels) if run.scoring else None))
+        scores = kept or (score(run, images, labels) if run.scoring else None)
+        waiting.append((images, labels, scores))
+        kept = None
         if len(waiting) > depth:
-            yield waiting.pop(0)
+            ready = waiting.pop(0)
+            run.ahead = scores if waiting else None
+            yield ready
+    run.ahead = None
     yield from waiting
 
 
@@ -518,18 +548,21 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
     """Score a loaded batch, choose the active samples, steer the threshold, train on the active ones alone.
 
     images: uint8 [batch, 3, H, W] on the device; `scores`: theirs, where `score_ahead` has them. Returns the
-    number of samples back-propagated, 0 if none was active, None while packing waits for a full batch. Raises
-    TrainingFailed where a score is not finite.
+    number of samples back-propagated, 0 if none was active, None while packing waits for a full batch. A batch
+    whose scores are not all finite is left out; raises TrainingFailed after `training.max_nonfinite_steps` of them.
     """
     ast, controller = run.config.ast, run.controller
     values, hits = (scores or score(run, images, labels)).read()
     run.ledger.scored += len(labels)
     run.meter.add_hits(hits, len(labels))
-    if controller.threshold is None:  # hand-over from a dense phase, or lost: see below
+    starting = controller.threshold is None
+    if starting:  # hand-over from a dense phase, or lost: see below
         controller.start(torch.quantile(values, 1 - ast.target_activation).item())
     chosen = select_active(values, controller.threshold, ast.min_active)
     if not chosen.finite:
-        raise TrainingFailed(f"non-finite significance in epoch {run.epoch + 1}, step {run.step + 1}")
+        controller.threshold = None if starting else controller.threshold
+        run.meter.leave_out(run.step)
+        return 0
     run.activations.append(chosen.activation)
     run.thresholds.append(controller.threshold)
     run.iqr = chosen.iqr if run.iqr is None else 0.9 * run.iqr + 0.1 * chosen.iqr
@@ -551,11 +584,15 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> int:
     n = len(labels)
     if n == 0:
         return 0
+    statistics_before = [buffer.clone() for buffer in run.statistics]
     loss, hits = run.forward(images, labels)
     run.window_divisor = run.window_divisor or n
     run.scaler.scale(loss / run.window_divisor).backward()
     run.window_samples += n
-    run.meter.add_loss(loss.detach(), n, run.step)
+    bad = run.meter.add_loss(loss.detach(), n, run.step)
+    run.window_bad = bad if run.window_bad is None else run.window_bad | bad
+    for buffer, before in zip(run.statistics, statistics_before, strict=True):
+        buffer.copy_(torch.where(bad, before, buffer))
     if not run.scoring:  # scoring has counted the predictions of this step already
         run.meter.add_hits(hits, n)
     return n
@@ -564,9 +601,13 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> int:
 def optimizer_step(run: Run) -> None:
     """Step on the mean gradient of the window, and clear it. The schedule advances by the loop steps it took.
 
-    A step that the GradScaler skips (overflow in float16) advances neither the schedule nor the ledger.
+    A step that the GradScaler skips (overflow in float16) advances neither the schedule nor the ledger. One with a
+    loss that is not finite changes no weight: known on the device alone, it leaves the ledger when the meter is read.
     """
     training = run.config.training
+    forgiving = training.max_nonfinite_steps > 0 and not run.scaler.is_enabled()
+    if forgiving:
+        run.meter.add_skipped(run.window_bad, run.window_samples)
     if run.window_samples != run.window_divisor:
         for parameter in run.model.parameters():
             if parameter.grad is not None:
@@ -578,7 +619,10 @@ def optimizer_step(run: Run) -> None:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), training.grad_clip_norm)
     scale = run.scaler.get_scale()  # a device read, in float16 alone
-    run.scaler.step(run.optimizer)
+    if forgiving and run.device.type == "cuda":
+        run.optimizer.grad_scale, run.optimizer.found_inf = None, run.window_bad.float()  # fused optimizers obey it
+    if not forgiving or run.device.type == "cuda" or not run.window_bad:
+        run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=not run.grads_stay)
     if run.scaler.get_scale() >= scale:
@@ -586,6 +630,7 @@ def optimizer_step(run: Run) -> None:
         run.ledger.steps += 1
         run.scheduled += run.unscheduled
     run.window_samples = run.window_divisor = run.unscheduled = 0
+    run.window_bad = None
 
 
 # ------------------------------------------------------------------------------------------------ Model
@@ -666,34 +711,57 @@ def count_flops(model: nn.Module, image_size: int) -> float:
 class Batch(NamedTuple):
     images: Tensor  # uint8 [batch, 3, H, W]
     labels: Tensor  # int64 [batch]
-    unreadable: list[str]  # what could not be decoded, by name, with the reason
+    unreadable: list[str]  # what could not be decoded, by name, with the reason; other samples stand in for it
 
 
 Loader = Iterable[Batch]
 
 
+class BadImages:
+    """The images that could not be read, each counted once, in the order they were met."""
+
+    def __init__(self, limit: int):
+        self.limit, self.found = limit, []
+
+    def add(self, unreadable: Iterable[str]) -> None:
+        """Raises RequestError naming the first image beyond `limit`."""
+        known = {text.partition(": ")[0]: text for text in [*unreadable, *self.found]}  # reasons may change
+        self.found += [text for name, text in known.items() if not any(t.startswith(f"{name}: ") for t in self.found)]
+        if len(self.found) > self.limit:
+            allowed = f"; dataset.max_bad_images={self.limit} allows no more" if self.limit else ""
+            raise RequestError(f"dataset: {self.found[self.limit]}{allowed}")
+
+
 def decode_image(data: bytes) -> Tensor:
-    """uint8 [3, H, W] from the bytes of an image file: torchvision.io, and Pillow for formats it has not.
+    """uint8 [3, H, W] from the bytes of an image file: torchvision.io for JPEG, Pillow for the rest, because
+    torchvision's PNG decoder ends the whole process on some damaged files.
 
     Raises ValueError where neither can read it.
     """
-    try:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        image = torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
-    except (RuntimeError, ValueError, AttributeError):  # AttributeError: torchvision is to give up decoding
-        from PIL import Image
+    if data[:3] == b"\xff\xd8\xff":
+        with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # AttributeError: it is to be given up
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
+    from PIL import Image
 
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                return v2.functional.pil_to_tensor(opened.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-            raise ValueError(f"not a readable image ({_one_line(error)})") from None
-    image = image[0] if image.ndim == 4 else image  # the first frame of an animation
-    return image if image.dtype == torch.uint8 else v2.functional.to_dtype(image, torch.uint8, scale=True)
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.mode.startswith("I"):  # 16 bits a pixel, which conversion would clip
+                opened = Image.fromarray((np.asarray(opened) // 256).astype(np.uint8))
+            return v2.functional.pil_to_tensor(opened.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
+        why = re.sub(r" <_io\.BytesIO.*?>", "", _one_line(error))  # an address, another one every time
+        raise ValueError(f"not a readable image ({why})") from None
+
+
+class Sample(NamedTuple):
+    image: Tensor | None  # uint8 [3, H, W]; None where nothing could be read
+    label: int
+    unreadable: list[str]  # what this one stands in for, by name, with the reason
 
 
 class ImageDataset(Dataset):
-    """Item (index, draws) is (uint8 image [3, size, size], label), or a string that says why it cannot be read.
+    """Item (index, draws) is a Sample of side `size`: the index's own or, where that cannot be read, a later one.
 
     `samples[index]` is (what holds the image: a path, bytes or a uint8 tensor [3, H, W]; label); `draws` are the
     random numbers of its augmentation, see `EpochPlan`.
@@ -702,6 +770,7 @@ class ImageDataset(Dataset):
     def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
         self.samples, self.classes = samples, classes
         self.view: View | None = None  # what `build_datasets` adds
+        self.stand_ins = 0  # and this: dataset.max_bad_images
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -709,38 +778,41 @@ class ImageDataset(Dataset):
     def read(self, index: int) -> tuple[Path | bytes | Tensor, int]:
         return self.samples[index]
 
-    def load(self, index: int) -> tuple[Tensor, int] | str:
-        """The picture as it is, uint8 [3, H, W], and its label; a string that says why it cannot be read."""
-        source = None
-        try:
-            source, label = self.read(index)
-            data = source.read_bytes() if isinstance(source, Path) else source
-            return data if isinstance(data, Tensor) else decode_image(data), label
-        except (OSError, ValueError) as error:
-            return f"{source if isinstance(source, Path) else f'sample {index}'}: {_one_line(error)}"
+    def load(self, index: int) -> Sample:
+        """The picture as it is, or the first readable one of the `stand_ins` after it."""
+        unreadable = []
+        for at in range(index, index + self.stand_ins + 1):
+            at, source = at % len(self), None
+            try:
+                source, label = self.read(at)
+                data = source.read_bytes() if isinstance(source, Path) else source
+                return Sample(data if isinstance(data, Tensor) else decode_image(data), label, unreadable)
+            except (OSError, ValueError) as error:
+                unreadable.append(f"{source if isinstance(source, Path) else f'sample {at}'}: {_one_line(error)}")
+        return Sample(None, -1, unreadable)
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Tensor, int] | str:
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Sample:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[tuple[Tensor, int] | str]:
+    def __getitems__(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[Sample]:
         """The items of `keys`, four at a time: boxes cost less drawn together, and pictures are cut while in cache."""
-        samples: list[tuple[Tensor, int] | str] = []
+        samples: list[Sample] = []
         for start in range(0, len(keys), 4):
             chunk = keys[start : start + 4]
             loaded = [self.load(index) for index, _ in chunk]
-            good = [i for i, sample in enumerate(loaded) if not isinstance(sample, str)]
+            good = [i for i, sample in enumerate(loaded) if sample.image is not None]
             draws = torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, DRAWS)
-            for i, image in zip(good, self.view([loaded[i][0] for i in good], draws), strict=True):
-                loaded[i] = (image, loaded[i][1])
+            for i, image in zip(good, self.view([loaded[i].image for i in good], draws), strict=True):
+                loaded[i] = loaded[i]._replace(image=image)
             samples += loaded
         return samples
 
 
-def collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
-    good = [sample for sample in samples if not isinstance(sample, str)]
-    images = default_collate([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return Batch(images, labels, [sample for sample in samples if isinstance(sample, str)])
+def collate(samples: list[Sample]) -> Batch:
+    good = [sample for sample in samples if sample.image is not None]
+    images = default_collate([sample.image for sample in good]) if good else torch.empty(0, dtype=torch.uint8)
+    labels = torch.tensor([sample.label for sample in good], dtype=torch.int64)
+    return Batch(images, labels, [bad for sample in samples for bad in sample.unreadable])
 
 
 def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> ImageDataset:
@@ -917,11 +989,12 @@ class EpochPlan(Sampler):
     The order is a function of (seed, epoch), the draws that augment a sample one of (seed, epoch, index): neither
     workers nor restarts nor a cache change what it looks like. `share(epoch)` below 1 draws a random part before
     anything is loaded. The last, smaller chunk is left out where a full one exists: every step has one shape.
+    A resumed epoch begins at chunk `start`.
     """
 
     def __init__(self, indices: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float]):
         self.indices, self.batch_size, self.seed, self.share = indices, batch_size, seed, share
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def chosen(self, epoch: int) -> int:
         """How many samples `epoch` loads."""
@@ -945,7 +1018,7 @@ class EpochPlan(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
         order = self.order()
-        for start in range(0, len(order), self.batch_size):
+        for start in range(self.start * self.batch_size, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
             draws = uniform(self.seed, self.epoch, torch.from_numpy(chunk), DRAWS)
             yield list(zip(chunk.tolist(), draws.numpy(), strict=True))
@@ -983,18 +1056,17 @@ def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Ten
 
 
 class _Kept(Dataset):
-    """Item `index` is (uint8 [3, side, side], label, height over width), or a string; see ImageDataset."""
+    """Item `index` is (a Sample of side `side`, its height over width); see ImageDataset."""
 
     def __init__(self, dataset: ImageDataset, side: int):
         self.dataset, self.side = dataset, side
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, float] | str:
-        loaded = self.dataset.load(index)
-        if isinstance(loaded, str):
-            return loaded
-        image, label = loaded
+    def __getitem__(self, index: int) -> tuple[Sample, float]:
+        sample = self.dataset.load(index)
+        if (image := sample.image) is None:
+            return sample, 1.0
         kept = image if image.shape[1:] == (self.side, self.side) else _resize(image, self.side)
-        return kept, label, image.shape[1] / image.shape[2]
+        return sample._replace(image=kept), image.shape[1] / image.shape[2]
 
 
 class ResidentLoader:
@@ -1004,7 +1076,7 @@ class ResidentLoader:
     Pictures to be cropped at random are kept as squares, both axes resized, with the ratio of their sides: a crop is
     drawn in the shape of the original and maps to the square axis by axis. Augmentation happens on the device and is
     a function of (seed, epoch, index). `shared`: options of the DataLoader that decodes. Raises RequestError naming
-    the first unreadable image.
+    the first unreadable image beyond `dataset.max_bad_images`.
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
@@ -1015,29 +1087,33 @@ class ResidentLoader:
         self.images = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=device)
         self.labels = torch.empty(n, dtype=torch.int64, device=device)
         self.aspects = torch.empty(n, dtype=torch.float64, device=device)
+        self.bad = BadImages(config.dataset.max_bad_images)
         decoder = DataLoader(_Kept(dataset, self.side), 256, sampler=indices.tolist(), **shared)
         done = 0
         for samples in tqdm(decoder, desc="decoding", unit="batch", leave=False, disable=None):
-            if bad := next((sample for sample in samples if isinstance(sample, str)), None):
-                raise RequestError(f"dataset: {bad}")
-            images, labels, aspects = zip(*samples, strict=True)
+            images, labels, unreadable = collate([sample for sample, _ in samples])
+            self.bad.add(unreadable)
             part = slice(done, done + len(samples))
-            self.images[part], self.labels[part] = torch.stack(images).to(device), torch.tensor(labels).to(device)
-            self.aspects[part], done = torch.tensor(aspects).to(device), part.stop
+            self.images[part], self.labels[part] = images.to(device), labels.to(device)
+            self.aspects[part], done = torch.tensor([aspect for _, aspect in samples]).to(device), part.stop
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         self.crop = compiled(partial(crop_resize, size=self.view.size), mode)
         if mode != "off":  # compile before the clock of the training starts
             next(iter(self))
 
+    def __len__(self) -> int:
+        return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
+
     def __iter__(self) -> Iterator[Batch]:
         order = self.indices if self.plan is None else self.plan.order()
         rows = torch.from_numpy(np.searchsorted(self.indices, order)).to(self.images.device)
-        for block in rows.split(64 * self.batch_size):  # few, large launches for what every crop needs to know
+        first = self.plan.start if self.plan else 0
+        for done, block in enumerate(rows.split(64 * self.batch_size)):  # few, large launches for the crops' numbers
             views = self.views(block)
             parts = zip(*(tensor.split(self.batch_size) for tensor in (block, *views)), strict=True)
-            for part, *view in parts:
+            for part, *view in islice(parts, max(0, first - 64 * done), None):
                 images = self.images[part]
-                yield Batch(self.crop(images, *view) if view else images, self.labels[part], [])
+                yield Batch(self.crop(images, *view) if view else images, self.labels[part], self.bad.found)
 
     def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
         """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
@@ -1093,6 +1169,7 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
     if not len(train) or not len(val):
         raise RequestError(f"dataset: {len(train)} training and {len(val)} validation samples")
     train.view, val.view = View(config, train=True), View(config, train=False)
+    train.stand_ins = val.stand_ins = config.max_bad_images
     return train, val
 
 
@@ -1136,6 +1213,7 @@ def build_dataloaders(config: Config, device: torch.device) -> tuple[Loader, Loa
     indices, val_indices = _subset(len(train), dataset.max_train_samples), _subset(len(val), dataset.max_val_samples)
     plan = EpochPlan(indices, training.batch_size, training.seed, lambda e: share if config.is_sparse(e) else 1.0)
     shared = {"num_workers": workers, "worker_init_fn": _ignore_sigint}
+    shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
         require_memory(len(indices) + len(val_indices), kept_side(dataset), device)
         shared["collate_fn"] = list
@@ -1153,16 +1231,18 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def device_batches(loader: Loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def device_batches(
+    loader: Loader, device: torch.device, bad_images: BadImages | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches on `device`, each copied there while the one before it is worked on.
 
-    Raises RequestError naming the first unreadable image.
+    Raises RequestError naming the first unreadable image that `bad_images` does not allow; None allows none.
     """
+    bad_images = bad_images or BadImages(0)
     copier = torch.cuda.Stream(device) if device.type == "cuda" else None
     ahead: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
     for batch in loader:
-        if batch.unreadable:
-            raise RequestError(f"dataset: {batch.unreadable[0]}")
+        bad_images.add(batch.unreadable)
         if copier is None or batch.images.is_cuda:
             yield batch.images, batch.labels
             continue
@@ -1212,18 +1292,40 @@ class Ledger:
 
 
 class Meter:
-    """Sums of loss and hits, kept on the device so that counting never waits for it."""
+    """Sums of loss and hits over an epoch, kept on the device so that counting never waits for it.
 
-    def __init__(self, device: torch.device, epoch: int):
-        self.epoch = epoch
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, 1 + first non-finite step
+    `allowed`: how many steps with a loss or score that is not finite the rest of the run may have.
+    """
+
+    def __init__(self, device: torch.device, epoch: int, allowed: int = 0):
+        self.epoch, self.allowed = epoch, allowed
+        # loss, hits, non-finite steps, 1 + the first of them, their samples, optimizer steps skipped, their samples
+        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
         self.hits = self.trained = self.predicted = 0  # hits: those the host has counted
 
-    def add_loss(self, loss: Tensor, samples: int, step: int) -> None:
-        """`loss`: summed over the samples, on the device."""
-        self.sums[0] += loss
-        self.sums[2] = torch.where((self.sums[2] == 0) & ~loss.isfinite(), step + 1, self.sums[2])
+    def add_loss(self, loss: Tensor, samples: int, step: int) -> Tensor:
+        """`loss`: summed over the samples, on the device. Returns whether it is not finite, on the device too."""
+        bad = ~loss.isfinite()
+        self.sums[0] += loss.masked_fill(bad, 0.0)
+        self._add_bad(bad, samples, step)
         self.trained += samples
+        return bad
+
+    def leave_out(self, step: int) -> None:
+        """Count a batch whose scores are not finite. Raises TrainingFailed where it is one too many."""
+        self._add_bad(torch.ones((), dtype=torch.bool, device=self.sums.device), 0, step)
+        self.read()
+
+    def _add_bad(self, bad: Tensor, samples: int, step: int) -> None:
+        self.sums[3] = torch.where((self.sums[3] == 0) & bad, step + 1, self.sums[3])
+        self.sums[2] += bad
+        if self.allowed:  # else the first one ends the run
+            self.sums[4] += bad * samples
+
+    def add_skipped(self, bad: Tensor, samples: int) -> None:
+        """Count an optimizer step over so many samples as skipped where `bad`, on the device, is true."""
+        self.sums[5] += bad
+        self.sums[6] += bad * samples
 
     def add_hits(self, hits: Tensor | int, samples: int) -> None:
         if isinstance(hits, int):
@@ -1232,16 +1334,29 @@ class Meter:
             self.sums[1] += hits
         self.predicted += samples
 
+    def skipped(self) -> tuple[int, int, int]:
+        """(non-finite steps, optimizer steps skipped for them, their samples). A device-to-host read."""
+        return tuple(int(self.sums[i]) for i in (2, 5, 6))
+
     def read(self) -> tuple[float | None, float | None]:
         """(mean loss of the trained, accuracy of the predicted in percent), None without any.
 
-        Costs one device-to-host read. Raises TrainingFailed naming the first step with a non-finite loss.
+        Costs one device-to-host read. Raises TrainingFailed, naming the epoch's first step with a loss or score
+        that is not finite, once there are more of them than `allowed`.
         """
-        loss, hits, bad_step = self.sums.tolist()
-        if bad_step:
-            raise TrainingFailed(f"non-finite loss in epoch {self.epoch + 1}, step {int(bad_step)}")
+        loss, hits, bad_steps, first, bad_samples, *_ = self.sums.tolist()
+        if bad_steps > self.allowed:
+            raise TrainingFailed(f"non-finite loss in epoch {self.epoch + 1}, step {int(first)}")
+        trained = self.trained - bad_samples
         accuracy = 100 * (hits + self.hits) / self.predicted if self.predicted else None
-        return (loss / self.trained if self.trained else None), accuracy
+        return (loss / trained if trained else None), accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("sums", "hits", "trained", "predicted")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums.copy_(state["sums"])
+        self.hits, self.trained, self.predicted = (state[name] for name in ("hits", "trained", "predicted"))
 
 
 class EnergyMeter:
@@ -1295,6 +1410,199 @@ def add_scalars(board: Any, row: dict[str, Any]) -> None:
     board.flush()
 
 
+# -------------------------------------------------------------------------------------------- Checkpoint
+
+MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
+MAGIC = b"AST-LAB checkpoint, sha256: "
+
+
+def run_id(config: Config) -> str:
+    """Which run a config is: a hash of what differs from the defaults, the seed included, logging left out.
+
+    A results file's `config` gives the same hash once it is read as a Config.
+    """
+    differing = config.model_dump(exclude={"logging"}, exclude_defaults=True)
+    canonical = json.dumps(differing, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def checkpoint_folder(config: Config) -> Path:
+    return Path(config.logging.output_dir) / "checkpoints" / run_id(config)
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` make a file beside `path`, and put it in its place once it is whole and on the disk."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk too, where the system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def file_digest(path: Path, size: int) -> bytes:
+    """SHA-256, in hexadecimal, of the first `size` bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(min(2**20, size)):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest().encode()
+
+
+def save_checkpoint(state: dict[str, Any], path: Path, best: bool = False) -> None:
+    """Write `state` to `path`, whole or not at all, followed by its SHA-256; the best one to best.pt beside it too.
+
+    Raises OSError where the disk does not take it; what stood at `path` then still does.
+    """
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            torch.save(state, file)
+        digest = file_digest(part, part.stat().st_size)
+        with part.open("ab") as file:
+            file.write(MAGIC + digest)
+
+    def link(part: Path) -> None:
+        try:
+            os.link(path, part)  # costs nothing, and nobody writes into a checkpoint
+        except OSError:
+            shutil.copyfile(path, part)
+
+    replace_file(path, write)
+    if best:
+        replace_file(path.with_name("best.pt"), link)
+
+
+def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, tensors on the host. No code in it is run (`weights_only`).
+
+    Raises RequestError for a file that cannot be read, is not whole or altered, or belongs to another config: that
+    names the keys that differ. Those of MAY_CHANGE and logging may.
+    """
+    try:
+        size = path.stat().st_size - len(MAGIC) - 64
+        with path.open("rb") as file:
+            file.seek(max(size, 0))
+            whole = size > 0 and file.read() == MAGIC + file_digest(path, size)
+        if not whole:
+            raise RequestError(f"{path}: damaged, or no checkpoint of this lab; best.pt beside it may be whole")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = Config.model_validate(state["config"]).model_dump()
+    except OSError as error:
+        raise RequestError(f"{path}: cannot read the checkpoint: {error.strerror or _one_line(error)}") from None
+    except RequestError:
+        raise
+    except Exception as error:  # the pickle machine raises almost anything on what it refuses
+        raise RequestError(f"{path}: no checkpoint of this lab: {_one_line(error)[:200]}") from None
+    asked = config.model_dump()
+    keys = [key for key in config_keys() if key not in MAY_CHANGE and not key.startswith("logging.")]
+    values = [(key, *(each[key.split(".")[0]][key.split(".")[1]] for each in (saved, asked))) for key in keys]
+    if differing := [f"{key} ({old} there, {new} asked for)" for key, old, new in values if old != new]:
+        raise RequestError(f"{path}: a checkpoint of another config: {', '.join(differing)}")
+    return state
+
+
+def host_copy(state: Any) -> Any:
+    """A copy of nested dicts, lists and tensors that later steps do not touch; the caller synchronises."""
+    if isinstance(state, Tensor):
+        copied = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+        return copied.copy_(state.detach(), non_blocking=True)
+    if isinstance(state, dict):
+        return {key: host_copy(value) for key, value in state.items()}
+    return [host_copy(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+class Checkpoints:
+    """Writes a run's checkpoints on a thread of its own, one at a time, while the training goes on."""
+
+    def __init__(self, folder: Path):
+        """Raises RequestError where `folder` cannot be made or written to."""
+        self.folder, self.last = folder, folder / "last.pt"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("*.part"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise RequestError(f"logging.output_dir: cannot write to {folder}: {error.strerror}") from None
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: list[Future] = []
+        self.saved = time.monotonic()
+
+    def require_space(self, size: int) -> None:
+        """Raises RequestError where the disk has no room for three files of `size` bytes: last, best, and the next."""
+        there = sum(file.stat().st_size for file in self.folder.glob("*.pt"))
+        needed, free = 3 * size - there, shutil.disk_usage(self.folder).free
+        if needed > free:
+            room = f"{needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there"
+            raise RequestError(f"logging.output_dir: the checkpoints in {self.folder} need {room}")
+
+    def save(self, state: dict[str, Any], device: torch.device, best: bool = False) -> None:
+        """Copy `state`, write it in the background. Raises TrainingFailed where the one before was not written."""
+        self.wait()
+        copied = host_copy(state)
+        synchronize(device)
+        self.pending.append(self.writer.submit(save_checkpoint, copied, self.last, best))
+        self.saved = time.monotonic()
+
+    def then(self, write: Callable, *arguments: Any) -> None:
+        """Have `write` called once what was saved is on the disk: a log never knows more than the checkpoint."""
+        self.pending.append(self.writer.submit(write, *arguments))
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk. Raises TrainingFailed where it cannot be."""
+        pending, self.pending = self.pending, []
+        try:
+            for each in pending:
+                each.result()
+        except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos" where the disk is full
+            why = getattr(error, "strerror", None) or _one_line(error)
+            path = getattr(error, "filename", None) or self.last
+            raise TrainingFailed(f"{path}: cannot write, the checkpoint before is whole: {why}") from None
+
+    def close(self) -> None:
+        """Until the disk has what was saved, or has refused it; nothing can be saved any more."""
+        self.writer.shutdown()
+
+
+def find_checkpoint(config: Config, resume: str | None) -> Path | None:
+    """The file that `--resume` means: a path, a folder's last.pt, or with `auto` the config's own if there is one."""
+    if resume is None:
+        return None
+    path = checkpoint_folder(config) if resume == "auto" else Path(resume)
+    path = path / "last.pt" if resume == "auto" or path.is_dir() else path
+    return path if resume != "auto" or path.exists() else None
+
+
+def align_jsonl(path: Path, history: dict[str, list]) -> None:
+    """Make a resumed run's log hold each epoch of `history` once: no line torn, lost or from beyond the checkpoint.
+
+    Lines of earlier and later runs in the same file stay.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    own = [json.dumps(dict(zip(history, row, strict=True))) + "\n" for row in zip(*history.values(), strict=True)]
+    start = max((i for i, line in enumerate(lines) if own and line == own[0]), default=len(lines))
+    later = [i for i in range(start + 1, len(lines)) if lines[i].startswith('{"epoch": 1,')]
+    lines[start : later[0] if later else len(lines)] = own
+    replace_file(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))
+
+
 # ------------------------------------------------------------------------------------------------ Train
 
 
@@ -1315,7 +1623,10 @@ def build_optimizer(model: nn.Module, training: TrainingConfig, device: torch.de
     groups = [{"params": rest}, {"params": flat, "weight_decay": 0.0}]
     shared = {"lr": training.lr, "weight_decay": training.weight_decay, "fused": device.type == "cuda" or None}
     if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=training.momentum, **shared)
+        optimizer = torch.optim.SGD(groups, momentum=training.momentum, **shared)
+        if device.type == "cuda" and training.momentum:  # fused SGD leaves them unset where it skips its first step
+            optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in chain(flat, rest)})
+        return optimizer
     return torch.optim.AdamW(groups, **shared)
 
 
@@ -1348,14 +1659,19 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.training = False  # before that there is nothing to save
         self.deadline = math.inf  # time.monotonic() seconds
 
     def watch_signals(self) -> None:
-        """SIGINT and SIGTERM end the run after the current step; a second one ends it at once."""
+        """SIGINT and SIGTERM end the run after the current step, or at once where none was made; a second one does."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: Any) -> None:
+        if not self.training:
+            sys.stdout.flush()
+            os.write(2, b"ended before the first step\n")
+            os._exit(128 + number)  # an exception can get lost in an import that is under way
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -1428,12 +1744,21 @@ class Run:
         self.ledger = Ledger()
         self.history: dict[str, list] = {key: [] for key in HISTORY_KEYS}
         self.epochs_completed, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
+        self.eval_steps = 0  # batches of the validation
+        self.nonfinite_steps = 0  # of the finished epochs
+        self.bad_images = BadImages(config.dataset.max_bad_images)
         self.board: Any | None = None  # TensorBoard's writer
+        self.checkpoints: Checkpoints | None = None
+        self.started, self.earlier_seconds = time.monotonic(), 0.0  # of this session, and all before it
         self.epoch_started: float | None = None  # time.monotonic() seconds, while an epoch trains
-        self.energy_kj = None if self.energy.read_kj() is None else 0.0
+        self.energy_kj, self.energy_read = None if self.energy.read_kj() is None else 0.0, None
         self.lr = lr_at(0.0, training)
         self.scheduled = self.unscheduled = 0  # loop steps whose gradient was applied (they drive the rate), and since
-        self.window_samples = self.window_divisor = 0
+        self.window_samples = self.window_divisor = self.window_forwards = 0
+        self.window_bad: Tensor | None = None  # whether a loss of the window is not finite, on the device
+        forgiving = training.max_nonfinite_steps > 0
+        self.statistics = [b for b in self.model.buffers() if b.is_floating_point()] if forgiving else []
+        self.ahead: Scores | None = None  # of the batch scored but not yet trained on
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -1442,7 +1767,8 @@ class Run:
             self.queue.clear()
         self.epoch, self.step, self.scoring = epoch, 0, sparse
         self.controller.frozen = not sparse
-        self.meter = Meter(self.device, epoch)
+        self.meter = Meter(self.device, epoch, self.config.training.max_nonfinite_steps - self.nonfinite_steps)
+        self.ledger_before, self.epoch_seconds = copy.copy(self.ledger), 0.0
         self.activations: list[float] = []
         self.thresholds: list[float] = []
 
@@ -1473,11 +1799,107 @@ class Run:
     def training_seconds(self) -> float:
         """Training time so far, that of the running epoch included."""
         running = 0.0 if self.epoch_started is None else time.monotonic() - self.epoch_started
-        return self.train_seconds + running
+        return self.train_seconds + self.epoch_seconds + running
+
+    def elapsed(self) -> float:
+        """Seconds since the start, those of the sessions before a resumption included."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def start_clock(self) -> None:
+        synchronize(self.device)
+        self.epoch_started, self.energy_read = time.monotonic(), self.energy.read_kj()
+
+    def stop_clock(self) -> None:
+        """Count the time and the energy since the clock was started."""
+        synchronize(self.device)
+        self.epoch_seconds, self.epoch_started = self.epoch_seconds + time.monotonic() - self.epoch_started, None
+        if self.energy_read is not None:
+            self.energy_kj, self.energy_read = self.energy_kj + self.energy.read_kj() - self.energy_read, None
+
+    def reserve(self, steps: int) -> float:
+        """Seconds to keep for the last validation and the files: what the one before took, or, before the first one,
+        what as many training steps would, of at most half the time since the start."""
+        if self.eval_seconds or self.config.training.max_minutes is None or self.epoch_started is None:
+            return self.eval_seconds
+        elapsed = time.monotonic() - self.epoch_started
+        return min(self.eval_steps * elapsed / max(1, self.step), 30 * self.config.training.max_minutes)
 
     def out_of_time(self) -> bool:
         """Whether a schedule over time has come to its end."""
         return self.config.training.lr_decay == "time" and self.progress() >= 1
+
+    PLAIN = (
+        *("epoch", "step", "scoring", "streak", "iqr", "lr", "scheduled", "unscheduled", "activations", "thresholds"),
+        *("window_samples", "window_divisor", "window_forwards", "history", "epochs_completed", "nonfinite_steps"),
+        *("train_seconds", "epoch_seconds", "eval_seconds", "energy_kj"),
+    )
+    PARTS = ("model", "optimizer", "scaler", "controller", "meter")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the steps to come depend on. Raises TrainingFailed rather than keep a non-finite loss.
+
+        The running clock is stopped and started, so that the time so far is counted.
+        """
+        self.meter.read()
+        clocked = self.epoch_started is not None
+        if clocked:
+            self.stop_clock()
+            self.start_clock()
+        cuda = self.device.type == "cuda"
+        return {
+            "config": self.config.model_dump(),
+            **{name: getattr(self, name) for name in self.PLAIN},
+            **{name: getattr(self, name).state_dict() for name in self.PARTS},
+            "ledger": asdict(self.ledger),
+            "ledger_before": asdict(self.ledger_before),
+            "queue": [self.queue.images, self.queue.labels],
+            "gradients": [p.grad for p in self.model.parameters()] if self.window_samples else None,
+            "window_bad": self.window_bad,
+            "ahead": None if self.ahead is None else self.ahead.wait(),
+            "bad_images": self.bad_images.found,
+            "elapsed": self.elapsed(),
+            "random": [torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. Raises KeyError, ValueError, RuntimeError and such for a wrong one."""
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        self.meter = Meter(self.device, self.epoch, self.config.training.max_nonfinite_steps - self.nonfinite_steps)
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.ledger, self.ledger_before = Ledger(**state["ledger"]), Ledger(**state["ledger_before"])
+        tensors = *state["queue"], state["window_bad"]
+        moved = (tensor if tensor is None else tensor.to(self.device) for tensor in tensors)
+        self.queue.images, self.queue.labels, self.window_bad = moved
+        for parameter, gradient in zip(self.model.parameters(), state["gradients"] or []):  # noqa: B905
+            if parameter.grad is None:
+                parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
+            elif gradient is not None:
+                parameter.grad.copy_(gradient)
+        self.ahead = None if state["ahead"] is None else Scores(state["ahead"], None)
+        self.bad_images.add(state["bad_images"])
+        if self.step == 0:
+            self.start_epoch(self.epoch)
+        self.earlier_seconds = state["elapsed"]
+        generator, cuda_generator = state["random"]
+        torch.set_rng_state(generator)
+        if cuda_generator is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda_generator, self.device)
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint, where the run keeps any."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.state_dict(), self.device, best)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append the epoch's row to the log, where one is asked for."""
+        if self.config.logging.jsonl_path is not None:
+            append_jsonl(self.config.logging.jsonl_path, row)
+
+    def checkpoint_due(self) -> bool:
+        minutes = self.config.logging.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.checkpoints.saved >= 60 * minutes
 
 
 def synchronize(device: torch.device) -> None:
@@ -1486,8 +1908,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: int, stop: Stop) -> bool:
-    """Train on `batches`; False where `stop` ended the epoch early. Raises TrainingFailed on a non-finite loss."""
-    any_active_in_accum, forwards = False, 0
+    """Train on `batches`, the rest of `steps`; False where `stop` ended the epoch early.
+
+    An open accumulation window ends with the epoch, and with a time cap, which checkpoints before; after a signal it
+    is left for the checkpoint. Raises TrainingFailed on a non-finite loss too many.
+    """
+    any_active_in_accum = run.window_samples > 0
     sparse_before = run.epoch - run.config.ast.warmup_epochs
     with _progress(run, steps) as heartbeat:
         for images, labels, scores in score_ahead(run, batches):
@@ -1499,18 +1925,22 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
                 trained = train_step(run, images, labels)
             run.step, run.unscheduled = run.step + 1, run.unscheduled + 1
             if trained is not None:
-                forwards += 1
+                run.window_forwards += 1
                 any_active_in_accum |= trained > 0
-            window_full = forwards == run.config.training.grad_accum_steps
+            window_full = run.window_forwards == run.config.training.grad_accum_steps
             if window_full and any_active_in_accum:
                 optimizer_step(run)
             if window_full:
-                any_active_in_accum, forwards = False, 0
+                any_active_in_accum, run.window_forwards = False, 0
             heartbeat(len(labels))
-            if run.out_of_time() or stop.status(run.eval_seconds):
+            capped = run.out_of_time() or stop.status(run.reserve(steps)) == "time_capped"
+            if capped or run.checkpoint_due():
+                run.save()
+            if capped or stop.signal is not None:
                 break
-        if any_active_in_accum:
+        if any_active_in_accum and stop.signal is None:
             optimizer_step(run)
+            run.window_forwards = 0
     return run.step == steps
 
 
@@ -1562,10 +1992,15 @@ def warm_up(run: Run) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, loader: Iterable[Batch]) -> float:
-    """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape."""
+def evaluate(run: Run, loader: Iterable[Batch], stop: Stop | None = None) -> float | None:
+    """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape.
+
+    None where a signal came before its end.
+    """
     hits, count = torch.zeros((), device=run.device), 0
-    for images, labels in device_batches(loader, run.device):
+    for images, labels in device_batches(loader, run.device, run.bad_images):
+        if stop is not None and stop.signal is not None:
+            return None
         padding = run.config.training.batch_size - len(labels)
         whole = (torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])]) for tensor in (images, labels))
         hits += run.evaluator(*whole)[1, : len(labels)].sum()
@@ -1573,17 +2008,21 @@ def evaluate(run: Run, loader: Iterable[Batch]) -> float:
     return 100 * hits.item() / count
 
 
-def close_epoch(run: Run, before: Ledger, seconds: float, val_acc: float, considered: float) -> dict[str, Any]:
+def close_epoch(run: Run, val_acc: float, considered: float) -> dict[str, Any]:
     """Add the epoch's row to the history and return it. `considered`: samples a dense epoch would have trained on."""
-    done, metrics = run.ledger.since(before), run.config.metrics
+    metrics, seconds = run.config.metrics, run.epoch_seconds
     loss, train_acc = run.meter.read()
-    run.train_seconds += seconds
+    bad_steps, skipped, untrained = run.meter.skipped()
+    run.nonfinite_steps += bad_steps
+    run.ledger.steps, run.ledger.trained = run.ledger.steps - skipped, run.ledger.trained - untrained
+    done = run.ledger.since(run.ledger_before)
+    run.train_seconds, run.epoch_seconds = run.train_seconds + seconds, 0.0
     row = {
         "epoch": run.epoch + 1,
         "train_acc": train_acc,
         "val_acc": val_acc,
-        "activation_rate": statistics.fmean(run.activations) if run.scoring else done.loaded / considered,
-        "threshold": statistics.fmean(run.thresholds) if run.scoring else None,
+        "activation_rate": statistics.fmean(run.activations) if run.activations else done.loaded / considered,
+        "threshold": statistics.fmean(run.thresholds) if run.thresholds else None,
         "energy_savings": 1 - done.dense_equivalents(run.scoring_cost) / considered,
         "step_time_ms": 1000 * seconds / run.step,
         "est_energy_kj": run.train_seconds * metrics.gpu_tdp_watts / 1000,
@@ -1603,73 +2042,131 @@ def close_epoch(run: Run, before: Ledger, seconds: float, val_acc: float, consid
     return row
 
 
-def train(config: Config, stop: Stop | None = None) -> tuple[dict[str, Any], Path]:
+def train(config: Config, stop: Stop | None = None, resume: str | None = None) -> tuple[dict[str, Any], Path]:
     """Run a config to its end and save the results: (the result, its file).
 
-    Raises RequestError before anything is trained where the request is wrong. Whatever ends the training
-    later, the epochs finished until then are saved first, with `status` failed and the `error`.
+    `resume`: the checkpoint to go on from, a path, or `auto` for the config's own where there is one. Raises
+    RequestError before anything is trained where the request is wrong. Whatever ends the training later, the epochs
+    finished until then are saved first, with `status` failed and the `error`.
     """
     started, stop = time.monotonic(), stop or Stop()
     if config.training.max_minutes is not None and config.training.lr_decay == "epochs":
         stop.deadline = started + 60 * config.training.max_minutes
     device = resolve_device(config.training)
     prepare_outputs(config.logging)
+    checkpoint = find_checkpoint(config, resume)
+    state = None if checkpoint is None else load_checkpoint(checkpoint, config)
     board = open_tensorboard(config.logging)
     torch.manual_seed(config.training.seed)
     configure_backends(config.ast, device)
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device)
     model = get_model(config.model, num_classes, config.dataset.image_size)
     run = Run(config, model, device, sum(plan.steps(epoch) for epoch in range(config.training.epochs)))
-    run.board = board
-    outcome = {"status": "failed"}
+    run.board, run.started = board, started
     if device.type == "cuda" or config.training.compile != "off":
         warm_up(run)
+    if resume is not None:
+        begin_again(run, checkpoint, state)
+    run.checkpoints = Checkpoints(checkpoint_folder(config))
+    run.checkpoints.require_space(state_bytes(run))
+    outcome, stop.training = {"status": "failed"}, True
     try:
         outcome = {"status": fit(run, train_loader, val_loader, plan, stop)}
+        run.checkpoints.wait()
     except Exception as error:
-        outcome["error"] = _one_line(error)
+        known = explained(error, config)
+        outcome = {"status": "failed", "error": _one_line(known)}
+        if known is not error:
+            raise known from None
         raise
     finally:
-        result = build_result(run, outcome, time.monotonic() - started)
+        run.checkpoints.close()
+        result = build_result(run, outcome, run.elapsed())
         path = save_results(result, config.logging.output_dir)
         print(summary(result), f"results: {path}", sep="\n", flush=True)
     return result, path
 
 
+def begin_again(run: Run, path: Path | None, state: dict[str, Any] | None) -> None:
+    """Put a checkpoint's `state` into a fresh run, and its log in order. Raises RequestError where it does not fit."""
+    if state is None:
+        print("--resume auto: there is no checkpoint of this config, the run starts afresh", flush=True)
+        return
+    try:
+        run.load_state_dict(state)
+        if run.config.logging.jsonl_path is not None:
+            align_jsonl(Path(run.config.logging.jsonl_path), run.history)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {_one_line(error)[:200]}"
+        raise RequestError(f"{path}: a checkpoint that does not fit this model and data ({why})") from None
+    print(f"resumed from {path}: epoch {run.epoch + 1}, step {run.step}", flush=True)
+
+
+def state_bytes(run: Run) -> int:
+    """About how large a checkpoint is: weights, buffers and what the optimizer keeps of each weight."""
+    training = run.config.training
+    kept = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    sizes = {True: 0, False: 0}
+    for tensor in run.model.state_dict(keep_vars=True).values():
+        sizes[tensor.requires_grad] += tensor.nbytes
+    return (1 + kept) * sizes[True] + sizes[False]
+
+
+def explained(error: Exception, config: Config) -> Exception:
+    """`error` as the one line a user can act on, where it is of a kind that is known to end runs."""
+    text, folder = _one_line(error), config.logging.output_dir
+    if "DataLoader worker" in text:
+        hint = "out of memory? lower training.num_workers or training.batch_size"
+        return TrainingFailed(f"a loader worker died: {text}; {hint}")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return TrainingFailed(f"out of memory: {text[:200]}; lower training.batch_size")
+    if isinstance(error, OSError):
+        return TrainingFailed(f"{error.filename or folder}: {error.strerror or text}")
+    return error
+
+
 def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, stop: Stop) -> str:
     """Train and validate epoch by epoch. Returns completed, early_stopped, time_capped or interrupted."""
-    training, best = run.config.training, (-1.0, 0)
     print(epoch_line(run.config), flush=True)
-    for epoch in range(training.epochs):
-        plan.epoch, before = epoch, copy.copy(run.ledger)
-        run.start_epoch(epoch)
-        synchronize(run.device)
-        run.epoch_started, drawn = time.monotonic(), run.energy.read_kj()
-        whole = train_one_epoch(run, device_batches(train_loader, run.device), len(plan), stop)
-        synchronize(run.device)
-        seconds, run.epoch_started = time.monotonic() - run.epoch_started, None
-        if drawn is not None:
-            run.energy_kj += run.energy.read_kj() - drawn
-        if stop.status() == "interrupted" and not whole:
-            return "interrupted"
+    run.eval_steps = len(val_loader)
+    while (status := ended(run, stop)) is None:
+        plan.epoch, plan.start = run.epoch, run.step
+        if run.step == 0:
+            run.start_epoch(run.epoch)
+        run.start_clock()
+        whole = train_one_epoch(run, device_batches(train_loader, run.device, run.bad_images), len(plan), stop)
+        run.stop_clock()
         started = time.monotonic()
-        val_acc = evaluate(run, val_loader)
+        val_acc = None if stop.signal is not None else evaluate(run, val_loader, stop)
+        if val_acc is None:
+            status = "interrupted"
+            break
         run.eval_seconds = time.monotonic() - started
-        row = close_epoch(run, before, seconds, val_acc, plan.considered * run.step / len(plan))
+        row = close_epoch(run, val_acc, plan.considered * run.step / len(plan))
         run.epochs_completed += whole
         print(epoch_line(run.config, row), flush=True)
-        if run.config.logging.jsonl_path is not None:
-            append_jsonl(run.config.logging.jsonl_path, row)
         if run.board is not None:
             add_scalars(run.board, row)
-        best = max(best, (val_acc, -epoch))
-        if run.epochs_completed == training.epochs or run.out_of_time():
-            return "completed"
-        if status := stop.status(run.eval_seconds):
-            return status
-        if training.early_stop_patience is not None and epoch + best[1] >= training.early_stop_patience:
-            return "early_stopped"
-    return "completed"
+        if not whole:  # the checkpoint is the one before the cap
+            run.checkpoints.then(run.log, row)
+            return "completed" if run.out_of_time() else "time_capped"
+        run.epoch, run.step = run.epoch + 1, 0
+        run.save(best=val_acc == max(run.history["val_acc"]) > max(run.history["val_acc"][:-1], default=-1.0))
+        run.checkpoints.then(run.log, row)
+    if status == "interrupted":
+        run.save()
+    return status
+
+
+def ended(run: Run, stop: Stop) -> str | None:
+    """Why no further epoch is to begin, None where one is."""
+    accuracies, patience = run.history["val_acc"], run.config.training.early_stop_patience
+    if run.epoch == run.config.training.epochs or run.out_of_time():
+        return "completed"
+    if status := stop.status(run.eval_seconds):
+        return status
+    waited = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
+    return "early_stopped" if patience is not None and waited >= patience else None
 
 
 def prepare_outputs(outputs: LoggingConfig) -> None:
@@ -1679,8 +2176,8 @@ def prepare_outputs(outputs: LoggingConfig) -> None:
             if path is not None:
                 folder = Path(path) if key == "output_dir" else Path(path).parent
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(bytes(2**16))  # a full disk takes names
         except OSError as error:
             raise RequestError(f"logging.{key}: cannot write to {path}: {error.strerror}") from None
 
@@ -1714,36 +2211,40 @@ def build_result(run: Run, outcome: dict[str, str], seconds: float) -> dict[str,
         "energy_kj": run.energy_kj,
         "base_flop_per_sample": run.base_flop,
         "ledger": asdict(run.ledger),
+        "nonfinite_steps": run.nonfinite_steps,
+        "bad_images": run.bad_images.found,
         "config": run.config.model_dump(),
         "environment": environment(run.device),
     }
 
 
 def save_results(result: dict[str, Any], output_dir: str | Path) -> Path:
-    """Write final_results_<timestamp>.json whole or not at all, under a name nobody has taken."""
-    stamp, text = datetime.now().strftime("%Y%m%d_%H%M%S"), results_text(result)
+    """Write final_results_<timestamp>.json whole or not at all, under a name nobody has taken.
+
+    Raises TrainingFailed where the disk does not take it.
+    """
+    stamp, whole = datetime.now().strftime("%Y%m%d_%H%M%S"), Path(output_dir) / f"final_results.{os.getpid()}"
+    write_result(result, whole)
     for tail in chain([""], (f"_{n}" for n in count(1))):
         path = Path(output_dir) / f"final_results_{stamp}{tail}.json"
-        with contextlib.suppress(FileExistsError):
-            path.open("x").close()  # claims the name
-            break
-    write_whole(text, path)
+        try:
+            os.link(whole, path)  # claims the name and fills the file in one
+        except OSError as error:
+            if isinstance(error, FileExistsError) or path.exists():
+                continue
+            os.replace(whole, path)  # a file system without hard links
+        break
+    whole.unlink(missing_ok=True)
     return path
 
 
-def results_text(result: dict[str, Any]) -> str:
-    """What stands in a results file. Raises ValueError for NaN or infinity."""
-    return json.dumps(result, indent=2, allow_nan=False) + "\n"
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a file, or replace it, whole or not at all."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Replace a results file, whole or not at all. Raises TrainingFailed where the disk does not take it."""
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    try:
+        replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise TrainingFailed(f"{path}: cannot write the results: {error.strerror}") from None
 
 
 EPOCH_COLUMNS = {  # title: (history key, format); the width is the format's
@@ -1807,12 +2308,15 @@ def run_cli(main: Callable[[], int]) -> int:
         return 130
 
 
-def execute(config: Config) -> int:
+def execute(config: Config, resume: str | None = None) -> int:
     """Train `config` as a command does: signals watched, results saved. Returns the exit code."""
     stop = Stop()
     stop.watch_signals()
-    result, _ = train(config, stop)
+    result, _ = train(config, stop, resume)
     return 128 + stop.signal if result["status"] == "interrupted" else 0
+
+
+RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
 
 
 def options_help() -> str:
@@ -1830,9 +2334,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
+    parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.lr=0.05")
-    args = parser.parse_args(argv)
-    return execute(load_config(args.config, args.overrides))
+    args = parser.parse_intermixed_args(argv)
+    return execute(load_config(args.config, args.overrides), args.resume)
 
 
 if __name__ == "__main__":

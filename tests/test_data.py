@@ -72,7 +72,7 @@ def test_images_and_labels_belong_together(kind, image_folder, parquet_folder):
     assert (len(train), len(val)) == (24, 9)
     for dataset in (train, val):
         for index in range(len(dataset)):
-            image, label = dataset[(index, np.zeros(DRAWS))]
+            image, label, _ = dataset[(index, np.zeros(DRAWS))]
             assert image.shape == (3, config.dataset.image_size, config.dataset.image_size)
             assert image.dtype == torch.uint8
             brightest = int(image.float().mean((1, 2)).argmax())
@@ -214,8 +214,8 @@ def test_a_bad_row_of_a_parquet_file_is_named(parquet_folder):
     rows[5] = {**rows[5], "kind": None}
     train.samples = rows
     samples = [train[(index, np.zeros(DRAWS))] for index in (3, 4, 5)]
-    assert samples[1].startswith("sample 4: not a readable image")
-    assert "no class" in samples[2]
+    assert samples[1].unreadable[0].startswith("sample 4: not a readable image")
+    assert "no class" in samples[2].unreadable[0]
     batch = collate(samples)
     assert len(batch.images) == len(batch.labels) == 1
     assert len(batch.unreadable) == 2

@@ -25,6 +25,7 @@ SWEEP += "ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 --output-dir results/
 RESNET = "scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml"
 ADDED = {
     "scripts/run_experiment.py --config configs/digits_smoke.yaml": "",
+    "scripts/run_experiment.py --config configs/digits_smoke.yaml --resume auto": "",  # the one above, finished
     RESNET: FOLDER,
     f"{RESNET} --epochs 50 --target-activation 0.3": "--dry-run",
     "scripts/run_experiment.py --config configs/digits_smoke.yaml ast.mode=dense training.lr=1e-3 --dry-run": "",
@@ -81,5 +82,7 @@ def test_command_works(command, clone, image_folder, parquet_folder):
         assert accuracy > 90
         rates = [float(line.split()[5]) for line in done.stdout.splitlines() if re.match(r" +\d+/20 +ast", line)]
         assert max(abs(rate - 0.25) for rate in rates[-5:]) < 0.03
+    if "--resume auto" in command:
+        assert "resumed from results/checkpoints/" in done.stdout
     if "--plot" in command:
         assert len(list((clone / "results" / "plots").glob("*.png"))) == 8

@@ -83,8 +83,10 @@ def test_secrets_of_the_environment_stay_out_of_the_results(script, monkeypatch,
     quick = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "--output-dir", tmp_path]
     done = script("run_experiment", "--config", "configs/digits_smoke.yaml", *quick)
     assert done.returncode == 0, done.stderr
-    written = "".join(path.read_text() for path in tmp_path.iterdir()) + done.stdout + done.stderr
-    assert "planted" not in written
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"last.pt", "best.pt"} < {path.name for path in files}
+    written = b"".join(path.read_bytes() for path in files) + (done.stdout + done.stderr).encode()
+    assert b"planted" not in written
 
 
 SMALL = ["dataset.max_train_samples=512", "training.epochs=4", "ast.warmup_epochs=1", "training.lr_warmup_epochs=1"]

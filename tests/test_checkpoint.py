@@ -1,0 +1,378 @@
+"""Checkpoints: a run goes on bit for bit where it was, whatever ended it, and nothing is lost on the way."""
+
+import json
+import math
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_ast
+from conftest import BatchNormNet, make_batch, make_config, make_run
+from train_ast import (
+    Checkpoints,
+    Config,
+    RequestError,
+    Stop,
+    TrainingFailed,
+    align_jsonl,
+    checkpoint_folder,
+    close_epoch,
+    load_checkpoint,
+    optimizer_step,
+    save_checkpoint,
+    train,
+    train_step,
+)
+
+SMALL = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.lr=0.05"]
+SMALL += ["dataset.max_train_samples=200", "dataset.max_val_samples=64", "training.epochs=3", "ast.warmup_epochs=1"]
+TIMED = {"step_time_ms", "est_energy_kj", "train_seconds"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Nets this small are no faster on two, and on a busy machine far slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class StopAfter(Stop):
+    """A signal that comes while step number `steps` of the session is under way; `steps` counts from 1."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.left = steps
+
+    def status(self, reserve_seconds: float = 0.0) -> str | None:
+        self.left -= 1
+        if self.left == 0:
+            self.signal = 15
+        return super().status(reserve_seconds)
+
+
+def untimed(result: dict) -> dict:
+    """What must repeat of a result: all but times."""
+    history = {key: values for key, values in result["training_history"].items() if key not in TIMED}
+    timed = ("total_time_hours", "train_seconds", "training_history", "config", "environment")
+    return {key: value for key, value in result.items() if key not in timed} | history
+
+
+def same(left, right) -> bool:
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def final_state(config: Config) -> dict:
+    """The last checkpoint of a finished run, without times and the keys that say where it was written."""
+    state = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
+    state["history"] = {key: values for key, values in state["history"].items() if key not in TIMED}
+    return {key: state[key] for key in state if not key.endswith("seconds") and key not in ("elapsed", "config")}
+
+
+WAYS = {
+    "dense": ["ast.mode=dense"],
+    "random": ["ast.mode=random"],
+    "ast": [],
+    "ast, scored on the spot": ["ast.score_ahead=false"],
+    "packed": ["ast.pack=true"],
+    "packed, accumulated": ["ast.pack=true", "training.grad_accum_steps=2", "training.optimizer=adamw"],
+    "accumulated": ["training.grad_accum_steps=4", "training.grad_clip_norm=1.0", "ast.score_resolution=8"],
+    "annealed, dropout": ["ast.anneal_epochs=1", "model.name=test_vit", "dataset.image_size=32"],
+    "resident": ["dataset.cache=device", "dataset.augment=pad_crop"],
+    "resident crops": ["dataset.cache=device", "dataset.augment=random_resized_crop", "ast.pack=true"],
+    "two workers": ["training.num_workers=2", "dataset.augment=random_resized_crop", "ast.pack=true"],
+    "non-finite steps allowed": ["training.max_nonfinite_steps=3"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_interrupted_anywhere_ends_as_the_uninterrupted_one(way, tmp_path):
+    def config(folder):
+        return make_config(*SMALL, *WAYS[way], f"logging.output_dir={tmp_path / folder}")
+
+    whole, _ = train(config("whole"))
+    for steps in (3, 5, 4, 6):  # 6 steps an epoch: inside epochs, on their last step, across phases
+        cut, _ = train(config("cut"), StopAfter(steps), "auto")
+        if cut["status"] != "interrupted":
+            break
+    cut, path = train(config("cut"), resume="auto")
+    assert len(list((tmp_path / "cut").glob("final_results_*.json"))) >= 4
+    assert json.loads(path.read_text())["status"] == "completed"
+    assert untimed(cut) == untimed(whole)
+    assert same(final_state(config("cut")), final_state(config("whole")))
+
+
+# --------------------------------------------------------------------------------- Which checkpoint, and whose
+
+
+def trained(tmp_path: Path, *overrides: str, **arguments) -> tuple[Config, dict]:
+    config = make_config(*SMALL, "ast.mode=dense", f"logging.output_dir={tmp_path}", *overrides)
+    return config, train(config, **arguments)[0]
+
+
+def test_a_run_of_more_epochs_goes_on_from_a_finished_one(tmp_path):
+    config, short = trained(tmp_path, "training.epochs=2")
+    assert short["status"] == "completed"
+    _, longer = trained(tmp_path, "training.epochs=4", resume=str(checkpoint_folder(config)))
+    assert longer["training_history"]["epoch"] == [1, 2, 3, 4]
+    assert longer["training_history"]["val_acc"][:2] == short["training_history"]["val_acc"]
+    assert longer["total_time_hours"] > short["total_time_hours"]
+    assert longer["ledger"]["loaded"] == 2 * short["ledger"]["loaded"]
+
+
+def test_without_resume_a_run_starts_afresh_and_with_auto_a_finished_one_has_nothing_to_do(tmp_path, capsys):
+    _, first = trained(tmp_path)
+    assert "starts afresh" not in capsys.readouterr().out
+    _, again = trained(tmp_path, resume="auto")
+    assert f"resumed from {tmp_path}/checkpoints/" in capsys.readouterr().out
+    assert untimed(again) == untimed(first)
+    assert again["train_seconds"] == first["train_seconds"]
+    _, fresh = trained(tmp_path)
+    assert fresh["train_seconds"] != first["train_seconds"]
+    trained(tmp_path, "training.seed=1", resume="auto")
+    assert "there is no checkpoint of this config, the run starts afresh" in capsys.readouterr().out
+
+
+def test_best_is_the_epoch_of_best_accuracy(tmp_path):
+    config, result = trained(tmp_path, "training.lr=0.3", "training.epochs=4")
+    best = load_checkpoint(checkpoint_folder(config) / "best.pt", config)
+    assert best["history"]["epoch"][-1] == result["best_epoch"]
+    assert best["history"]["val_acc"][-1] == result["best_accuracy"]
+
+
+def test_a_checkpoint_of_another_config_is_refused_naming_the_keys(tmp_path):
+    config, _ = trained(tmp_path)
+    path = str(checkpoint_folder(config) / "last.pt")
+    with pytest.raises(RequestError) as caught:
+        trained(tmp_path, "training.lr=0.01", "ast.mode=ast", "training.epochs=9", resume=path)
+    assert str(caught.value) == (
+        f"{path}: a checkpoint of another config: ast.mode (dense there, ast asked for),"
+        " training.lr (0.05 there, 0.01 asked for)"
+    )
+    for missing in (tmp_path / "nowhere.pt", tmp_path):
+        with pytest.raises(RequestError, match=r"cannot read the checkpoint: No such file"):
+            trained(tmp_path, resume=str(missing))
+
+
+def test_a_resumed_log_has_every_epoch_once(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"epoch": 1, "of": "an earlier run"}\n')
+    keys = [f"logging.jsonl_path={log}", "training.epochs=4"]
+    trained(tmp_path, *keys, stop=StopAfter(15))
+    rows = log.read_text().splitlines(keepends=True)
+    assert len(rows) == 3
+    for damage in ([*rows, rows[-1], '{"epoch": 3, "trai'], rows[:-1], [*rows, '{"epoch": 1, "of": "a later run"}\n']):
+        log.write_text("".join(damage))
+        align_jsonl(log, history_of(rows[1:]))
+        assert log.read_text() == "".join([*rows, *damage[len(rows) :][:1]] if "later" in damage[-1] else rows)
+    log.write_text("".join(rows[:-1]) + rows[-1][:30])  # torn in the middle of a line
+    _, result = trained(tmp_path, *keys, resume="auto")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 1, 2, 3, 4]
+    assert history_of(log.read_text().splitlines()[1:]) == result["training_history"]
+
+
+def history_of(lines: list[str]) -> dict[str, list]:
+    rows = [json.loads(line) for line in lines]
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+# ------------------------------------------------------------------------------------------------ Damage
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_whole_one_beside_it_works(tmp_path):
+    """Cut at 20 places, bits turned over at 40: one line naming the file, each time."""
+    config, _ = trained(tmp_path)
+    last, best = checkpoint_folder(config) / "last.pt", checkpoint_folder(config) / "best.pt"
+    whole = last.read_bytes()
+    cuts = [whole[: len(whole) * i // 20] for i in range(20)]
+    places = np.random.default_rng(0).integers(0, len(whole), 40)
+    flips = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in places.tolist()]
+    for hostile in [*cuts, *flips, b"rubbish" * 100]:
+        last.unlink()
+        last.write_bytes(hostile)
+        with pytest.raises(RequestError, match=r"last\.pt: damaged, or no checkpoint of this lab") as caught:
+            load_checkpoint(last, config)
+        assert "\n" not in str(caught.value)
+    assert load_checkpoint(best, config)["epoch"] > 0
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("hostile", ["code", "a list", "no config", "no model", "another shape"])
+def test_a_checkpoint_made_to_harm_runs_no_code_and_is_refused(hostile, tmp_path):
+    config, _ = trained(tmp_path)
+    path = checkpoint_folder(config) / "last.pt"
+    state = load_checkpoint(path, config)
+    if hostile == "code":
+        state["bomb"] = Bomb(tmp_path / "exploded")
+    elif hostile == "another shape":
+        state["model"]["conv1.weight"] = torch.zeros(3) if "conv1.weight" in state["model"] else 0
+    elif hostile != "a list":
+        del state[hostile.removeprefix("no ")]
+    save_checkpoint([1, 2] if hostile == "a list" else state, path)
+    with pytest.raises(RequestError, match=rf"{path}: (no checkpoint of this lab|a checkpoint that does not fit)"):
+        train(config, resume="auto")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path):
+    """The disk takes no more than so many bytes of the new file."""
+    path = tmp_path / "last.pt"
+    save_checkpoint({"n": 1, "weights": torch.zeros(1000)}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (0, 1, 500, 4096, 8192):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            with pytest.raises((OSError, RuntimeError)):
+                save_checkpoint({"n": 2, "weights": torch.zeros(4000)}, path)
+            assert path.read_bytes() == before
+            assert list(tmp_path.iterdir()) == [path]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("limit", [100_000, 400_000])
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(limit, tmp_path):
+    """Files may not outgrow `limit` bytes from the second epoch on, as on a disk that is nearly full."""
+    config, _ = trained(tmp_path)
+    before = (checkpoint_folder(config) / "last.pt").read_bytes()
+    assert len(before) > limit
+    longer = make_config(*SMALL, "ast.mode=dense", f"logging.output_dir={tmp_path}", "training.epochs=3")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        with pytest.raises(TrainingFailed, match=r"last\.pt.*: cannot write, the checkpoint before is whole"):
+            train(longer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (checkpoint_folder(config) / "last.pt").read_bytes() == before
+    newest = max(tmp_path.glob("final_results_*.json"), key=lambda path: path.stat().st_mtime)
+    saved = json.loads(newest.read_text())
+    assert saved["status"] == "failed"
+    assert saved["training_history"]["epoch"]
+
+
+def test_too_little_room_is_found_before_training(tmp_path):
+    with pytest.raises(
+        RequestError, match=r"logging.output_dir: the checkpoints in .* need [\d,]+ MiB, and [\d,]+ MiB"
+    ):
+        Checkpoints(tmp_path / "run").require_space(shutil.disk_usage(tmp_path).free)
+
+
+# ------------------------------------------------------------------------------------- Signals and limits
+
+
+def test_a_signal_during_validation_leaves_it_for_the_resumed_run(tmp_path):
+    whole_config, whole = trained(tmp_path / "whole")
+
+    stop = Stop()
+    config = make_config(*SMALL, "ast.mode=dense", f"logging.output_dir={tmp_path / 'cut'}")
+    batches = train_ast.device_batches
+
+    def signalled(loader, *rest):
+        for number, batch in enumerate(batches(loader, *rest)):
+            if isinstance(loader.batch_sampler, list) and number == 1:  # the validation's
+                stop.signal = 15
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_ast, "device_batches", signalled)
+        cut, _ = train(config, stop)
+    assert (cut["status"], cut["training_history"]["epoch"]) == ("interrupted", [])
+    cut, _ = train(config, resume="auto")
+    assert untimed(cut) == untimed(whole)
+    assert same(final_state(config), final_state(whole_config))
+
+
+def test_a_cap_inside_an_epoch_can_be_resumed_too(tmp_path):
+    whole_config, whole = trained(tmp_path / "whole", "training.grad_accum_steps=4")
+
+    class CapAfter(StopAfter):
+        def status(self, reserve_seconds: float = 0.0) -> str | None:
+            self.left -= 1
+            self.deadline = 0.0 if self.left <= 0 else self.deadline
+            return Stop.status(self)
+
+    stop = CapAfter(10)
+    config = make_config(*SMALL, "ast.mode=dense", "training.grad_accum_steps=4", f"logging.output_dir={tmp_path}/cut")
+    cut, _ = train(config, stop)
+    assert (cut["status"], cut["training_history"]["epoch"]) == ("time_capped", [1, 2])
+    cut, _ = train(config, resume="auto")
+    assert untimed(cut) == untimed(whole)
+    assert same(final_state(config), final_state(whole_config))
+
+
+def test_checkpoints_within_an_epoch_come_as_often_as_asked(tmp_path):
+    """Each is whole and goes on to the same end; the run that wrote them is not changed by it."""
+    whole_config, whole = trained(tmp_path / "whole")
+    config = make_config(
+        *SMALL, "ast.mode=dense", f"logging.output_dir={tmp_path}/cut", "logging.checkpoint_minutes=1e-9"
+    )
+    often, _ = train(config)
+    assert untimed(often) == untimed(whole)
+    assert same(final_state(config), final_state(whole_config))
+
+
+def test_steps_with_a_loss_that_is_not_finite_are_left_out(tmp_path):
+    """Weights and running statistics stay as they were; one more than allowed ends the run."""
+    model = BatchNormNet()
+    run = make_run(model, "ast.mode=dense", "training.max_nonfinite_steps=2", "training.lr=0.01")
+    run.start_epoch(0)
+    images, labels = make_batch()
+    whole = run.forward
+    before = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    run.forward = lambda images, labels: tuple(part * math.nan for part in whole(images, labels))
+    for _ in range(2):
+        train_step(run, images, labels)
+        optimizer_step(run)
+        assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
+    run.forward = whole
+    train_step(run, images, labels)
+    optimizer_step(run)
+    assert not torch.equal(before["head.weight"], model.head.weight)
+    assert not torch.equal(before["body.1.running_mean"], model.body[1].running_mean)
+    run.step, run.epoch_seconds = 3, 1.0
+    row = close_epoch(run, 10.0, 48)
+    assert (row["samples_trained"], row["optimizer_steps"], run.nonfinite_steps) == (16, 1, 2)
+    assert 0 < row["train_loss"] < 10
+    run.start_epoch(1)
+    run.forward = lambda images, labels: tuple(part * math.nan for part in whole(images, labels))
+    train_step(run, images, labels)
+    with pytest.raises(TrainingFailed, match="non-finite loss in epoch 2, step 1"):
+        run.state_dict()
+
+
+def test_non_finite_steps_that_do_not_end_leave_the_last_good_checkpoint(tmp_path):
+    keys = ["training.max_nonfinite_steps=4", "model.name=test_vit", "dataset.image_size=32"]
+    config, _ = trained(tmp_path, *keys, "training.epochs=1")
+    state = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
+    state["model"]["head.bias"].fill_(math.nan)  # what a diverged run would be
+    spoilt = tmp_path / "spoilt.pt"
+    save_checkpoint(state, spoilt)
+    with pytest.raises(TrainingFailed, match=r"non-finite loss in epoch 2, step 1"):
+        trained(tmp_path, *keys, resume=str(spoilt))
+    longer = make_config(*SMALL, "ast.mode=dense", f"logging.output_dir={tmp_path}", *keys)
+    assert not (checkpoint_folder(longer) / "last.pt").exists()

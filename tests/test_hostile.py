@@ -1,0 +1,226 @@
+"""What comes from outside cannot hurt: mutated configs, results, images and tables, and code that would trust them.
+
+Short by default; `-m long` for the long form.
+"""
+
+import ast
+import importlib
+import json
+import random
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import analyze_results
+import numpy as np
+import pytest
+import run_experiment
+import torch
+from conftest import REPO, make_config
+from train_ast import DRAWS, BadImages, ImageDataset, RequestError, build_dataloaders, device_batches, run_cli, train
+
+CPU = torch.device("cpu")
+TOKENS = [b"null", b"true", b".nan", b"-.inf", b"1e999", b"9" * 5000, b"-1", b"0", b"''", b"[]", b"{}", b"[[[[", b"{{"]
+TOKENS += [
+    b"&a [*a]",
+    b"*a",
+    b"!!python/object/apply:os.system ['touch /tmp/pwned']",
+    b"!!binary x",
+    b"!!int ''",
+    b"!!bool x",
+]
+TOKENS += [
+    b"!!timestamp x",
+    b"!!float x",
+    b"!!set {a}",
+    b"!!omap [1]",
+    b"<<: [1]",
+    b"? [a]\n: b",
+    b"2001-99-99",
+    b"\x00",
+]
+TOKENS += [b"\xff\xfe", b"\t", b"\n", b": ", b"- ", b'"', b"'", b"%YAML 9.9", b"---\n", b"...", b"\xed\xa0\x80", b"#"]
+TOKENS += [
+    b"12345678901234567890",
+    b"0x1F",
+    b"1_000",
+    b"12:30:45",
+    b"<script>",
+    b"../../x",
+    b"1e400",
+    b"NaN",
+    b"Infinity",
+]
+
+
+def mutated(data: bytes, dice: random.Random) -> bytes:
+    """`data` with one to four of: a bit turned over, a piece cut out, doubled, moved, or replaced by a token."""
+    for _ in range(dice.randint(1, 4)):
+        at, length = dice.randrange(len(data) + 1), dice.choice([0, 1, 2, 5, 20, 200])
+        piece, rest = data[at : at + length], data[at + length :]
+        other = dice.randrange(len(rest) + 1)
+        data = {
+            "flip": data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :] if at < len(data) else data,
+            "cut": data[:at] + rest,
+            "end": data[:at],
+            "double": data[:at] + piece * 3 + rest,
+            "move": data[:at] + rest[:other] + piece + rest[other:],
+            "token": data[:at] + dice.choice(TOKENS) + rest,
+        }[dice.choice(["flip", "cut", "end", "double", "move", "token", "token"])]
+    return data
+
+
+def outcome(main: Callable[[], int], capsys) -> tuple[int, str]:
+    """The exit code and stderr of a script's main, which may take no longer than ten seconds."""
+    capsys.readouterr()
+    started = time.monotonic()
+    code = run_cli(main)
+    assert time.monotonic() - started < 10
+    return code, capsys.readouterr().err
+
+
+def fuzz_configs(times: int, tmp_path: Path, capsys) -> None:
+    presets = [path.read_bytes() for path in sorted((REPO / "configs").glob("*.yaml"))]
+    dice, path, codes = random.Random(0), tmp_path / "config.yaml", []
+    for _ in range(times):
+        path.write_bytes(hostile := mutated(dice.choice(presets), dice))
+        code, err = outcome(lambda: run_experiment.main(["--config", str(path), "--dry-run"]), capsys)
+        assert (code, err.count("\n")) in ((0, 0), (2, 1)), (hostile, err)
+        codes.append(code)
+    assert {0, 2} == set(codes)
+    assert not Path("/tmp/pwned").exists()
+
+
+def fuzz_results(times: int, tmp_path: Path, capsys) -> None:
+    published = [path.read_bytes() for path in sorted(REPO.glob("results/published/**/final_results_*.json"))]
+    good, folder = published[0], tmp_path / "results"
+    folder.mkdir()
+    dice, codes = random.Random(0), []
+    (folder / "final_results_1.json").write_bytes(good)
+    for n in range(times):
+        (folder / "final_results_2.json").write_bytes(hostile := mutated(dice.choice(published), dice))
+        outputs = ["--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "t.md")] if n % 10 == 0 else []
+        args = ["--results-dir", str(folder), *outputs]
+        code, err = outcome(lambda args=args: analyze_results.main(args), capsys)
+        assert code == 0 or (code, err.count("\n")) == (2, 1), (hostile, err)
+        codes.append(code)
+    assert 0 in codes
+
+
+def fuzz_images(times: int, folder: Path) -> None:
+    victim = folder / "train" / "red" / "0.jpg"
+    original, dice, bad = victim.read_bytes(), random.Random(0), 0
+    train_set = ImageDataset([(victim, 0), (folder / "train" / "red" / "1.jpg", 0)], ["red"])
+    train_set.view, train_set.stand_ins = (lambda images, draws: images), 1
+    for _ in range(times):
+        victim.write_bytes(mutated(original, dice))
+        sample = train_set[(0, np.zeros(DRAWS))]
+        assert sample.image.dtype == torch.uint8
+        assert sample.image.shape[0] == 3
+        assert all(str(victim) in name and "\n" not in name for name in sample.unreadable)
+        bad += len(sample.unreadable)
+    assert 0 < bad < times
+
+
+def fuzz_parquet(times: int, folder: Path, tmp_path: Path) -> None:
+    original, dice, ends = (folder / "train.parquet").read_bytes(), random.Random(0), []
+    for n in range(times):
+        (folder / "train.parquet").write_bytes(mutated(original, dice))
+        data = ["dataset.type=hf", f"dataset.name={folder}", f"dataset.cache_dir={tmp_path / f'cache{n}'}"]
+        config = make_config(*data, "dataset.split_val=test", "training.num_workers=0", "dataset.max_bad_images=30")
+        found = BadImages(30)
+        try:
+            loader, *_ = build_dataloaders(config, CPU)
+            list(device_batches(loader, CPU, found))
+            ends.append(len(found.found))
+        except RequestError as error:
+            ends.append(str(error))
+    assert any(isinstance(end, str) for end in ends)
+    assert all("dataset" in end and "\n" not in end for end in ends if isinstance(end, str))
+
+
+def test_mutated_configs_are_run_or_refused_in_one_line(tmp_path, capsys):
+    fuzz_configs(300, tmp_path, capsys)
+
+
+def test_mutated_results_are_read_or_left_out(tmp_path, capsys):
+    fuzz_results(40, tmp_path, capsys)
+
+
+def test_mutated_images_are_read_or_counted(image_folder):
+    fuzz_images(60, image_folder)
+
+
+def test_mutated_tables_are_read_or_refused(parquet_folder, tmp_path):
+    fuzz_parquet(6, parquet_folder, tmp_path)
+
+
+@pytest.mark.long
+def test_five_thousand_mutated_configs(tmp_path, capsys):
+    fuzz_configs(5000, tmp_path, capsys)
+
+
+@pytest.mark.long
+def test_two_thousand_mutated_results(tmp_path, capsys):
+    fuzz_results(2000, tmp_path, capsys)
+
+
+@pytest.mark.long
+def test_five_hundred_mutated_images_and_tables(image_folder, parquet_folder, tmp_path):
+    fuzz_images(400, image_folder)
+    fuzz_parquet(100, parquet_folder, tmp_path)
+
+
+SMALL = ["model.name=test_resnet", "training.batch_size=4", "training.epochs=2", "ast.warmup_epochs=1"]
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_within_the_limit_are_replaced_and_listed(cache, workers, tmp_path, image_folder):
+    (image_folder / "train" / "red" / "3.jpg").write_bytes(b"no image")
+    (image_folder / "train" / "red" / "7.jpg").write_bytes(b"the last one of all")
+    (image_folder / "val" / "blue" / "0.jpg").unlink()
+    (image_folder / "val" / "blue" / "0.jpg").symlink_to("nowhere")
+    data = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    data += [*SMALL, f"dataset.cache={cache}", f"training.num_workers={workers}", f"logging.output_dir={tmp_path}/out"]
+    result, path = train(make_config(*data, "dataset.max_bad_images=3"))
+    assert result["status"] == "completed"
+    assert result["training_history"]["samples_loaded"] == [24, 24]
+    names = sorted(text.partition(":")[0].removeprefix(f"{image_folder}/") for text in result["bad_images"])
+    assert names == ["train/red/3.jpg", "train/red/7.jpg", "val/blue/0.jpg"]
+    assert json.loads(path.read_text())["bad_images"] == result["bad_images"]
+    with pytest.raises(RequestError, match=r"\.jpg: .*; dataset\.max_bad_images=1 allows no more"):
+        train(make_config(*data, "dataset.max_bad_images=1"))
+
+
+def test_no_script_trusts_what_it_reads():
+    """No pickle, no code from text, no loader but a safe one, no archive unpacked by hand."""
+    for path in sorted((REPO / "scripts").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "dill", "joblib", "marshal", "shelve"}, path
+            if isinstance(node, ast.Call):
+                called, given = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
+                assert called not in ("eval", "exec", "compile", "os.system", "yaml.unsafe_load", "pd.read_pickle"), (
+                    path
+                )
+                assert not called.endswith(("extractall", "unpack_archive")), path
+                assert called != "torch.load" or given.get("weights_only") == "True", path
+                assert called != "yaml.load" or given.get("Loader") == "_Loader", path
+                assert given.get("shell") is None, path
+                assert given.get("allow_pickle") is None, path
+    loader = importlib.import_module("train_ast")._Loader
+    assert issubclass(loader, importlib.import_module("yaml").SafeLoader)
+
+
+def test_a_run_touches_no_network_and_nothing_outside_its_folder(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.chdir(tmp_path)
+    names = ["model.name=test_resnet", "training.epochs=1", "ast.mode=dense", "dataset.max_train_samples=64"]
+    train(make_config(*names, "logging.output_dir=out", "dataset.cache_dir=../../x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
