@@ -41,6 +41,7 @@ from train_ast import (
     config_keys,
     load_config,
     prepare_outputs,
+    replace_file,
     run_cli,
     run_id,
 )
@@ -217,9 +218,8 @@ def open_summary(folder: Path, resume: bool, rows: Sequence[Mapping[str, Any]], 
     path = newest_summary(folder) if resume else None
     others = [row for key, row in read_rows(path).items() if key not in planned] if path is not None else []
     path = path or folder / f"sweep_summary_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in [*others, *rows]), encoding="utf-8")
-    os.replace(part, path)
+    text = "".join(json.dumps(row) + "\n" for row in [*others, *rows])
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
     return path
 
 

@@ -1532,14 +1532,9 @@ class Checkpoints:
     def __init__(self, folder: Path):
         """Raises RequestError where `folder` cannot be made or written to."""
         self.folder, self.last = folder, folder / "last.pt"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("*.part"):  # of a process that was killed while it wrote
-                left.unlink(missing_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise RequestError(f"logging.output_dir: cannot write to {folder}: {error.strerror}") from None
+        require_folder(folder, "logging.output_dir", folder)
+        for left in folder.glob("*.part"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: list[Future] = []
         self.saved = time.monotonic()
@@ -1682,6 +1677,9 @@ class Stop:
         return "time_capped" if time.monotonic() + reserve_seconds >= self.deadline else None
 
 
+IMAGENET_MOMENTS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of its pixels, 0 to 1
+
+
 class Normalise:
     """uint8 [batch, 3, H, W] to the float32 the model was built for, and the autocast it runs under."""
 
@@ -1714,7 +1712,7 @@ class Run:
         self.model = model.to(device, memory_format=self.layout).train()
         self.amp_dtype = resolve_amp_dtype(training, device)
         published = getattr(model, "pretrained_cfg", None) or {}  # timm says how its weights were trained
-        moments = (published.get("mean", (0.485, 0.456, 0.406)), published.get("std", (0.229, 0.224, 0.225)))
+        moments = (published.get(name, usual) for name, usual in IMAGENET_MOMENTS.items())
         self.normalise = Normalise(*moments, device, self.layout, self.amp_dtype)
         self.forward = compiled(
             training_forward(self.model, self.normalise, training.label_smoothing), training.compile
@@ -1767,10 +1765,14 @@ class Run:
             self.queue.clear()
         self.epoch, self.step, self.scoring = epoch, 0, sparse
         self.controller.frozen = not sparse
-        self.meter = Meter(self.device, epoch, self.config.training.max_nonfinite_steps - self.nonfinite_steps)
+        self.meter = self.new_meter()
         self.ledger_before, self.epoch_seconds = copy.copy(self.ledger), 0.0
         self.activations: list[float] = []
         self.thresholds: list[float] = []
+
+    def new_meter(self) -> Meter:
+        """For the current epoch, allowing what the earlier ones have left of `training.max_nonfinite_steps`."""
+        return Meter(self.device, self.epoch, self.config.training.max_nonfinite_steps - self.nonfinite_steps)
 
     def is_lost(self, activation: float, samples: int) -> bool:
         """Whether so many samples in a row were all active, or all inactive, that chance (1e-6) cannot explain it."""
@@ -1816,9 +1818,9 @@ class Run:
         if self.energy_read is not None:
             self.energy_kj, self.energy_read = self.energy_kj + self.energy.read_kj() - self.energy_read, None
 
-    def reserve(self, steps: int) -> float:
+    def reserve(self) -> float:
         """Seconds to keep for the last validation and the files: what the one before took, or, before the first one,
-        what as many training steps would, of at most half the time since the start."""
+        what as many training steps would, but no more than half of max_minutes."""
         if self.eval_seconds or self.config.training.max_minutes is None or self.epoch_started is None:
             return self.eval_seconds
         elapsed = time.monotonic() - self.epoch_started
@@ -1865,7 +1867,7 @@ class Run:
         """Go on where `state_dict` was taken. Raises KeyError, ValueError, RuntimeError and such for a wrong one."""
         for name in self.PLAIN:
             setattr(self, name, state[name])
-        self.meter = Meter(self.device, self.epoch, self.config.training.max_nonfinite_steps - self.nonfinite_steps)
+        self.meter = self.new_meter()
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.ledger, self.ledger_before = Ledger(**state["ledger"]), Ledger(**state["ledger_before"])
@@ -1933,7 +1935,7 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
             if window_full:
                 any_active_in_accum, run.window_forwards = False, 0
             heartbeat(len(labels))
-            capped = run.out_of_time() or stop.status(run.reserve(steps)) == "time_capped"
+            capped = run.out_of_time() or stop.status(run.reserve()) == "time_capped"
             if capped or run.checkpoint_due():
                 run.save()
             if capped or stop.signal is not None:
@@ -1973,14 +1975,17 @@ def warm_up(run: Run) -> None:
 
     Raises RequestError where torch.compile was asked for and nothing can be compiled on this machine.
     """
-    side, buffers = run.config.dataset.image_size, [buffer.clone() for buffer in run.model.buffers()]
-    images = torch.zeros(run.config.training.batch_size, 3, side, side, dtype=torch.uint8, device=run.device)
+    training, side = run.config.training, run.config.dataset.image_size
+    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    graphs = "reduce-overhead" in (training.compile, training.compile_scoring)
+    images = torch.zeros(training.batch_size, 3, side, side, dtype=torch.uint8, device=run.device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
     try:
         with torch.random.fork_rng():
-            for _ in range(3):  # a CUDA graph is recorded in the second pass and replayed from the third
+            for _ in range(3 if graphs else 1):  # a CUDA graph is recorded in the second pass, replayed from the third
                 with torch.no_grad():
-                    run.scorer(images, labels), run.evaluator(images, labels)
+                    for forward in {run.scorer, run.evaluator}:  # one and the same, but for score_resolution
+                        forward(images, labels)
                 run.forward(images, labels)[0].backward()
                 run.optimizer.zero_grad(set_to_none=not run.grads_stay)
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -2171,15 +2176,19 @@ def ended(run: Run, stop: Stop) -> str | None:
 
 def prepare_outputs(outputs: LoggingConfig) -> None:
     """Make the output folders. Raises RequestError where nothing could be written at the end."""
-    for key, path in (("output_dir", outputs.output_dir), ("jsonl_path", outputs.jsonl_path)):
-        try:
-            if path is not None:
-                folder = Path(path) if key == "output_dir" else Path(path).parent
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder) as file:
-                    file.write(bytes(2**16))  # a full disk takes names
-        except OSError as error:
-            raise RequestError(f"logging.{key}: cannot write to {path}: {error.strerror}") from None
+    require_folder(Path(outputs.output_dir), "logging.output_dir", outputs.output_dir)
+    if outputs.jsonl_path is not None:
+        require_folder(Path(outputs.jsonl_path).parent, "logging.jsonl_path", outputs.jsonl_path)
+
+
+def require_folder(folder: Path, key: str, path: str | Path) -> None:
+    """Make `folder`. Raises RequestError naming `key` and `path` where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))  # a full disk takes names
+    except OSError as error:
+        raise RequestError(f"{key}: cannot write to {path}: {error.strerror}") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
