@@ -44,6 +44,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 from train_ast import (
+    IMAGENET_MOMENTS,
     Config,
     EnergyMeter,
     EpochPlan,
@@ -67,7 +68,6 @@ from train_ast import (
 )
 
 Step = Callable[[int], None]  # considers so many batches
-MOMENTS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
 
 
 def lab_steps(config: Config, images: Tensor, labels: Tensor, compiled: str = "off", **ast: Any) -> tuple[Step, Run]:
@@ -88,11 +88,11 @@ def lab_steps(config: Config, images: Tensor, labels: Tensor, compiled: str = "o
 
 
 class Bench:
-    """What a hand-written script sets up: model, optimizer, scaler and pixels; `ours` in the lab's settings."""
+    """What a hand-written script sets up: model, optimizer and scaler; `ours` in the lab's settings."""
 
-    def __init__(self, config: Config, images: Tensor, labels: Tensor, ours: bool = True):
-        device, self.labels = images.device, labels
-        self.kind, self.keep = device.type, round(config.ast.target_activation * len(labels))
+    def __init__(self, config: Config, device: torch.device, ours: bool = True):
+        self.kind = device.type
+        self.keep = round(config.ast.target_activation * config.training.batch_size)
         configure_backends(config.ast.model_copy(update={"mode": "dense"}), device)  # every batch of one shape
         layout = torch.channels_last if ours and self.kind == "cuda" else torch.contiguous_format
         model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
@@ -101,8 +101,7 @@ class Bench:
         fused = True if ours and self.kind == "cuda" else None
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=fused)
         self.scaler = torch.amp.GradScaler(self.kind, enabled=self.dtype == torch.float16)
-        self.normalise = Normalise(*MOMENTS, device, layout, None)
-        self.images = images
+        self.normalise = Normalise(**IMAGENET_MOMENTS, device=device, layout=layout, dtype=None)
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(self.kind, self.dtype):
@@ -117,7 +116,7 @@ class Bench:
 
 def hand_written_steps(config: Config, images: Tensor, labels: Tensor, compiled: str, stored: bool = False) -> Step:
     """Dense training by hand; `stored`: on the chosen share alone, each sample's significance recorded."""
-    bench = Bench(config, images, labels)
+    bench = Bench(config, images.device)
     store, rows = torch.zeros(1_281_167, device=images.device), torch.arange(len(labels), device=images.device)
 
     def loss_of(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +145,7 @@ def masked(losses: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 def published_steps(config: Config, images: Tensor, labels: Tensor, ours: bool) -> Step:
     """Masked loss, full backward, extra forward for the accuracy: the pattern of the published implementation."""
-    bench = Bench(config, images, labels, ours)
+    bench = Bench(config, images.device, ours)
 
     def steps(n: int) -> None:
         for _ in range(n):
@@ -164,7 +163,7 @@ def published_steps(config: Config, images: Tensor, labels: Tensor, ours: bool) 
 
 def two_forward_steps(config: Config, images: Tensor, labels: Tensor, top_k: bool) -> Step:
     """A forward to score, then forward and backward of the whole batch under a mask, or of the top share alone."""
-    bench = Bench(config, images, labels)
+    bench = Bench(config, images.device)
 
     def steps(n: int) -> None:
         for _ in range(n):
@@ -216,13 +215,14 @@ def step_variants(args: argparse.Namespace, config: Config, images: Tensor, labe
             f"hand-written dense loop{tail}": partial(by_hand, mode),
             f"dense loop{tail}": partial(lab, mode, mode="dense"),
             f"batch-scored loop, {a}{tail}": partial(lab, mode, mode="ast"),
-            f"  scored at {low} px{tail}": partial(lab, mode, mode="ast", score_resolution=low),
+        }
+        if low:
+            variants[f"  scored at {low} px{tail}"] = partial(lab, mode, mode="ast", score_resolution=low)
+        variants |= {
             f"  not scored ahead{tail}": partial(lab, mode, mode="ast", score_ahead=False),
             f"random loop, {a}{tail}": partial(lab, mode, mode="random"),
             f"stored scores, {a}{tail}": partial(by_hand, mode, stored=True),
         }
-        if not low:
-            del variants[f"  scored at {low} px{tail}"]
     peers = {
         "batch-scored loop, not packed": partial(lab, mode="ast", pack=False),
         "published pattern": partial(published_steps, config, images, labels, ours=False),
@@ -280,7 +280,7 @@ def break_even(rows: dict[str, dict], activation: float) -> dict[str, float]:
 
 def pil_float_loader(folder: str, size: int, plan: EpochPlan, shared: dict[str, Any]) -> DataLoader:
     """The pipeline of most training scripts: Pillow, float32 and normalised in the workers."""
-    floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MOMENTS)]
+    floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET_MOMENTS)]
     transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *floats])
     order = plan.order().reshape(-1, plan.batch_size).tolist()
     return DataLoader(ImageFolder(folder, transform), batch_sampler=order, **shared)
