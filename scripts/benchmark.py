@@ -48,12 +48,14 @@ from train_ast import (
     Config,
     EnergyMeter,
     EpochPlan,
+    Loaded,
     Normalise,
     RequestError,
     ResidentLoader,
     Run,
     Stop,
     View,
+    as_is,
     collate,
     configure_backends,
     device_batches,
@@ -79,10 +81,11 @@ def lab_steps(config: Config, images: Tensor, labels: Tensor, compiled: str = "o
     run = Run(config, model, images.device, planned_steps=10**6)
     run.start_epoch(config.ast.warmup_epochs)
     share = config.ast.target_activation if config.ast.mode == "random" else 1.0
+    rows = torch.arange(len(labels), device=images.device)
 
     def steps(n: int) -> None:
         run.step, n = 0, max(1, round(share * n))
-        train_one_epoch(run, islice(repeat((images, labels)), n), n, Stop())
+        train_one_epoch(run, islice(repeat(Loaded(images, labels, rows)), n), n, Stop())
 
     return steps, run
 
@@ -300,7 +303,7 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
     shared = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
     pillow = pil_float_loader(args.folder, args.image_size, plan, shared)
     streaming = DataLoader(dataset, batch_sampler=plan, collate_fn=collate, **shared)
-    decoder = {"num_workers": args.workers, "collate_fn": list}
+    decoder = {"num_workers": args.workers, "collate_fn": as_is}
     resident = ResidentLoader(dataset, whole, EpochPlan(whole, args.batch_size, 0, plan.share), config, device, decoder)
 
     def by_pillow() -> Iterator[tuple[Tensor, Tensor]]:
@@ -324,7 +327,7 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.repeats):
             synchronize(device)
             started = time.perf_counter()
-            images = sum(len(batch) for batch, _ in islice(source, args.steps))
+            images = sum(len(batch[0]) for batch in islice(source, args.steps))
             synchronize(device)
             speeds.append(images / (time.perf_counter() - started))
         source.close()

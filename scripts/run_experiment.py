@@ -52,7 +52,7 @@ def dense_twin(config: Config, train_seconds: float) -> Config:
             "lr_decay": "time",
             "max_minutes": train_seconds / 60,
             "epochs": TWIN_EPOCHS * config.training.epochs,
-            "lr_warmup_epochs": TWIN_EPOCHS * config.training.lr_warmup_epochs,  # the same share of the schedule
+            "lr_warmup_epochs": TWIN_EPOCHS * config.training.epochs * config.lr_warmup_share(),
         }
     )
     ast, outputs = config.ast.model_copy(update={"mode": "dense"}), config.logging

@@ -4,6 +4,8 @@
     python scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,random \\
         ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 --output-dir results/sweep
     python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --gpus 0 1 --runs-per-gpu 2 --resume
+    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --one-process --seeds 0 1 2 \\
+        --variants "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
 
 A run that fails is listed with its reason and the others go on. One line a run goes to
 <output_dir>/sweep_summary_<timestamp>.jsonl as it ends, what it printed to <output_dir>/logs/. Ctrl-C and SIGTERM are
@@ -16,13 +18,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -31,7 +36,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import run_experiment
 import torch
+import train_ast
 from analyze_results import one_line, read_run
 from train_ast import (
     Config,
@@ -97,16 +104,19 @@ def check_keys(overrides: Iterable[str]) -> None:
 
 
 def plan_runs(args: argparse.Namespace) -> list[Planned]:
-    """Every config crossed with the grid and the seeds; a run that is asked for twice is planned once."""
+    """Every config crossed with the variants, the grid and the seeds; a run that is asked for twice is planned once."""
     check_keys(args.overrides)
     axes = parse_grid(args.grid)
     if args.seeds:
         if any(axis[0].startswith("training.seed=") for axis in axes):
             raise RequestError("--seeds: training.seed is in --grid too")
         axes.append([f"training.seed={seed}" for seed in args.seeds])
+    variants = [shlex.split(text) for text in args.variants] or [[]]
+    check_keys(override for variant in variants for override in variant)
     plans: dict[str, Planned] = {}
-    for path, point in product(args.configs, product(*axes)):
-        plan = plan_run(path, (*args.overrides, *point), " ".join([path, *point]), args.dense_twin, args.resume)
+    for path, variant, point in product(args.configs, variants, product(*axes)):
+        own = (*variant, *point)
+        plan = plan_run(path, (*args.overrides, *own), " ".join([path, *own]), args.dense_twin, args.resume)
         plans.setdefault(plan.id, plan)
     if args.dense_twin and not any(plan.twin for plan in plans.values()):
         raise RequestError("--dense-twin: none of the runs is sparse")
@@ -267,21 +277,24 @@ class Running:
 
     def row(self) -> dict[str, Any]:
         """The summary line, once the process has ended."""
-        code = self.process.returncode
-        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        files = [line.removeprefix("results: ") for line in lines if line.startswith("results: ")]
-        row = plan_row(self.plan) | {"status": "failed", "results_file": None}
-        if files:
-            with contextlib.suppress(ValueError, OSError):
-                row |= result_row(Path(files[0]))
-        row |= {"exit_code": code, "duration_seconds": round(time.monotonic() - self.started, 3)}
-        row |= {"device": self.device, "log": str(self.log)}
-        if code:
-            row["status"] = "interrupted" if code in (130, 143) else "failed"
-            row["error"] = one_line(lines[-1] if lines else "it printed nothing")
-        if code < 0:
-            row["error"] = f"ended by {signal.Signals(-code).name}{OUT_OF_MEMORY if code == -signal.SIGKILL else ''}"
-        return row
+        return ended_row(self.plan, self.process.returncode, self.log, self.started) | {"device": self.device}
+
+
+def ended_row(plan: Planned, code: int, log: Path, started: float) -> dict[str, Any]:
+    """The summary line of a run that ended with exit code `code`, from what it printed to `log`."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    files = [line.removeprefix("results: ") for line in lines if line.startswith("results: ")]
+    row = plan_row(plan) | {"status": "failed", "results_file": None}
+    if files:
+        with contextlib.suppress(ValueError, OSError):
+            row |= result_row(Path(files[0]))
+    row |= {"exit_code": code, "duration_seconds": round(time.monotonic() - started, 3), "log": str(log)}
+    if code:
+        row["status"] = "interrupted" if code in (130, 143) else "failed"
+        row["error"] = one_line(lines[-1] if lines else "it printed nothing")
+    if code < 0:
+        row["error"] = f"ended by {signal.Signals(-code).name}{OUT_OF_MEMORY if code == -signal.SIGKILL else ''}"
+    return row
 
 
 class Halt:
@@ -329,6 +342,39 @@ def work_off(
         time.sleep(POLL_SECONDS)
 
 
+def work_off_here(
+    plans: Sequence[Planned], logs: Path, halt: Halt, record: Callable[[dict[str, Any], Sequence[Planned]], None]
+) -> None:
+    """Run `plans` in order in this process. Decoded pictures stay on the device, compiled code in the process."""
+    train_ast.SHARED_PICTURES = {} if train_ast.SHARED_PICTURES is None else train_ast.SHARED_PICTURES
+    for number, plan in enumerate(plans):
+        if halt.signals:
+            break
+        print(f"{'':>9} start        {plan.name}", flush=True)
+        log, started = logs / f"{plan.id}.log", time.monotonic()
+        with (
+            log.open("w", encoding="utf-8") as output,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            code = run_here(plan)
+        halt.watch_signals()  # the run has watched them itself
+        if code in (130, 143):
+            halt.signals.append(code - 128)
+        record(ended_row(plan, code, log, started) | {"device": None}, plans[number + 1 :])
+        gc.collect()  # a run's tensors hang in cycles
+        torch.cuda.empty_cache()
+
+
+def run_here(plan: Planned) -> int:
+    """The exit code of a run in this process; what would be a traceback is printed as one."""
+    try:
+        return run_cli(lambda: run_experiment.main(command_for(plan)[2:]))
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
 # ------------------------------------------------------------------------------------------------ Main
 
 
@@ -336,9 +382,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", required=True, nargs="+", metavar="FILE", help="configs, run in this order")
     parser.add_argument("--grid", default=[], nargs="+", metavar="KEY=V1,V2", help="run every combination of these")
+    parser.add_argument(
+        "--variants", default=[], nargs="+", metavar='"KEY=V ..."', help="run each with each of these sets of overrides"
+    )
     parser.add_argument("--seeds", default=[], nargs="+", metavar="N", help="repeat each with these seeds")
     parser.add_argument("--gpus", default=[], nargs="+", metavar="N", help="GPUs to use; default: as torch chooses")
     parser.add_argument("--runs-per-gpu", default=1, type=int, metavar="N", help="runs at a time on each (default 1)")
+    parser.add_argument(
+        "--one-process",
+        action="store_true",
+        help="one run after the other in this process, which keeps packages, pictures and compiled code; if one takes "
+        "the process down, the others wait for --resume",
+    )
     parser.add_argument("--dense-twin", action="store_true", help="after each sparse run, a dense one of its length")
     parser.add_argument("--resume", action="store_true", help="leave out finished runs, go on with begun ones")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and an estimate of its time, and stop")
@@ -350,6 +405,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         args.overrides += [value for value in values if "=" in value]
         setattr(args, name, [value for value in values if "=" not in value])
     args.overrides += [f"logging.output_dir={args.output_dir}"] if args.output_dir else []
+    if args.one_process and (args.gpus or args.runs_per_gpu != 1):
+        raise RequestError("--one-process: one run at a time; leave out --gpus and --runs-per-gpu")
     if args.runs_per_gpu < 1:
         raise RequestError(f"--runs-per-gpu: expected at least 1, got {args.runs_per_gpu}")
     if bad := next((seed for seed in args.seeds if not seed.isdecimal()), None):
@@ -391,7 +448,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if plan.error is not None:
             wrong = {"status": "failed", "exit_code": 2, "duration_seconds": 0.0, "error": plan.error}
             record(plan_row(plan) | wrong, [other for other in ahead if other.id not in rows and other != plan])
-    work_off([plan for plan in ahead if plan.error is None], slots, output_dir / "logs", halt, record)
+    sound = [plan for plan in ahead if plan.error is None]
+    if args.one_process:
+        work_off_here(sound, output_dir / "logs", halt, record)
+    else:
+        work_off(sound, slots, output_dir / "logs", halt, record)
     own = [rows[plan.id] for plan in plans if plan.id in rows]
     bad = [row for row in own if row["exit_code"]]
     print(f"\n{len(own) - len(bad)} of {len(plans)} runs done, {len(plans) - len(own)} not started")

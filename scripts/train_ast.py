@@ -110,6 +110,10 @@ class DatasetConfig(Section):
         0, ge=0, description="images that may be unreadable: the next sample stands in, the results list them"
     )
     max_train_samples: int | None = Field(None, ge=1, description="train on a fixed random subset of this size")
+    repeat: int = Field(1, ge=1, description="every training image so many times in the set: redundant data, to study")
+    label_noise: float = Field(
+        0.0, ge=0, lt=1, description="share of the training labels replaced by another class at random, to study"
+    )
     max_val_samples: int | None = Field(None, ge=1, description="validate on a fixed random subset of this size")
 
     def resolved_augment(self) -> str:
@@ -120,7 +124,24 @@ class DatasetConfig(Section):
 
 class ASTConfig(Section):
     mode: Literal["ast", "dense", "random"] = Field("ast", description="sparse, the baseline, or the control")
-    scoring: Literal["batch"] = Field("batch", description="batch: score every loaded sample by a forward")
+    scoring: Literal["batch", "history"] = Field(
+        "batch", description="batch: score every loaded sample by a forward; history: by its loss when last trained on"
+    )
+    rule: Literal["pi", "topk", "infobatch"] = Field(
+        "pi", description="who is active: over the controlled threshold, or by a published rule (see RULES)"
+    )
+    leave_out: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="history: share of the samples, of highest significance, left out: mislabelled ones",
+    )
+    explore: float = Field(
+        0.1, ge=0, lt=1, description="history: chance of a sample below the threshold to be trained on all the same"
+    )
+    explore_weight_cap: float = Field(
+        1.0, ge=1, description="history: weight of such a sample is 1 / explore, at most this; 1: none"
+    )
     score_resolution: int | None = Field(
         None, ge=1, description="side at which the same view is scored, pixels; null: dataset.image_size"
     )
@@ -157,6 +178,7 @@ class TrainingConfig(Section):
         "epochs", description="time: the schedule and the run end after max_minutes of training, validation left out"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
+    nesterov: bool = Field(False, description="SGD: Nesterov's form of momentum")
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss, not of the significance")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
@@ -210,8 +232,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Config:
         d, a, t = self.dataset, self.ast, self.training
-        no_sparse = a.mode != "dense" and a.warmup_epochs + a.anneal_epochs >= t.epochs
-        varying = t.compile != "off" and a.mode == "ast" and not a.pack
+        no_sparse = a.mode != "dense" and a.warmup_epochs + self.dense_end() >= t.epochs
+        varying = t.compile != "off" and a.mode == "ast" and a.scoring == "batch" and not a.pack
+        history = a.mode == "ast" and a.scoring == "history"
+        crowded = history and a.rule == "pi" and a.explore >= a.target_activation
+        too_few = history and a.rule == "pi" and a.leave_out > 1 - a.target_activation
+        biased = history and a.rule == "pi" and a.explore == 0 and a.explore_weight_cap > 1
+        needs = {"topk": "batch", "infobatch": "history"}.get(a.rule, a.scoring)
         scored_at = a.score_resolution or d.image_size
         cropped = d.resolved_augment() == "random_resized_crop"
         start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
@@ -226,8 +253,22 @@ class Config(Section):
             (d.cache_resolution and not cropped, "dataset.cache_resolution: only with augment=random_resized_crop"),
             (t.lr_decay == "time" and not t.max_minutes, "training.max_minutes: needed with training.lr_decay=time"),
             (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
+            (a.scoring != needs, f"ast.rule: {a.rule} needs ast.scoring={needs}"),
+            (
+                a.rule == "infobatch" and a.entropy_weight,
+                "ast.entropy_weight: 0 for ast.rule=infobatch, the loss alone",
+            ),
+            (
+                a.rule == "infobatch" and a.anneal_epochs,
+                "ast.anneal_epochs: 0 for ast.rule=infobatch, its own is an eighth",
+            ),
+            (crowded, f"ast.explore: {a.explore:g} or more of all samples, and ast.target_activation is no larger"),
+            (too_few, f"ast.leave_out: leaves fewer than ast.target_activation={a.target_activation:g} of the samples"),
+            (biased, "ast.explore_weight_cap: with ast.explore=0 no weight makes up for the samples left out"),
+            (history and a.score_resolution, "ast.score_resolution: ast.scoring=history makes no forward to score"),
             (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
             (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
+            (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
             (t.lr_warmup_epochs > t.epochs, "training.lr_warmup_epochs: more than training.epochs"),
         ):
             if wrong:
@@ -236,8 +277,22 @@ class Config(Section):
 
     def is_sparse(self, epoch: int) -> bool:
         """Whether `epoch` (from 0) trains on a selection rather than on everything."""
-        first, end = self.ast.warmup_epochs, self.training.epochs - self.ast.anneal_epochs
+        first, end = self.ast.warmup_epochs, self.training.epochs - self.dense_end()
         return self.ast.mode != "dense" and first <= epoch < end
+
+    def share(self, epoch: int) -> float:
+        """Which share of the samples `epoch` is planned to load."""
+        chosen_before = self.ast.mode == "random" or self.ast.scoring == "history"
+        return self.ast.target_activation if chosen_before and self.is_sparse(epoch) else 1.0
+
+    def lr_warmup_share(self) -> float:
+        """Which share of the planned steps training.lr_warmup_epochs are."""
+        before = np.cumsum([0.0, *(self.share(epoch) for epoch in range(self.training.epochs))])
+        return float(np.interp(self.training.lr_warmup_epochs, np.arange(len(before)), before / before[-1]))
+
+    def dense_end(self) -> int:
+        """How many epochs at the end are dense; InfoBatch (see `choose_by_mean`) says an eighth."""
+        return math.ceil(self.training.epochs / 8) if self.ast.rule == "infobatch" else self.ast.anneal_epochs
 
 
 def config_keys() -> dict[str, tuple[str, Any]]:
@@ -426,6 +481,86 @@ def select_active(scores: Tensor, threshold: float, min_active: int = 0) -> Sele
     return Selection(order[:k].sort().values, count / n, upper - lower, bool(finite))
 
 
+class History:
+    """What each sample of the training set was worth when it was last trained on (`ast.scoring: history`).
+
+    Filled for nothing by the training forward, kept on the device: float32 significance, nats, infinite for a sample
+    never seen or without a finite loss; int16 epoch of the last visit, -1 for never; uint8 what the running epoch
+    makes of it: 0 left out, 1 active, 2 explored. 7 bytes a sample, indexed by the data set's own index.
+    """
+
+    def __init__(self, samples: int, explored_weight: float, device: torch.device):
+        self.explored_weight = explored_weight
+        self.significance = torch.full((samples,), math.inf, device=device)
+        self.seen = torch.full((samples,), -1, dtype=torch.int16, device=device)
+        self.kinds = torch.ones(samples, dtype=torch.uint8, device=device)
+
+    def weights(self, indices: Tensor) -> Tensor:
+        """Of the loss of each sample, float32 [batch]."""
+        return torch.where(self.kinds[indices] == 2, self.explored_weight, 1.0)
+
+    def record(self, indices: Tensor, significance: Tensor, epoch: int) -> None:
+        """Keep the batch's significance, [batch], nats."""
+        self.significance.index_copy_(0, indices, torch.nan_to_num(significance, nan=math.inf, posinf=math.inf))
+        self.seen.index_fill_(0, indices, epoch)  # where `seen[indices] = epoch` would wait for the device
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("significance", "seen", "kinds")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+
+
+class Choice(NamedTuple):
+    kinds: np.ndarray  # uint8 [n]: 0 left out, 1 active, 2 explored
+    threshold: float  # mean over the epoch, nats
+
+
+def choose_by_threshold(
+    scores: np.ndarray, drawn: np.ndarray, controller: PIController, chunk: int, in_iqr: bool, leave_out: float = 0.0
+) -> Choice:
+    """Which samples an epoch trains on: those over the threshold or never seen, and those drawn to explore.
+
+    scores: float32 [n], nats, in the order of the epoch, infinite for never seen; drawn: bool [n], who returns though
+    not over it; leave_out: share of the samples, those of the highest scores, that count as not over it. Walks the
+    order in chunks and steers the threshold after each by the share it took, as after a batch, so that the share of all
+    samples is held at the target. Nothing is loaded for it: a sample comes once an epoch, so that its stored score is
+    the same now as it would be when its turn comes.
+    """
+    some = scores[: 2**16]  # the order is random: any part of it is a fair sample
+    some = some[np.isfinite(some)]
+    some = some if len(some) else np.zeros(1, dtype=np.float32)
+    lower, upper, ceiling = np.quantile(some, [0.25, 0.75, 1 - leave_out])
+    spread = float(upper - lower) if in_iqr else 1.0
+    if controller.threshold is None:  # hand-over: what exploration adds is the threshold's to leave out
+        explored = float(drawn.mean())
+        share = leave_out + (controller.target - explored) / max(1e-9, 1 - explored)
+        controller.start(float(np.quantile(some, 1 - min(1.0, max(0.0, share)))))
+    if leave_out:
+        scores = np.where((scores > ceiling) & np.isfinite(scores), -math.inf, scores)
+    kinds = drawn.astype(np.uint8) * 2
+    before, thresholds = controller.epoch, []
+    for start in range(0, len(scores), chunk):
+        part = kinds[start : start + chunk]
+        part[scores[start : start + chunk] > controller.threshold] = 1
+        thresholds.append(controller.threshold)
+        controller.epoch = before + start / len(scores)
+        controller.update(int(np.count_nonzero(part)) / len(part), spread)
+    return Choice(kinds, statistics.fmean(thresholds))
+
+
+def choose_by_mean(scores: np.ndarray, drawn: np.ndarray) -> Choice:
+    """InfoBatch (Qin et al. 2024, "InfoBatch: lossless training speed up by unbiased dynamic data pruning", section 3):
+    below the mean of the stored losses a sample stays with probability 1/2, and then counts twice.
+
+    scores: float32 [n], nats; drawn: bool [n], true for one in two.
+    """
+    known = scores[np.isfinite(scores)]
+    mean = float(known.mean(dtype=np.float64)) if len(known) else 0.0
+    return Choice(np.where(scores < mean, drawn.astype(np.uint8) * 2, np.uint8(1)), mean)
+
+
 # ------------------------------------------------------------------------------------------------ Forward
 
 
@@ -453,14 +588,20 @@ class ActiveQueue:
         return (images[:b], labels[:b]) if full else None
 
 
-def training_forward(model: nn.Module, normalise: Normalise, smoothing: float) -> Callable:
-    """What a training step computes, as one function to compile: uint8 images, labels -> (summed loss, hits)."""
+def training_forward(model: nn.Module, normalise: Normalise, smoothing: float, entropy_weight: float) -> Callable:
+    """What a training step computes, as one function to compile: uint8 images, labels -> (summed loss, hits).
 
-    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    With the weights of the samples, [batch], the loss is the weighted sum, and their significance comes third.
+    """
+
+    def forward(images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
         with normalise.autocast():
             logits = model(normalise(images))
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-        return loss, (logits.argmax(-1) == labels).sum()
+        hits = (logits.argmax(-1) == labels).sum()
+        if weights is None:
+            return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing), hits
+        losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+        return (losses * weights).sum(), hits, significance(logits.detach(), labels, entropy_weight)
 
     return forward
 
@@ -523,18 +664,18 @@ def score(run: Run, images: Tensor, labels: Tensor) -> Scores:
     return Scores(host, arrived)
 
 
-def score_ahead(run: Run, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Scores | None]]:
+def score_ahead(run: Run, batches: Iterable[Loaded]) -> Iterator[tuple[Loaded, Scores | None]]:
     """Every batch with its scores, the next one's scoring already started (`ast.score_ahead`).
 
     The device has work while the host reads scores and chooses. The price: scores come from the weights before
     the previous batch was trained on. The threshold is not delayed, for the choice is made on the host.
     """
-    waiting: list[tuple[Tensor, Tensor, Scores | None]] = []
+    waiting: list[tuple[Loaded, Scores | None]] = []
     depth = 1 if run.scoring and run.config.ast.score_ahead else 0
     kept, run.ahead = run.ahead, None  # of a checkpoint: the weights that gave these scores are gone
-    for images, labels in batches:
-        scores = kept or (score(run, images, labels) if run.scoring else None)
-        waiting.append((images, labels, scores))
+    for batch in batches:
+        scores = kept or (score(run, *batch[:2]) if run.scoring else None)
+        waiting.append((batch, scores))
         kept = None
         if len(waiting) > depth:
             ready = waiting.pop(0)
@@ -559,6 +700,9 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
     if starting:  # hand-over from a dense phase, or lost: see below
         controller.start(torch.quantile(values, 1 - ast.target_activation).item())
     chosen = select_active(values, controller.threshold, ast.min_active)
+    if ast.rule == "topk":  # Kawaguchi & Lu 2020, "Ordered SGD": the largest losses of each batch
+        top = max(1, round(ast.target_activation * len(values)))
+        chosen = select_active(values, math.inf, top)._replace(activation=top / len(values))
     if not chosen.finite:
         controller.threshold = None if starting else controller.threshold
         run.meter.leave_out(run.step)
@@ -575,8 +719,10 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
     return None if ready is None else train_step(run, *ready)
 
 
-def train_step(run: Run, images: Tensor, labels: Tensor) -> int:
+def train_step(run: Run, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> int:
     """Forward and backward over `images`, added to the window's gradient. Returns how many samples those are.
+
+    With `ast.scoring: history` what each sample is worth is recorded under its `indices`, and explored ones weigh more.
 
     The divisor of the summed loss is the first forward's sample count; `optimizer_step` corrects it to the
     whole window's, so that the gradient is the mean over all samples of the window, whatever came when.
@@ -585,7 +731,11 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> int:
     if n == 0:
         return 0
     statistics_before = [buffer.clone() for buffer in run.statistics]
-    loss, hits = run.forward(images, labels)
+    if run.past is None:
+        loss, hits = run.forward(images, labels)
+    else:
+        loss, hits, scores = run.forward(images, labels, run.past.weights(indices))
+        run.past.record(indices, scores, run.epoch)
     run.window_divisor = run.window_divisor or n
     run.scaler.scale(loss / run.window_divisor).backward()
     run.window_samples += n
@@ -612,7 +762,7 @@ def optimizer_step(run: Run) -> None:
         for parameter in run.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(run.window_divisor / run.window_samples)
-    run.lr = lr_at(run.progress(), training)
+    run.lr = lr_at(run.progress(), training, run.lr_warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
     if training.grad_clip_norm is not None:
@@ -712,6 +862,15 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [batch, 3, H, W]
     labels: Tensor  # int64 [batch]
     unreadable: list[str]  # what could not be decoded, by name, with the reason; other samples stand in for it
+    indices: Tensor  # int64 [batch], of the samples asked for
+
+
+class Loaded(NamedTuple):
+    """A batch on the device."""
+
+    images: Tensor  # uint8 [batch, 3, H, W]
+    labels: Tensor  # int64 [batch]
+    indices: Tensor  # int64 [batch], which samples of the data set
 
 
 Loader = Iterable[Batch]
@@ -758,6 +917,7 @@ class Sample(NamedTuple):
     image: Tensor | None  # uint8 [3, H, W]; None where nothing could be read
     label: int
     unreadable: list[str]  # what this one stands in for, by name, with the reason
+    index: int  # as it was asked for
 
 
 class ImageDataset(Dataset):
@@ -771,6 +931,7 @@ class ImageDataset(Dataset):
         self.samples, self.classes = samples, classes
         self.view: View | None = None  # what `build_datasets` adds
         self.stand_ins = 0  # and this: dataset.max_bad_images
+        self.shifts: np.ndarray | None = None  # by how many classes `dataset.label_noise` moves each label
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -779,17 +940,28 @@ class ImageDataset(Dataset):
         return self.samples[index]
 
     def load(self, index: int) -> Sample:
-        """The picture as it is, or the first readable one of the `stand_ins` after it."""
+        """The picture as it is, or the first readable one of the `stand_ins` after it. Beyond the last index it goes
+        on with the first (`dataset.repeat`)."""
         unreadable = []
         for at in range(index, index + self.stand_ins + 1):
             at, source = at % len(self), None
             try:
                 source, label = self.read(at)
                 data = source.read_bytes() if isinstance(source, Path) else source
-                return Sample(data if isinstance(data, Tensor) else decode_image(data), label, unreadable)
+                image = data if isinstance(data, Tensor) else decode_image(data)
+                return Sample(image, label, unreadable, index)
             except (OSError, ValueError) as error:
                 unreadable.append(f"{source if isinstance(source, Path) else f'sample {at}'}: {_one_line(error)}")
-        return Sample(None, -1, unreadable)
+        return Sample(None, -1, unreadable, index)
+
+    def noisy(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
+        """The labels as `dataset.label_noise` has them, int64 [n], of the samples at `indices`."""
+        labels = np.asarray(labels, dtype=np.int64)
+        return (
+            labels
+            if self.shifts is None
+            else (labels + self.shifts[np.asarray(indices) % len(self)]) % len(self.classes)
+        )
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Sample:
         return self.__getitems__([key])[0]
@@ -800,6 +972,8 @@ class ImageDataset(Dataset):
         for start in range(0, len(keys), 4):
             chunk = keys[start : start + 4]
             loaded = [self.load(index) for index, _ in chunk]
+            labels = self.noisy([sample.label for sample in loaded], [index for index, _ in chunk])
+            loaded = [sample._replace(label=int(label)) for sample, label in zip(loaded, labels, strict=True)]
             good = [i for i, sample in enumerate(loaded) if sample.image is not None]
             draws = torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, DRAWS)
             for i, image in zip(good, self.view([loaded[i].image for i in good], draws), strict=True):
@@ -811,8 +985,8 @@ class ImageDataset(Dataset):
 def collate(samples: list[Sample]) -> Batch:
     good = [sample for sample in samples if sample.image is not None]
     images = default_collate([sample.image for sample in good]) if good else torch.empty(0, dtype=torch.uint8)
-    labels = torch.tensor([sample.label for sample in good], dtype=torch.int64)
-    return Batch(images, labels, [bad for sample in samples for bad in sample.unreadable])
+    labels, indices = (torch.tensor([s[at] for s in good], dtype=torch.int64) for at in (1, 3))
+    return Batch(images, labels, [bad for sample in samples for bad in sample.unreadable], indices)
 
 
 def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> ImageDataset:
@@ -987,34 +1161,51 @@ class EpochPlan(Sampler):
     """Which samples an epoch loads, and in which order: chunks of (index, draws) keys, batch_size each.
 
     The order is a function of (seed, epoch), the draws that augment a sample one of (seed, epoch, index): neither
-    workers nor restarts nor a cache change what it looks like. `share(epoch)` below 1 draws a random part before
-    anything is loaded. The last, smaller chunk is left out where a full one exists: every step has one shape.
-    A resumed epoch begins at chunk `start`.
+    workers nor restarts nor a cache change what it looks like. `share(epoch)` below 1 is the part of the samples to be
+    loaded: a random one, unless `chosen` says which. The last, smaller chunk is left out where a full one exists: every
+    step has one shape. A resumed epoch begins at chunk `start`.
     """
 
     def __init__(self, indices: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float]):
         self.indices, self.batch_size, self.seed, self.share = indices, batch_size, seed, share
-        self.epoch = self.start = 0
+        self._shuffled: tuple[int, np.ndarray] = (-1, indices)  # epoch, its order
+        self.begin(0)
 
-    def chosen(self, epoch: int) -> int:
-        """How many samples `epoch` loads."""
-        drawn = max(1, round(self.share(epoch) * len(self.indices)))
-        return drawn - drawn % self.batch_size or drawn
+    def begin(self, epoch: int, start: int = 0, chosen: np.ndarray | None = None) -> None:
+        """Go to chunk `start` of `epoch`. chosen: uint8 by index, not 0 for the samples to load."""
+        self.epoch, self.start, self.chosen = epoch, start, chosen
+
+    def whole(self, samples: int) -> int:
+        """So many samples without the last, smaller chunk."""
+        return samples - samples % self.batch_size or samples
 
     def steps(self, epoch: int) -> int:
-        return math.ceil(self.chosen(epoch) / self.batch_size)
+        """How many chunks `epoch` is planned to load; what a choice takes may differ a little."""
+        return math.ceil(self.whole(max(1, round(self.share(epoch) * len(self.indices)))) / self.batch_size)
 
     @property
     def considered(self) -> int:
         """How many samples a dense epoch loads."""
-        return len(self.indices) - len(self.indices) % self.batch_size or len(self.indices)
+        return self.whole(len(self.indices))
 
     def __len__(self) -> int:
-        return self.steps(self.epoch)
+        if self.chosen is None:
+            return self.steps(self.epoch)
+        return math.ceil(self.whole(np.count_nonzero(self.chosen[self.indices])) / self.batch_size)
+
+    def shuffled(self) -> np.ndarray:
+        """All indices in the order of this epoch."""
+        if self._shuffled[0] != self.epoch:
+            self._shuffled = self.epoch, np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
+        return self._shuffled[1]
 
     def order(self) -> np.ndarray:
         """The indices this epoch loads, in order."""
-        return np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)[: self.chosen(self.epoch)]
+        order = self.shuffled()
+        if self.chosen is None:
+            return order[: self.whole(max(1, round(self.share(self.epoch) * len(order))))]
+        order = order[self.chosen[order] > 0]
+        return order[: self.whole(len(order))]
 
     def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
         order = self.order()
@@ -1056,17 +1247,25 @@ def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Ten
 
 
 class _Kept(Dataset):
-    """Item `index` is (a Sample of side `side`, its height over width); see ImageDataset."""
+    """The items of `indices` are (a Batch of side `side`, their heights over widths), to be sent as one; see
+    ImageDataset."""
 
     def __init__(self, dataset: ImageDataset, side: int):
         self.dataset, self.side = dataset, side
 
-    def __getitem__(self, index: int) -> tuple[Sample, float]:
-        sample = self.dataset.load(index)
-        if (image := sample.image) is None:
-            return sample, 1.0
-        kept = image if image.shape[1:] == (self.side, self.side) else _resize(image, self.side)
-        return sample._replace(image=kept), image.shape[1] / image.shape[2]
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Batch, Tensor]:
+        samples, aspects = [self.dataset.load(index) for index in indices], []
+        for i, sample in enumerate(samples):
+            if (image := sample.image) is None:
+                continue
+            kept = image if image.shape[1:] == (self.side, self.side) else _resize(image, self.side)
+            samples[i] = sample._replace(image=kept)
+            aspects.append(image.shape[1] / image.shape[2])
+        return collate(samples), torch.tensor(aspects, dtype=torch.float64)
+
+
+# What runs in one process have decoded, by data set; None where a process has one run (see run_sweep.py --one-process)
+SHARED_PICTURES: dict[tuple, tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 class ResidentLoader:
@@ -1083,23 +1282,37 @@ class ResidentLoader:
                  device: torch.device, shared: dict[str, Any]):  # fmt: skip
         self.plan, self.indices, self.batch_size = plan, indices, config.training.batch_size
         self.view, self.side = dataset.view, kept_side(config.dataset)
-        n, self.keys = len(indices), torch.from_numpy(indices).to(device)
-        self.images = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=device)
-        self.labels = torch.empty(n, dtype=torch.int64, device=device)
-        self.aspects = torch.empty(n, dtype=torch.float64, device=device)
+        self.keys = torch.from_numpy(indices).to(device)
         self.bad = BadImages(config.dataset.max_bad_images)
-        decoder = DataLoader(_Kept(dataset, self.side), 256, sampler=indices.tolist(), **shared)
-        done = 0
-        for samples in tqdm(decoder, desc="decoding", unit="batch", leave=False, disable=None):
-            images, labels, unreadable = collate([sample for sample, _ in samples])
-            self.bad.add(unreadable)
-            part = slice(done, done + len(samples))
-            self.images[part], self.labels[part] = images.to(device), labels.to(device)
-            self.aspects[part], done = torch.tensor([aspect for _, aspect in samples]).to(device), part.stop
+        which = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
+        kept = SHARED_PICTURES.get(which) if SHARED_PICTURES is not None else None
+        if kept is None:
+            kept = self._decode(dataset, device, shared)
+        if SHARED_PICTURES is not None:
+            SHARED_PICTURES[which] = kept
+            if len(SHARED_PICTURES) > 4:  # two data sets
+                del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
+        self.images, labels, self.aspects = kept
+        self.labels = torch.from_numpy(dataset.noisy(labels.numpy(), indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         self.crop = compiled(partial(crop_resize, size=self.view.size), mode)
         if mode != "off":  # compile before the clock of the training starts
             next(iter(self))
+
+    def _decode(
+        self, dataset: ImageDataset, device: torch.device, shared: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures [n, 3, side, side] on the device, labels [n] on the host, heights over widths [n] on the device."""
+        n = len(self.indices)
+        images = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=device)
+        labels, aspects = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.float64, device=device)
+        decoder, done = DataLoader(_Kept(dataset, self.side), 256, sampler=self.indices.tolist(), **shared), 0
+        for batch, shapes in tqdm(decoder, desc="decoding", unit="batch", leave=False, disable=None):
+            self.bad.add(batch.unreadable)
+            part = slice(done, done + len(shapes))
+            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels, shapes.to(device)
+            done = part.stop
+        return images, labels, aspects
 
     def __len__(self) -> int:
         return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
@@ -1113,7 +1326,8 @@ class ResidentLoader:
             parts = zip(*(tensor.split(self.batch_size) for tensor in (block, *views)), strict=True)
             for part, *view in islice(parts, max(0, first - 64 * done), None):
                 images = self.images[part]
-                yield Batch(self.crop(images, *view) if view else images, self.labels[part], self.bad.found)
+                images = self.crop(images, *view) if view else images
+                yield Batch(images, self.labels[part], self.bad.found, self.keys[part])
 
     def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
         """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
@@ -1197,8 +1411,24 @@ def _subset(size: int, limit: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(size)[:limit])
 
 
-def _ignore_sigint(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the run, and its workers with it
+def as_is(batch: Any) -> Any:
+    return batch
+
+
+def label_shifts(samples: int, classes: int, share: float, seed: int) -> np.ndarray | None:
+    """By how many classes each label moves for symmetric label noise: to any other class alike, [samples], int64.
+
+    None without noise. A function of the seed and the sample's index.
+    """
+    if not share:
+        return None
+    draws = uniform(seed, 2**40, torch.arange(samples), 2).numpy()  # an epoch that never comes
+    return np.where(draws[:, 0] < share, 1 + draws[:, 1] * (classes - 1), 0).astype(np.int64)
+
+
+def _ignore_signals(_: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process ends the run, and its workers with it
+        signal.signal(number, signal.SIG_IGN)
 
 
 def build_dataloaders(config: Config, device: torch.device) -> tuple[Loader, Loader, EpochPlan, int]:
@@ -1209,14 +1439,16 @@ def build_dataloaders(config: Config, device: torch.device) -> tuple[Loader, Loa
     if workers is None:  # digits are in memory already
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 0 if dataset.type == "digits" else min(16, cores)
-    share = config.ast.target_activation if config.ast.mode == "random" else 1.0
+    train.shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
     indices, val_indices = _subset(len(train), dataset.max_train_samples), _subset(len(val), dataset.max_val_samples)
-    plan = EpochPlan(indices, training.batch_size, training.seed, lambda e: share if config.is_sparse(e) else 1.0)
-    shared = {"num_workers": workers, "worker_init_fn": _ignore_sigint}
+    indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
+    plan = EpochPlan(indices, training.batch_size, training.seed, config.share)
+    shared = {"num_workers": workers, "worker_init_fn": _ignore_signals}
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
-        require_memory(len(indices) + len(val_indices), kept_side(dataset), device)
-        shared["collate_fn"] = list
+        if not SHARED_PICTURES:
+            require_memory(len(indices) + len(val_indices), kept_side(dataset), device)
+        shared["collate_fn"] = as_is
         resident = partial(ResidentLoader, config=config, device=device, shared=shared)
         return resident(train, indices, plan), resident(val, val_indices, None), plan, len(train.classes)
     keys = [(index, np.zeros(DRAWS)) for index in val_indices.tolist()]
@@ -1231,37 +1463,37 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def device_batches(
-    loader: Loader, device: torch.device, bad_images: BadImages | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def device_batches(loader: Loader, device: torch.device, bad_images: BadImages | None = None) -> Iterator[Loaded]:
     """The loader's batches on `device`, each copied there while the one before it is worked on.
 
     Raises RequestError naming the first unreadable image that `bad_images` does not allow; None allows none.
     """
     bad_images = bad_images or BadImages(0)
     copier = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ahead: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
+    ahead: tuple[Loaded, torch.cuda.Event] | None = None
     for batch in loader:
         bad_images.add(batch.unreadable)
+        loaded = Loaded(batch.images, batch.labels, batch.indices)
         if copier is None or batch.images.is_cuda:
-            yield batch.images, batch.labels
+            yield loaded
             continue
         with torch.cuda.stream(copier):
-            images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            loaded = Loaded(*(tensor.to(device, non_blocking=True) for tensor in loaded))
             copied = copier.record_event()
         if ahead is not None:
             yield _arrived(*ahead)
-        ahead = images, labels, copied
+        ahead = loaded, copied
     if ahead is not None:
         yield _arrived(*ahead)
 
 
-def _arrived(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+def _arrived(batch: Loaded, copied: torch.cuda.Event) -> Loaded:
     """Order the current stream after a copy made on another, and tell the allocator who uses it."""
-    stream = torch.cuda.current_stream(images.device)
+    stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(copied)
-    images.record_stream(stream), labels.record_stream(stream)
-    return images, labels
+    for tensor in batch:
+        tensor.record_stream(stream)
+    return batch
 
 
 # ------------------------------------------------------------------------------------------------ Metrics
@@ -1601,10 +1833,9 @@ def align_jsonl(path: Path, history: dict[str, list]) -> None:
 # ------------------------------------------------------------------------------------------------ Train
 
 
-def lr_at(progress: float, training: TrainingConfig) -> float:
-    """Learning rate at `progress` (0 to 1) of the run: linear warm-up, then half a cosine down to min_lr
-    (Loshchilov & Hutter 2017, SGDR, equation 5, one cycle)."""
-    warmup = training.lr_warmup_epochs / training.epochs
+def lr_at(progress: float, training: TrainingConfig, warmup: float) -> float:
+    """Learning rate at `progress` (0 to 1) of the run: linear over its first part `warmup`, then half a cosine down to
+    min_lr (Loshchilov & Hutter 2017, SGDR, equation 5, one cycle)."""
     if progress < warmup:
         return training.lr * progress / warmup
     decayed = (progress - warmup) / max(1e-12, 1 - warmup)
@@ -1618,7 +1849,7 @@ def build_optimizer(model: nn.Module, training: TrainingConfig, device: torch.de
     groups = [{"params": rest}, {"params": flat, "weight_decay": 0.0}]
     shared = {"lr": training.lr, "weight_decay": training.weight_decay, "fused": device.type == "cuda" or None}
     if training.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=training.momentum, **shared)
+        optimizer = torch.optim.SGD(groups, momentum=training.momentum, nesterov=training.nesterov, **shared)
         if device.type == "cuda" and training.momentum:  # fused SGD leaves them unset where it skips its first step
             optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in chain(flat, rest)})
         return optimizer
@@ -1645,7 +1876,7 @@ def configure_backends(ast: ASTConfig, device: torch.device) -> None:
     """On a GPU: TF32 where float32 remains, and cuDNN autotuning where shapes repeat, for unpacked sparse steps
     have a new one nearly every time."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = ast.pack or ast.mode != "ast"
+        torch.backends.cudnn.benchmark = ast.pack or ast.mode != "ast" or ast.scoring == "history"
         torch.set_float32_matmul_precision("high")
 
 
@@ -1704,7 +1935,8 @@ class Normalise:
 class Run:
     """Everything a training step needs and changes: model, optimizer, controller, queue, ledger, history."""
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device, planned_steps: int):
+    def __init__(self, config: Config, model: nn.Module, device: torch.device, planned_steps: int, samples: int = 0):
+        """planned_steps: loop steps of the whole run; samples: how many indices the training set has."""
         ast, training = config.ast, config.training
         self.config, self.device, self.planned_steps = config, device, planned_steps
         self.base_flop = config.metrics.base_flop_per_sample or count_flops(model, config.dataset.image_size)
@@ -1715,7 +1947,7 @@ class Run:
         moments = (published.get(name, usual) for name, usual in IMAGENET_MOMENTS.items())
         self.normalise = Normalise(*moments, device, self.layout, self.amp_dtype)
         self.forward = compiled(
-            training_forward(self.model, self.normalise, training.label_smoothing), training.compile
+            training_forward(self.model, self.normalise, training.label_smoothing, ast.entropy_weight), training.compile
         )
         self.scorer = self.evaluator = self._scorer(None)
         resolution = ast.score_resolution or config.dataset.image_size
@@ -1735,6 +1967,10 @@ class Run:
             threshold=None if ast.initial_threshold == "auto" else ast.initial_threshold,
             **ast.model_dump(include={"kp", "ki", "min_threshold", "kp_warmup_epochs", "ki_warmup_epochs"}),
         )
+        self.past: History | None = None
+        if ast.mode == "ast" and ast.scoring == "history":
+            weight = min(ast.explore_weight_cap, 1 / ast.explore) if ast.explore else 1.0
+            self.past = History(samples, 2.0 if ast.rule == "infobatch" else weight, device)
         self.queue = ActiveQueue(training.batch_size)
         self.streak = 0.0  # log probability of the current run of all or none active
         self.iqr: float | None = None  # running inter-quartile range of the significance, nats
@@ -1746,12 +1982,15 @@ class Run:
         self.nonfinite_steps = 0  # of the finished epochs
         self.bad_images = BadImages(config.dataset.max_bad_images)
         self.board: Any | None = None  # TensorBoard's writer
+        self.environment = environment(device)  # now: at the end, a dead loader worker would break into its subprocess
         self.checkpoints: Checkpoints | None = None
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of this session, and all before it
         self.epoch_started: float | None = None  # time.monotonic() seconds, while an epoch trains
         self.energy_kj, self.energy_read = None if self.energy.read_kj() is None else 0.0, None
-        self.lr = lr_at(0.0, training)
+        self.lr_warmup = config.lr_warmup_share()
+        self.lr = lr_at(0.0, training, self.lr_warmup)
         self.scheduled = self.unscheduled = 0  # loop steps whose gradient was applied (they drive the rate), and since
+        self.pace = 1.0  # planned steps a step of this epoch: a choice takes a few more or fewer samples than planned
         self.window_samples = self.window_divisor = self.window_forwards = 0
         self.window_bad: Tensor | None = None  # whether a loss of the window is not finite, on the device
         forgiving = training.max_nonfinite_steps > 0
@@ -1763,7 +2002,7 @@ class Run:
         sparse = self.config.ast.mode == "ast" and self.config.is_sparse(epoch)
         if not sparse:
             self.queue.clear()
-        self.epoch, self.step, self.scoring = epoch, 0, sparse
+        self.epoch, self.step, self.scoring = epoch, 0, sparse and self.past is None
         self.controller.frozen = not sparse
         self.meter = self.new_meter()
         self.ledger_before, self.epoch_seconds = copy.copy(self.ledger), 0.0
@@ -1773,6 +2012,28 @@ class Run:
     def new_meter(self) -> Meter:
         """For the current epoch, allowing what the earlier ones have left of `training.max_nonfinite_steps`."""
         return Meter(self.device, self.epoch, self.config.training.max_nonfinite_steps - self.nonfinite_steps)
+
+    def choose(self, plan: EpochPlan) -> None:
+        """Choose what the epoch trains on by what is stored of each sample, all of it where the epoch is dense."""
+        if self.past is None:
+            return
+        if not self.config.is_sparse(self.epoch):
+            self.past.kinds.fill_(1)
+            return
+        ast, order = self.config.ast, plan.shuffled()
+        scores = self.past.significance.cpu().numpy()[order]
+        draws = np.random.default_rng((plan.seed, plan.epoch, 1)).random(len(order), dtype=np.float32)
+        if ast.rule == "infobatch":
+            choice = choose_by_mean(scores, draws < 0.5)
+        else:
+            self.controller.epoch = float(self.epoch - ast.warmup_epochs)
+            chunk = self.config.training.batch_size
+            unit, drawn = ast.threshold_unit == "iqr", draws < ast.explore
+            choice = choose_by_threshold(scores, drawn, self.controller, chunk, unit, ast.leave_out)
+        kinds = np.zeros(len(self.past.kinds), dtype=np.uint8)
+        kinds[order] = choice.kinds
+        self.past.kinds.copy_(torch.from_numpy(kinds))
+        self.activations, self.thresholds = [int(np.count_nonzero(kinds)) / len(order)], [choice.threshold]
 
     def is_lost(self, activation: float, samples: int) -> bool:
         """Whether so many samples in a row were all active, or all inactive, that chance (1e-6) cannot explain it."""
@@ -1855,6 +2116,7 @@ class Run:
             "ledger": asdict(self.ledger),
             "ledger_before": asdict(self.ledger_before),
             "queue": [self.queue.images, self.queue.labels],
+            "past": None if self.past is None else self.past.state_dict(),
             "gradients": [p.grad for p in self.model.parameters()] if self.window_samples else None,
             "window_bad": self.window_bad,
             "ahead": None if self.ahead is None else self.ahead.wait(),
@@ -1871,6 +2133,8 @@ class Run:
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.ledger, self.ledger_before = Ledger(**state["ledger"]), Ledger(**state["ledger_before"])
+        if self.past is not None:
+            self.past.load_state_dict(state["past"])
         tensors = *state["queue"], state["window_bad"]
         moved = (tensor if tensor is None else tensor.to(self.device) for tensor in tensors)
         self.queue.images, self.queue.labels, self.window_bad = moved
@@ -1909,7 +2173,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: int, stop: Stop) -> bool:
+def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int, stop: Stop) -> bool:
     """Train on `batches`, the rest of `steps`; False where `stop` ended the epoch early.
 
     An open accumulation window ends with the epoch, and with a time cap, which checkpoints before; after a signal it
@@ -1918,14 +2182,14 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
     any_active_in_accum = run.window_samples > 0
     sparse_before = run.epoch - run.config.ast.warmup_epochs
     with _progress(run, steps) as heartbeat:
-        for images, labels, scores in score_ahead(run, batches):
-            run.ledger.loaded += len(labels)
+        for batch, scores in score_ahead(run, batches):
+            run.ledger.loaded += len(batch.labels)
             if run.scoring:
                 run.controller.epoch = sparse_before + run.step / steps
-                trained = ast_forward(run, images, labels, scores)
+                trained = ast_forward(run, batch.images, batch.labels, scores)
             else:
-                trained = train_step(run, images, labels)
-            run.step, run.unscheduled = run.step + 1, run.unscheduled + 1
+                trained = train_step(run, *batch)
+            run.step, run.unscheduled = run.step + 1, run.unscheduled + run.pace
             if trained is not None:
                 run.window_forwards += 1
                 any_active_in_accum |= trained > 0
@@ -1934,7 +2198,7 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
                 optimizer_step(run)
             if window_full:
                 any_active_in_accum, run.window_forwards = False, 0
-            heartbeat(len(labels))
+            heartbeat(len(batch.labels))
             capped = run.out_of_time() or stop.status(run.reserve()) == "time_capped"
             if capped or run.checkpoint_due():
                 run.save()
@@ -1980,13 +2244,14 @@ def warm_up(run: Run) -> None:
     graphs = "reduce-overhead" in (training.compile, training.compile_scoring)
     images = torch.zeros(training.batch_size, 3, side, side, dtype=torch.uint8, device=run.device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
+    weights = () if run.past is None else (run.past.weights(labels),)
     try:
         with torch.random.fork_rng():
             for _ in range(3 if graphs else 1):  # a CUDA graph is recorded in the second pass, replayed from the third
                 with torch.no_grad():
                     for forward in {run.scorer, run.evaluator}:  # one and the same, but for score_resolution
                         forward(images, labels)
-                run.forward(images, labels)[0].backward()
+                run.forward(images, labels, *weights)[0].backward()
                 run.optimizer.zero_grad(set_to_none=not run.grads_stay)
     except torch._dynamo.exc.TorchDynamoException as error:
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -2003,7 +2268,7 @@ def evaluate(run: Run, loader: Iterable[Batch], stop: Stop | None = None) -> flo
     None where a signal came before its end.
     """
     hits, count = torch.zeros((), device=run.device), 0
-    for images, labels in device_batches(loader, run.device, run.bad_images):
+    for images, labels, _ in device_batches(loader, run.device, run.bad_images):
         if stop is not None and stop.signal is not None:
             return None
         padding = run.config.training.batch_size - len(labels)
@@ -2066,7 +2331,8 @@ def train(config: Config, stop: Stop | None = None, resume: str | None = None) -
     configure_backends(config.ast, device)
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device)
     model = get_model(config.model, num_classes, config.dataset.image_size)
-    run = Run(config, model, device, sum(plan.steps(epoch) for epoch in range(config.training.epochs)))
+    planned = sum(plan.steps(epoch) for epoch in range(config.training.epochs))
+    run = Run(config, model, device, planned, int(plan.indices.max()) + 1)
     run.board, run.started = board, started
     if device.type == "cuda" or config.training.compile != "off":
         warm_up(run)
@@ -2135,10 +2401,8 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
     print(epoch_line(run.config), flush=True)
     run.eval_steps = len(val_loader)
     while (status := ended(run, stop)) is None:
-        plan.epoch, plan.start = run.epoch, run.step
-        if run.step == 0:
-            run.start_epoch(run.epoch)
         run.start_clock()
+        begin_epoch(run, plan)
         whole = train_one_epoch(run, device_batches(train_loader, run.device, run.bad_images), len(plan), stop)
         run.stop_clock()
         started = time.monotonic()
@@ -2161,6 +2425,17 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
     if status == "interrupted":
         run.save()
     return status
+
+
+def begin_epoch(run: Run, plan: EpochPlan) -> None:
+    """Take `plan` to where the run stands; at an epoch's start, choose what it trains on."""
+    plan.begin(run.epoch, run.step)
+    if run.step == 0:
+        run.start_epoch(run.epoch)
+        run.choose(plan)
+    if run.past is not None and run.config.is_sparse(run.epoch):
+        plan.begin(run.epoch, run.step, run.past.kinds.cpu().numpy())
+    run.pace = plan.steps(run.epoch) / len(plan)
 
 
 def ended(run: Run, stop: Stop) -> str | None:
@@ -2223,7 +2498,7 @@ def build_result(run: Run, outcome: dict[str, str], seconds: float) -> dict[str,
         "nonfinite_steps": run.nonfinite_steps,
         "bad_images": run.bad_images.found,
         "config": run.config.model_dump(),
-        "environment": environment(run.device),
+        "environment": run.environment,
     }
 
 

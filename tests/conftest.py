@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from train_ast import Config, Run, load_config
+from train_ast import Config, Loaded, Run, load_config
 
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two test processes side by side, each with a core
@@ -75,6 +75,12 @@ def make_batch(size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator)
     return images, torch.randint(0, 10, (size,), generator=generator)
+
+
+def loaded(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Loaded]:
+    """(images, labels) pairs as they come from the loader."""
+    for images, labels in pairs:
+        yield Loaded(images, labels, torch.arange(len(labels), device=labels.device))
 
 
 def save_picture(path: Path, colour: Sequence[int], seed: int, side: int = 40) -> None:

@@ -95,6 +95,14 @@ WAYS = {
     "resident crops": ["dataset.cache=device", "dataset.augment=random_resized_crop", "ast.pack=true"],
     "two workers": ["training.num_workers=2", "dataset.augment=random_resized_crop", "ast.pack=true"],
     "non-finite steps allowed": ["training.max_nonfinite_steps=3"],
+    "history": ["ast.scoring=history", "ast.target_activation=0.5", "ast.explore_weight_cap=4"],
+    "history, two workers": ["ast.scoring=history", "ast.target_activation=0.5", "training.num_workers=2"],
+    "history, resident, accumulated": [
+        *("ast.scoring=history", "ast.target_activation=0.5", "ast.leave_out=0.1", "ast.anneal_epochs=1"),
+        *("dataset.cache=device", "dataset.repeat=2", "dataset.label_noise=0.2", "training.grad_accum_steps=2"),
+    ],
+    "infobatch": ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"],
+    "top-k": ["ast.rule=topk", "ast.pack=true"],
 }
 
 

@@ -72,7 +72,7 @@ def test_images_and_labels_belong_together(kind, image_folder, parquet_folder):
     assert (len(train), len(val)) == (24, 9)
     for dataset in (train, val):
         for index in range(len(dataset)):
-            image, label, _ = dataset[(index, np.zeros(DRAWS))]
+            image, label, *_ = dataset[(index, np.zeros(DRAWS))]
             assert image.shape == (3, config.dataset.image_size, config.dataset.image_size)
             assert image.dtype == torch.uint8
             brightest = int(image.float().mean((1, 2)).argmax())
@@ -157,7 +157,7 @@ def test_neither_workers_nor_order_change_what_a_sample_looks_like(image_folder,
     def batches(n, epoch):
         loader, _, plan, _ = build_dataloaders(folder_config(image_folder, f"training.num_workers={n}"), CPU)
         plan.epoch = epoch
-        return [(images, labels) for images, labels in device_batches(loader, CPU)]
+        return list(device_batches(loader, CPU))
 
     for epoch in (0, 3):
         alone, shared = batches(0, epoch), batches(workers, epoch)
@@ -176,7 +176,7 @@ def test_a_picture_is_augmented_by_its_draws_alone(image_folder):
 
 def test_validation_sees_every_sample_once(image_folder):
     _, loader, _, _ = build_dataloaders(folder_config(image_folder, "training.batch_size=4"), CPU)
-    labels = torch.cat([labels for _, labels in device_batches(loader, CPU)])
+    labels = torch.cat([labels for _, labels, _ in device_batches(loader, CPU)])
     assert labels.bincount().tolist() == [3, 3, 3]
 
 
@@ -410,7 +410,7 @@ def test_a_sample_looks_the_same_streamed_and_resident(size, apart, image_folder
         train, _, plan, _ = build_dataloaders(config, CPU)
         plan.epoch = 3
         batches[cache] = list(device_batches(train, CPU))
-    for (streamed, labels), (kept, kept_labels) in zip(batches["none"], batches["device"], strict=True):
+    for (streamed, labels, _), (kept, kept_labels, _) in zip(batches["none"], batches["device"], strict=True):
         assert torch.equal(labels, kept_labels)
         difference = (streamed.float() - kept.float()).abs().mean()
         assert difference <= apart  # crops of down to a few pixels, their edges rounded twice
@@ -422,7 +422,7 @@ def test_resident_batches_follow_the_plan_and_depend_on_the_seed_and_epoch_alone
         config = folder_config(image_folder, "dataset.cache=device", f"training.seed={seed}", *overrides)
         train, _, plan, _ = build_dataloaders(config, CPU)
         plan.epoch = number
-        images, labels = (torch.cat(part) for part in zip(*device_batches(train, CPU), strict=True))
+        images, labels, _ = (torch.cat(part) for part in zip(*device_batches(train, CPU), strict=True))
         return plan.order().tolist(), images, labels
 
     order, images, labels = epoch(1)

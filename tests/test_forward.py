@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BatchNormNet, LayerNormNet, make_batch, make_run
+from conftest import BatchNormNet, LayerNormNet, loaded, make_batch, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
@@ -72,7 +72,7 @@ def test_window_gradient_is_the_mean_over_unequal_active_counts(net):
     assert counts[1] == 0
     assert counts[0] != counts[2]
     before = [p.detach().clone() for p in model.parameters()]
-    assert train_one_epoch(run, iter(batches), 3, Stop())
+    assert train_one_epoch(run, loaded(batches), 3, Stop())
     for old, new, expected in zip(before, model.parameters(), reference_gradients(run, reference, active), strict=True):
         assert torch.allclose(old - new, expected, atol=1e-6)
     assert (run.ledger.steps, run.ledger.trained, run.ledger.scored) == (1, sum(counts), 35)
@@ -132,7 +132,7 @@ def test_nothing_active_takes_no_step():
     model = LayerNormNet()
     run = make_run(model, "ast.initial_threshold=1e6", "ast.min_active=0", "training.grad_accum_steps=2")
     before = copy.deepcopy(model.state_dict())
-    train_one_epoch(run, iter([make_batch(seed=s) for s in range(4)]), 4, Stop())
+    train_one_epoch(run, loaded([make_batch(seed=s) for s in range(4)]), 4, Stop())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert (run.ledger.steps, run.ledger.trained, run.ledger.loaded) == (0, 0, 64)
 
@@ -173,7 +173,7 @@ def test_float16_scales_the_loss_and_unscales_the_gradient():
     assert run.scaler.is_enabled()
     images, labels = make_batch()
     before = [p.detach().clone() for p in model.parameters()]
-    train_one_epoch(run, iter([(images, labels)]), 1, Stop())
+    train_one_epoch(run, loaded([(images, labels)]), 1, Stop())
     expected = reference_gradients(run, reference, [(images, labels)])
     for old, new, gradient in zip(before, model.parameters(), expected, strict=True):
         assert torch.allclose(old - new, gradient, atol=2e-3)
@@ -184,12 +184,12 @@ def test_a_step_the_scaler_skips_advances_neither_schedule_nor_ledger():
     run = make_run(model, "training.amp_dtype=float16", "ast.mode=dense")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=1000)
     before = copy.deepcopy(model.state_dict())
-    train_one_epoch(run, iter([make_batch()]), 1, Stop())
+    train_one_epoch(run, loaded([make_batch()]), 1, Stop())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert (run.ledger.steps, run.ledger.trained, run.scheduled, run.ledger.loaded) == (0, 0, 0, 16)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     run.start_epoch(0)
-    train_one_epoch(run, iter([make_batch()]), 1, Stop())
+    train_one_epoch(run, loaded([make_batch()]), 1, Stop())
     assert (run.ledger.steps, run.ledger.trained, run.scheduled) == (1, 16, 1)
 
 
@@ -197,14 +197,14 @@ def test_gradient_clipping_bounds_the_step():
     model = LayerNormNet()
     run = make_run(model, "ast.mode=dense", "training.grad_clip_norm=0.01", *PLAIN_SGD)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    train_one_epoch(run, iter([make_batch()]), 1, Stop())
+    train_one_epoch(run, loaded([make_batch()]), 1, Stop())
     moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
     assert moved.norm() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_leftover_of_a_window_steps_at_the_end_of_the_epoch():
     run = make_run(LayerNormNet(), "ast.mode=dense", "training.grad_accum_steps=4")
-    train_one_epoch(run, iter([make_batch(seed=s) for s in range(6)]), 6, Stop())
+    train_one_epoch(run, loaded([make_batch(seed=s) for s in range(6)]), 6, Stop())
     assert (run.ledger.steps, run.ledger.trained, run.scheduled) == (2, 96, 6)
 
 
@@ -229,7 +229,7 @@ def test_the_rate_follows_the_loop_steps_and_ends_fully_decayed():
     rates = []
     for epoch in range(10):
         run.start_epoch(0)
-        train_one_epoch(run, iter([make_batch(seed=10 * epoch + s) for s in range(10)]), 10, Stop())
+        train_one_epoch(run, loaded([make_batch(seed=10 * epoch + s) for s in range(10)]), 10, Stop())
         rates.append(run.optimizer.param_groups[0]["lr"])
     assert run.scheduled + run.unscheduled == run.planned_steps == 100
     assert rates == sorted(rates, reverse=True)
@@ -245,7 +245,7 @@ def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(ahead):
     run = make_run(model, f"ast.score_ahead={ahead}", "ast.initial_threshold=0", *PLAIN_SGD)
     batches = [make_batch(seed=s) for s in range(5)]
     weights, seen = [copy.deepcopy(model)], []
-    for _, labels, scores in score_ahead(run, batches):
+    for (_, labels, _), scores in score_ahead(run, loaded(batches)):
         seen.append((labels, scores.read()[0].clone()))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -260,7 +260,7 @@ def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(ahead):
 def test_scoring_ahead_is_for_scoring_alone():
     run = make_run(LayerNormNet(), "ast.mode=dense")
     batches = [make_batch(seed=s) for s in range(3)]
-    assert [scores for _, _, scores in score_ahead(run, batches)] == [None] * 3
+    assert [scores for _, scores in score_ahead(run, loaded(batches))] == [None] * 3
 
 
 def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one():
@@ -273,7 +273,7 @@ def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one()
     images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (16,), generator=generator)
     try:
-        train_one_epoch(run, [(images, labels)] * 8, 8, Stop())
+        train_one_epoch(run, loaded([(images, labels)] * 8), 8, Stop())
         assert sides == {True: {16}, False: {12}}
         shrunk = torchvision_resize(images, 12)
         expected = copy.deepcopy(model).eval()(run.normalise(shrunk))
@@ -297,7 +297,7 @@ def test_compiled_steps_move_the_weights_as_eager_ones_do():
         run = make_run(model, f"training.compile={mode}", "training.grad_accum_steps=2", "ast.pack=true")
         if mode != "off":
             warm_up(run)
-        train_one_epoch(run, [make_batch(seed=s) for s in range(12)], 12, Stop())
+        train_one_epoch(run, loaded([make_batch(seed=s) for s in range(12)]), 12, Stop())
         assert run.ledger.steps >= 1
         moved[mode] = [tensor.clone() for tensor in model.state_dict().values()]
     for eager, compiled in zip(moved["off"], moved["reduce-overhead"], strict=True):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import loaded, make_config
 from train_ast import (
     ModelConfig,
     Run,
@@ -44,7 +44,7 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, window):
         run.start_epoch(0)
         start = {name: tensor.double() for name, tensor in model.state_dict().items()}
         warm_up(run)
-        train_one_epoch(run, zip(images, labels, strict=True), 24, Stop())
+        train_one_epoch(run, loaded(zip(images, labels, strict=True)), 24, Stop())
         ended[compile_] = {name: tensor.double() - start[name] for name, tensor in model.state_dict().items()}
         ended[compile_ + " activation"] = run.activations
         assert run.ledger.steps >= 2
@@ -61,7 +61,7 @@ def test_streamed_and_resident_batches_reach_the_gpu_as_they_are(image_folder):
         ends = []
         for device in (torch.device("cpu"), GPU):
             train, _, _, _ = build_dataloaders(config, device)
-            ends.append([(images.cpu(), labels.cpu()) for images, labels in device_batches(train, device)])
+            ends.append([(images.cpu(), labels.cpu()) for images, labels, _ in device_batches(train, device)])
         for (images, labels), (others, others_labels) in zip(*ends, strict=True):
             assert torch.equal(labels, others_labels)
             assert (images.int() - others.int()).abs().max() <= (1 if size == 72 else 0)  # float16 weights

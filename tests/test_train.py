@@ -36,13 +36,13 @@ def run_digits(tmp_path, *overrides):
 
 
 def test_rate_warms_up_and_decays_to_its_end():
-    training = TrainingConfig(epochs=10, lr=0.4, min_lr=0.01, lr_warmup_epochs=2)
-    assert lr_at(0.0, training) == 0
-    assert lr_at(0.1, training) == pytest.approx(0.2)
-    assert lr_at(0.2, training) == pytest.approx(0.4)
-    assert lr_at(0.6, training) == pytest.approx((0.4 + 0.01) / 2)
-    assert lr_at(1.0, training) == lr_at(1.5, training) == pytest.approx(0.01)
-    rates = [lr_at(x / 100, training) for x in range(20, 101)]
+    training = TrainingConfig(epochs=10, lr=0.4, min_lr=0.01)
+    assert lr_at(0.0, training, 0.2) == 0
+    assert lr_at(0.1, training, 0.2) == pytest.approx(0.2)
+    assert lr_at(0.2, training, 0.2) == pytest.approx(0.4)
+    assert lr_at(0.6, training, 0.2) == pytest.approx((0.4 + 0.01) / 2)
+    assert lr_at(1.0, training, 0.2) == lr_at(1.5, training, 0.2) == pytest.approx(0.01)
+    rates = [lr_at(x / 100, training, 0.2) for x in range(20, 101)]
     assert rates == sorted(rates, reverse=True)
 
 
