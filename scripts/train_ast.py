@@ -1414,6 +1414,7 @@ def add_scalars(board: Any, row: dict[str, Any]) -> None:
 
 MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
 MAGIC = b"AST-LAB checkpoint, sha256: "
+CAPPED = "capped.json"  # beside the checkpoint: what was logged of an epoch that it has not finished
 
 
 def run_id(config: Config) -> str:
@@ -1531,7 +1532,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         """Raises RequestError where `folder` cannot be made or written to."""
-        self.folder, self.last = folder, folder / "last.pt"
+        self.folder, self.last, self.capped = folder, folder / "last.pt", folder / CAPPED
         require_folder(folder, "logging.output_dir", folder)
         for left in folder.glob("*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
@@ -1553,6 +1554,7 @@ class Checkpoints:
         copied = host_copy(state)
         synchronize(device)
         self.pending.append(self.writer.submit(save_checkpoint, copied, self.last, best))
+        self.then(self.capped.unlink, True)
         self.saved = time.monotonic()
 
     def then(self, write: Callable, *arguments: Any) -> None:
@@ -1584,13 +1586,17 @@ def find_checkpoint(config: Config, resume: str | None) -> Path | None:
     return path if resume != "auto" or path.exists() else None
 
 
-def align_jsonl(path: Path, history: dict[str, list]) -> None:
-    """Make a resumed run's log hold each epoch of `history` once: no line torn, lost or from beyond the checkpoint.
+def align_jsonl(path: Path, history: dict[str, list], capped: Path | None = None) -> None:
+    """Make a resumed run's log hold each epoch of `history` once: no line torn, lost or from beyond the checkpoint,
+    nor the one that the file `capped` holds, where there is one.
 
     Lines of earlier and later runs in the same file stay.
     """
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    text, gone = (
+        each.read_text(encoding="utf-8", errors="replace") if each is not None and each.exists() else ""
+        for each in (path, capped)
+    )
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n") and line != gone]
     own = [json.dumps(dict(zip(history, row, strict=True))) + "\n" for row in zip(*history.values(), strict=True)]
     start = max((i for i, line in enumerate(lines) if own and line == own[0]), default=len(lines))
     later = [i for i in range(start + 1, len(lines)) if lines[i].startswith('{"epoch": 1,')]
@@ -1894,10 +1900,15 @@ class Run:
         if self.checkpoints is not None:
             self.checkpoints.save(self.state_dict(), self.device, best)
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Append the epoch's row to the log, where one is asked for."""
-        if self.config.logging.jsonl_path is not None:
-            append_jsonl(self.config.logging.jsonl_path, row)
+    def log(self, row: dict[str, Any], whole: bool = True) -> None:
+        """Append the epoch's row to the log, where one is asked for; of an epoch cut short the line is kept beside the
+        checkpoint too, for a resumption to take back."""
+        if self.config.logging.jsonl_path is None:
+            return
+        if not whole:
+            line = json.dumps(row) + "\n"
+            replace_file(self.checkpoints.capped, lambda part: part.write_text(line, encoding="utf-8"))
+        append_jsonl(self.config.logging.jsonl_path, row)
 
     def checkpoint_due(self) -> bool:
         minutes = self.config.logging.checkpoint_minutes
@@ -2100,7 +2111,7 @@ def begin_again(run: Run, path: Path | None, state: dict[str, Any] | None) -> No
     try:
         run.load_state_dict(state)
         if run.config.logging.jsonl_path is not None:
-            align_jsonl(Path(run.config.logging.jsonl_path), run.history)
+            align_jsonl(Path(run.config.logging.jsonl_path), run.history, path.with_name(CAPPED))
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         why = f"{type(error).__name__}: {_one_line(error)[:200]}"
         raise RequestError(f"{path}: a checkpoint that does not fit this model and data ({why})") from None
@@ -2153,7 +2164,7 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         if run.board is not None:
             add_scalars(run.board, row)
         if not whole:  # the checkpoint is the one before the cap
-            run.checkpoints.then(run.log, row)
+            run.checkpoints.then(run.log, row, whole)
             return "completed" if run.out_of_time() else "time_capped"
         run.epoch, run.step = run.epoch + 1, 0
         run.save(best=val_acc == max(run.history["val_acc"]) > max(run.history["val_acc"][:-1], default=-1.0))

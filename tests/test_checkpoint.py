@@ -57,6 +57,15 @@ class StopAfter(Stop):
         return super().status(reserve_seconds)
 
 
+class CapAfter(StopAfter):
+    """A wall-clock cap that is reached in step number `steps`."""
+
+    def status(self, reserve_seconds: float = 0.0) -> str | None:
+        self.left -= 1
+        self.deadline = 0.0 if self.left <= 0 else self.deadline
+        return Stop.status(self)
+
+
 def untimed(result: dict) -> dict:
     """What must repeat of a result: all but times."""
     history = {key: values for key, values in result["training_history"].items() if key not in TIMED}
@@ -310,12 +319,6 @@ def test_a_signal_during_validation_leaves_it_for_the_resumed_run(tmp_path):
 def test_a_cap_inside_an_epoch_can_be_resumed_too(tmp_path):
     whole_config, whole = trained(tmp_path / "whole", "training.grad_accum_steps=4")
 
-    class CapAfter(StopAfter):
-        def status(self, reserve_seconds: float = 0.0) -> str | None:
-            self.left -= 1
-            self.deadline = 0.0 if self.left <= 0 else self.deadline
-            return Stop.status(self)
-
     stop = CapAfter(10)
     config = make_config(*SMALL, "ast.mode=dense", "training.grad_accum_steps=4", f"logging.output_dir={tmp_path}/cut")
     cut, _ = train(config, stop)
@@ -323,6 +326,26 @@ def test_a_cap_inside_an_epoch_can_be_resumed_too(tmp_path):
     cut, _ = train(config, resume="auto")
     assert untimed(cut) == untimed(whole)
     assert same(final_state(config), final_state(whole_config))
+
+
+@pytest.mark.parametrize("caps", [[3], [3, 2], [10], [3, 7]])
+def test_an_epoch_capped_and_resumed_is_logged_once(caps, tmp_path):
+    """Capped in the first epoch, twice in it, in the second, and in both; lines of other runs stay."""
+    log = tmp_path / "log.jsonl"
+    other = '{"epoch": 1, "of": "another run"}\n'
+    log.write_text(other)
+    keys = [f"logging.jsonl_path={log}"]
+    for session, steps in enumerate(caps):
+        _, cut = trained(tmp_path, *keys, stop=CapAfter(steps), resume=None if session == 0 else "auto")
+        assert cut["status"] == "time_capped"
+        assert history_of(log.read_text().splitlines()[1:]) == cut["training_history"]
+    log.write_text(log.read_text() + other)  # logged after the cap
+    _, result = trained(tmp_path, *keys, resume="auto")
+    lines = log.read_text().splitlines(keepends=True)
+    own = [line for line in lines if line != other]
+    assert len(lines) == len(own) + 2
+    assert history_of(own) == result["training_history"]
+    assert result["training_history"]["epoch"] == [1, 2, 3]
 
 
 def test_checkpoints_within_an_epoch_come_as_often_as_asked(tmp_path):
