@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -55,6 +56,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class RequestError(Exception):
@@ -1577,6 +1583,32 @@ class Checkpoints:
         self.writer.shutdown()
 
 
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep the checkpoint `folder` to this process. Raises RequestError where another one has it, or where it cannot
+    be made or written to.
+
+    The lock is of the process alone, not of its loader workers, and the kernel takes it back however that ends.
+    Where nothing came of the run, the folder goes again.
+    """
+    made, lock = not folder.exists(), folder / "lock"
+    require_folder(folder, "logging.output_dir", folder)
+    with lock.open("ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+                todo = "wait for it to end, or set another logging.output_dir"
+                raise RequestError(f"{folder}: another process is running this config into it; {todo}") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and [*folder.iterdir()] == [lock]:
+                    lock.unlink(), folder.rmdir(), folder.parent.rmdir()
+
+
 def find_checkpoint(config: Config, resume: str | None) -> Path | None:
     """The file that `--resume` means: a path, a folder's last.pt, or with `auto` the config's own if there is one."""
     if resume is None:
@@ -2070,6 +2102,14 @@ def train(config: Config, stop: Stop | None = None, resume: str | None = None) -
         stop.deadline = started + 60 * config.training.max_minutes
     device = resolve_device(config.training)
     prepare_outputs(config.logging)
+    with claimed(checkpoint_folder(config)):
+        return train_claimed(config, device, stop, resume, started)
+
+
+def train_claimed(
+    config: Config, device: torch.device, stop: Stop, resume: str | None, started: float
+) -> tuple[dict[str, Any], Path]:
+    """`train`, since `started` (time.monotonic() seconds), in a checkpoint folder that is this process's own."""
     checkpoint = find_checkpoint(config, resume)
     state = None if checkpoint is None else load_checkpoint(checkpoint, config)
     board = open_tensorboard(config.logging)
