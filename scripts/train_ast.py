@@ -1785,6 +1785,7 @@ class Run:
         self.bad_images = BadImages(config.dataset.max_bad_images)
         self.board: Any | None = None  # TensorBoard's writer
         self.checkpoints: Checkpoints | None = None
+        self.saved_at: tuple[int, int] | None = None  # epoch and step of this session's newest checkpoint
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of this session, and all before it
         self.epoch_started: float | None = None  # time.monotonic() seconds, while an epoch trains
         self.energy_kj, self.energy_read = None if self.energy.read_kj() is None else 0.0, None
@@ -1811,6 +1812,13 @@ class Run:
     def new_meter(self) -> Meter:
         """For the current epoch, allowing what the earlier ones have left of `training.max_nonfinite_steps`."""
         return Meter(self.device, self.epoch, self.config.training.max_nonfinite_steps - self.nonfinite_steps)
+
+    def settle(self) -> None:
+        """Take the optimizer steps that a loss which is not finite has voided out of the ledger. Ends the meter."""
+        bad_steps, skipped, untrained = self.meter.skipped()
+        self.nonfinite_steps += bad_steps
+        self.ledger.steps, self.ledger.trained = self.ledger.steps - skipped, self.ledger.trained - untrained
+        self.meter = self.new_meter()
 
     def is_lost(self, activation: float, samples: int) -> bool:
         """Whether so many samples in a row were all active, or all inactive, that chance (1e-6) cannot explain it."""
@@ -1931,6 +1939,7 @@ class Run:
         """Write a checkpoint, where the run keeps any."""
         if self.checkpoints is not None:
             self.checkpoints.save(self.state_dict(), self.device, best)
+            self.saved_at = self.epoch, self.step
 
     def log(self, row: dict[str, Any], whole: bool = True) -> None:
         """Append the epoch's row to the log, where one is asked for; of an epoch cut short the line is kept beside the
@@ -2043,11 +2052,12 @@ def warm_up(run: Run) -> None:
 def evaluate(run: Run, loader: Iterable[Batch], stop: Stop | None = None) -> float | None:
     """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape.
 
-    None where a signal came before its end.
+    None where a signal came before its end, or where it outlasts training.max_minutes by more than a tenth of that.
     """
     hits, count = torch.zeros((), device=run.device), 0
+    end = math.inf if stop is None else stop.deadline + 6 * (run.config.training.max_minutes or math.inf)
     for images, labels in device_batches(loader, run.device, run.bad_images):
-        if stop is not None and stop.signal is not None:
+        if (stop is not None and stop.signal is not None) or time.monotonic() > end:
             return None
         padding = run.config.training.batch_size - len(labels)
         whole = (torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])]) for tensor in (images, labels))
@@ -2060,9 +2070,7 @@ def close_epoch(run: Run, val_acc: float, considered: float) -> dict[str, Any]:
     """Add the epoch's row to the history and return it. `considered`: samples a dense epoch would have trained on."""
     metrics, seconds = run.config.metrics, run.epoch_seconds
     loss, train_acc = run.meter.read()
-    bad_steps, skipped, untrained = run.meter.skipped()
-    run.nonfinite_steps += bad_steps
-    run.ledger.steps, run.ledger.trained = run.ledger.steps - skipped, run.ledger.trained - untrained
+    run.settle()
     done = run.ledger.since(run.ledger_before)
     run.train_seconds, run.epoch_seconds = run.train_seconds + seconds, 0.0
     row = {
@@ -2195,7 +2203,9 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         started = time.monotonic()
         val_acc = None if stop.signal is not None else evaluate(run, val_loader, stop)
         if val_acc is None:
-            status = "interrupted"
+            status = "interrupted" if stop.signal is not None else "time_capped"
+            if status == "time_capped":
+                print("training.max_minutes are over: the last validation did not fit in and was left", flush=True)
             break
         run.eval_seconds = time.monotonic() - started
         row = close_epoch(run, val_acc, plan.considered * run.step / len(plan))
@@ -2209,7 +2219,7 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         run.epoch, run.step = run.epoch + 1, 0
         run.save(best=val_acc == max(run.history["val_acc"]) > max(run.history["val_acc"][:-1], default=-1.0))
         run.checkpoints.then(run.log, row)
-    if status == "interrupted":
+    if status in ("interrupted", "time_capped") and run.saved_at != (run.epoch, run.step):
         run.save()
     return status
 
@@ -2256,6 +2266,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def build_result(run: Run, outcome: dict[str, str], seconds: float) -> dict[str, Any]:
     """The contents of a results file: the documented keys first, then how they came about."""
+    with contextlib.suppress(RuntimeError):  # of an unfinished epoch; a device that failed cannot say
+        run.settle()
     accuracies = run.history["val_acc"]
     best = max(accuracies, default=0.0)
     return {
