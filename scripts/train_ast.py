@@ -1387,11 +1387,19 @@ class EnergyMeter:
 
 
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
-    """Append one line, flushed to the disk before returning."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line, flushed to the disk before returning. Raises OSError, naming the file, where the disk does not
+    take all of it; nothing of it then stays."""
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that fills up takes a part
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def open_tensorboard(outputs: LoggingConfig) -> Any | None:
@@ -1573,9 +1581,10 @@ class Checkpoints:
         try:
             for each in pending:
                 each.result()
-        except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos" where the disk is full
-            why = getattr(error, "strerror", None) or _one_line(error)
-            path = getattr(error, "filename", None) or self.last
+        except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos", having met what the disk said
+            met = error if isinstance(error, OSError) else error.__context__
+            why = getattr(met, "strerror", None) or _one_line(error)
+            path = getattr(met, "filename", None) or self.last
             raise TrainingFailed(f"{path}: cannot write, the checkpoint before is whole: {why}") from None
 
     def close(self) -> None:
@@ -2147,14 +2156,14 @@ def train_claimed(
         run.checkpoints.close()
         result = build_result(run, outcome, run.elapsed())
         path = save_results(result, config.logging.output_dir)
-        print(summary(result), f"results: {path}", sep="\n", flush=True)
+        tell(f"{summary(result)}\nresults: {path}")
     return result, path
 
 
 def begin_again(run: Run, path: Path | None, state: dict[str, Any] | None) -> None:
     """Put a checkpoint's `state` into a fresh run, and its log in order. Raises RequestError where it does not fit."""
     if state is None:
-        print("--resume auto: there is no checkpoint of this config, the run starts afresh", flush=True)
+        tell("--resume auto: there is no checkpoint of this config, the run starts afresh")
         return
     try:
         run.load_state_dict(state)
@@ -2163,7 +2172,10 @@ def begin_again(run: Run, path: Path | None, state: dict[str, Any] | None) -> No
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         why = f"{type(error).__name__}: {_one_line(error)[:200]}"
         raise RequestError(f"{path}: a checkpoint that does not fit this model and data ({why})") from None
-    print(f"resumed from {path}: epoch {run.epoch + 1}, step {run.step}", flush=True)
+    except OSError as error:
+        log = run.config.logging.jsonl_path
+        raise RequestError(f"logging.jsonl_path: cannot put {log} in order: {error.strerror}") from None
+    tell(f"resumed from {path}: epoch {run.epoch + 1}, step {run.step}")
 
 
 def state_bytes(run: Run) -> int:
@@ -2191,7 +2203,7 @@ def explained(error: Exception, config: Config) -> Exception:
 
 def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, stop: Stop) -> str:
     """Train and validate epoch by epoch. Returns completed, early_stopped, time_capped or interrupted."""
-    print(epoch_line(run.config), flush=True)
+    tell(epoch_line(run.config))
     run.eval_steps = len(val_loader)
     while (status := ended(run, stop)) is None:
         plan.epoch, plan.start = run.epoch, run.step
@@ -2205,12 +2217,12 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         if val_acc is None:
             status = "interrupted" if stop.signal is not None else "time_capped"
             if status == "time_capped":
-                print("training.max_minutes are over: the last validation did not fit in and was left", flush=True)
+                tell("training.max_minutes are over: the last validation did not fit in and was left")
             break
         run.eval_seconds = time.monotonic() - started
         row = close_epoch(run, val_acc, plan.considered * run.step / len(plan))
         run.epochs_completed += whole
-        print(epoch_line(run.config, row), flush=True)
+        tell(epoch_line(run.config, row))
         if run.board is not None:
             add_scalars(run.board, row)
         if not whole:  # the checkpoint is the one before the cap
@@ -2316,7 +2328,14 @@ def write_result(result: dict[str, Any], path: Path) -> None:
     try:
         replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise TrainingFailed(f"{path}: cannot write the results: {error.strerror}") from None
+        behind = f"; {result['error']}" if "error" in result else ""
+        raise TrainingFailed(f"{path}: cannot write the results: {error.strerror}{behind}") from None
+
+
+def tell(text: str) -> None:
+    """Print for those who watch a run; a full disk or a closed pipe behind that does not end it."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 EPOCH_COLUMNS = {  # title: (history key, format); the width is the format's
@@ -2365,19 +2384,25 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def run_cli(main: Callable[[], int]) -> int:
-    """Run a script's `main`: a wrong request is one line on stderr and exit code 2, a failed run 1."""
+    """Run a script's `main`: a wrong request is one line on stderr and exit code 2, a failed run or a disk that does
+    not take its output 1."""
     load_dotenv()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
     except RequestError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except TrainingFailed as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or _one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
+    return code
 
 
 def execute(config: Config, resume: str | None = None) -> int:
