@@ -1979,7 +1979,7 @@ def train_one_epoch(run: Run, batches: Iterator[tuple[Tensor, Tensor]], steps: i
     any_active_in_accum = run.window_samples > 0
     sparse_before = run.epoch - run.config.ast.warmup_epochs
     with _progress(run, steps) as heartbeat:
-        for images, labels, scores in score_ahead(run, batches):
+        for images, labels, scores in score_ahead(run, () if run.out_of_time() else batches):  # () once it is resumed
             run.ledger.loaded += len(labels)
             if run.scoring:
                 run.controller.epoch = sparse_before + run.step / steps
@@ -2239,7 +2239,7 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
 def ended(run: Run, stop: Stop) -> str | None:
     """Why no further epoch is to begin, None where one is."""
     accuracies, patience = run.history["val_acc"], run.config.training.early_stop_patience
-    if run.epoch == run.config.training.epochs or run.out_of_time():
+    if run.epoch == run.config.training.epochs or (run.out_of_time() and run.step == 0):
         return "completed"
     if status := stop.status(run.eval_seconds):
         return status

@@ -332,6 +332,21 @@ def test_a_cap_inside_an_epoch_can_be_resumed_too(tmp_path):
     assert same(final_state(config), final_state(whole_config))
 
 
+@pytest.mark.parametrize("mode", ["dense", "ast"])
+def test_a_run_that_ended_with_its_time_ends_the_same_when_resumed(mode, tmp_path):
+    """The epoch that the end cut short is closed once more, from the checkpoint before."""
+    log = tmp_path / "log.jsonl"
+    keys = ["training.lr_decay=time", "training.max_minutes=0.01", "training.epochs=1000", f"ast.mode={mode}"]
+    keys += ["training.batch_size=4"]  # 50 steps an epoch: the time hardly ever ends with one
+    keys += ["training.grad_accum_steps=4", "ast.warmup_epochs=0", f"logging.jsonl_path={log}"]
+    _, first = trained(tmp_path, *keys)
+    for _ in range(2):
+        _, again = trained(tmp_path, *keys, resume="auto")
+        assert untimed(again) == untimed(first)
+        rows = [json.loads(line)["val_acc"] for line in log.read_text().splitlines()]
+        assert rows == first["training_history"]["val_acc"]
+
+
 @pytest.mark.parametrize("caps", [[3], [3, 2], [10], [3, 7]])
 def test_an_epoch_capped_and_resumed_is_logged_once(caps, tmp_path):
     """Capped in the first epoch, twice in it, in the second, and in both; lines of other runs stay."""
