@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -55,6 +56,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class RequestError(Exception):
@@ -1613,11 +1619,19 @@ class EnergyMeter:
 
 
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
-    """Append one line, flushed to the disk before returning."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line, flushed to the disk before returning. Raises OSError, naming the file, where the disk does not
+    take all of it; nothing of it then stays."""
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that fills up takes a part
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def open_tensorboard(outputs: LoggingConfig) -> Any | None:
@@ -1646,6 +1660,7 @@ def add_scalars(board: Any, row: dict[str, Any]) -> None:
 
 MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
 MAGIC = b"AST-LAB checkpoint, sha256: "
+CAPPED = "capped.json"  # beside the checkpoint: what was logged of an epoch that it has not finished
 
 
 def run_id(config: Config) -> str:
@@ -1763,7 +1778,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         """Raises RequestError where `folder` cannot be made or written to."""
-        self.folder, self.last = folder, folder / "last.pt"
+        self.folder, self.last, self.capped = folder, folder / "last.pt", folder / CAPPED
         require_folder(folder, "logging.output_dir", folder)
         for left in folder.glob("*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
@@ -1785,6 +1800,7 @@ class Checkpoints:
         copied = host_copy(state)
         synchronize(device)
         self.pending.append(self.writer.submit(save_checkpoint, copied, self.last, best))
+        self.then(self.capped.unlink, True)
         self.saved = time.monotonic()
 
     def then(self, write: Callable, *arguments: Any) -> None:
@@ -1797,14 +1813,41 @@ class Checkpoints:
         try:
             for each in pending:
                 each.result()
-        except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos" where the disk is full
-            why = getattr(error, "strerror", None) or _one_line(error)
-            path = getattr(error, "filename", None) or self.last
+        except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos", having met what the disk said
+            met = error if isinstance(error, OSError) else error.__context__
+            why = getattr(met, "strerror", None) or _one_line(error)
+            path = getattr(met, "filename", None) or self.last
             raise TrainingFailed(f"{path}: cannot write, the checkpoint before is whole: {why}") from None
 
     def close(self) -> None:
         """Until the disk has what was saved, or has refused it; nothing can be saved any more."""
         self.writer.shutdown()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep the checkpoint `folder` to this process. Raises RequestError where another one has it, or where it cannot
+    be made or written to.
+
+    The lock is of the process alone, not of its loader workers, and the kernel takes it back however that ends.
+    Where nothing came of the run, the folder goes again.
+    """
+    made, lock = not folder.exists(), folder / "lock"
+    require_folder(folder, "logging.output_dir", folder)
+    with lock.open("ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+                todo = "wait for it to end, or set another logging.output_dir"
+                raise RequestError(f"{folder}: another process is running this config into it; {todo}") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and [*folder.iterdir()] == [lock]:
+                    lock.unlink(), folder.rmdir(), folder.parent.rmdir()
 
 
 def find_checkpoint(config: Config, resume: str | None) -> Path | None:
@@ -1816,13 +1859,17 @@ def find_checkpoint(config: Config, resume: str | None) -> Path | None:
     return path if resume != "auto" or path.exists() else None
 
 
-def align_jsonl(path: Path, history: dict[str, list]) -> None:
-    """Make a resumed run's log hold each epoch of `history` once: no line torn, lost or from beyond the checkpoint.
+def align_jsonl(path: Path, history: dict[str, list], capped: Path | None = None) -> None:
+    """Make a resumed run's log hold each epoch of `history` once: no line torn, lost or from beyond the checkpoint,
+    nor the one that the file `capped` holds, where there is one.
 
     Lines of earlier and later runs in the same file stay.
     """
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    text, gone = (
+        each.read_text(encoding="utf-8", errors="replace") if each is not None and each.exists() else ""
+        for each in (path, capped)
+    )
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n") and line != gone]
     own = [json.dumps(dict(zip(history, row, strict=True))) + "\n" for row in zip(*history.values(), strict=True)]
     start = max((i for i, line in enumerate(lines) if own and line == own[0]), default=len(lines))
     later = [i for i in range(start + 1, len(lines)) if lines[i].startswith('{"epoch": 1,')]
@@ -1984,6 +2031,7 @@ class Run:
         self.board: Any | None = None  # TensorBoard's writer
         self.environment = environment(device)  # now: at the end, a dead loader worker would break into its subprocess
         self.checkpoints: Checkpoints | None = None
+        self.saved_at: tuple[int, int] | None = None  # epoch and step of this session's newest checkpoint
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of this session, and all before it
         self.epoch_started: float | None = None  # time.monotonic() seconds, while an epoch trains
         self.energy_kj, self.energy_read = None if self.energy.read_kj() is None else 0.0, None
@@ -2034,6 +2082,13 @@ class Run:
         kinds[order] = choice.kinds
         self.past.kinds.copy_(torch.from_numpy(kinds))
         self.activations, self.thresholds = [int(np.count_nonzero(kinds)) / len(order)], [choice.threshold]
+
+    def settle(self) -> None:
+        """Take the optimizer steps that a loss which is not finite has voided out of the ledger. Ends the meter."""
+        bad_steps, skipped, untrained = self.meter.skipped()
+        self.nonfinite_steps += bad_steps
+        self.ledger.steps, self.ledger.trained = self.ledger.steps - skipped, self.ledger.trained - untrained
+        self.meter = self.new_meter()
 
     def is_lost(self, activation: float, samples: int) -> bool:
         """Whether so many samples in a row were all active, or all inactive, that chance (1e-6) cannot explain it."""
@@ -2157,11 +2212,17 @@ class Run:
         """Write a checkpoint, where the run keeps any."""
         if self.checkpoints is not None:
             self.checkpoints.save(self.state_dict(), self.device, best)
+            self.saved_at = self.epoch, self.step
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Append the epoch's row to the log, where one is asked for."""
-        if self.config.logging.jsonl_path is not None:
-            append_jsonl(self.config.logging.jsonl_path, row)
+    def log(self, row: dict[str, Any], whole: bool = True) -> None:
+        """Append the epoch's row to the log, where one is asked for; of an epoch cut short the line is kept beside the
+        checkpoint too, for a resumption to take back."""
+        if self.config.logging.jsonl_path is None:
+            return
+        if not whole:
+            line = json.dumps(row) + "\n"
+            replace_file(self.checkpoints.capped, lambda part: part.write_text(line, encoding="utf-8"))
+        append_jsonl(self.config.logging.jsonl_path, row)
 
     def checkpoint_due(self) -> bool:
         minutes = self.config.logging.checkpoint_minutes
@@ -2182,7 +2243,7 @@ def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int, stop: Stop)
     any_active_in_accum = run.window_samples > 0
     sparse_before = run.epoch - run.config.ast.warmup_epochs
     with _progress(run, steps) as heartbeat:
-        for batch, scores in score_ahead(run, batches):
+        for batch, scores in score_ahead(run, () if run.out_of_time() else batches):  # () once it is resumed
             run.ledger.loaded += len(batch.labels)
             if run.scoring:
                 run.controller.epoch = sparse_before + run.step / steps
@@ -2265,11 +2326,12 @@ def warm_up(run: Run) -> None:
 def evaluate(run: Run, loader: Iterable[Batch], stop: Stop | None = None) -> float | None:
     """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape.
 
-    None where a signal came before its end.
+    None where a signal came before its end, or where it outlasts training.max_minutes by more than a tenth of that.
     """
     hits, count = torch.zeros((), device=run.device), 0
+    end = math.inf if stop is None else stop.deadline + 6 * (run.config.training.max_minutes or math.inf)
     for images, labels, _ in device_batches(loader, run.device, run.bad_images):
-        if stop is not None and stop.signal is not None:
+        if (stop is not None and stop.signal is not None) or time.monotonic() > end:
             return None
         padding = run.config.training.batch_size - len(labels)
         whole = (torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])]) for tensor in (images, labels))
@@ -2282,9 +2344,7 @@ def close_epoch(run: Run, val_acc: float, considered: float) -> dict[str, Any]:
     """Add the epoch's row to the history and return it. `considered`: samples a dense epoch would have trained on."""
     metrics, seconds = run.config.metrics, run.epoch_seconds
     loss, train_acc = run.meter.read()
-    bad_steps, skipped, untrained = run.meter.skipped()
-    run.nonfinite_steps += bad_steps
-    run.ledger.steps, run.ledger.trained = run.ledger.steps - skipped, run.ledger.trained - untrained
+    run.settle()
     done = run.ledger.since(run.ledger_before)
     run.train_seconds, run.epoch_seconds = run.train_seconds + seconds, 0.0
     row = {
@@ -2324,6 +2384,14 @@ def train(config: Config, stop: Stop | None = None, resume: str | None = None) -
         stop.deadline = started + 60 * config.training.max_minutes
     device = resolve_device(config.training)
     prepare_outputs(config.logging)
+    with claimed(checkpoint_folder(config)):
+        return train_claimed(config, device, stop, resume, started)
+
+
+def train_claimed(
+    config: Config, device: torch.device, stop: Stop, resume: str | None, started: float
+) -> tuple[dict[str, Any], Path]:
+    """`train`, since `started` (time.monotonic() seconds), in a checkpoint folder that is this process's own."""
     checkpoint = find_checkpoint(config, resume)
     state = None if checkpoint is None else load_checkpoint(checkpoint, config)
     board = open_tensorboard(config.logging)
@@ -2354,23 +2422,26 @@ def train(config: Config, stop: Stop | None = None, resume: str | None = None) -
         run.checkpoints.close()
         result = build_result(run, outcome, run.elapsed())
         path = save_results(result, config.logging.output_dir)
-        print(summary(result), f"results: {path}", sep="\n", flush=True)
+        tell(f"{summary(result)}\nresults: {path}")
     return result, path
 
 
 def begin_again(run: Run, path: Path | None, state: dict[str, Any] | None) -> None:
     """Put a checkpoint's `state` into a fresh run, and its log in order. Raises RequestError where it does not fit."""
     if state is None:
-        print("--resume auto: there is no checkpoint of this config, the run starts afresh", flush=True)
+        tell("--resume auto: there is no checkpoint of this config, the run starts afresh")
         return
     try:
         run.load_state_dict(state)
         if run.config.logging.jsonl_path is not None:
-            align_jsonl(Path(run.config.logging.jsonl_path), run.history)
+            align_jsonl(Path(run.config.logging.jsonl_path), run.history, path.with_name(CAPPED))
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         why = f"{type(error).__name__}: {_one_line(error)[:200]}"
         raise RequestError(f"{path}: a checkpoint that does not fit this model and data ({why})") from None
-    print(f"resumed from {path}: epoch {run.epoch + 1}, step {run.step}", flush=True)
+    except OSError as error:
+        log = run.config.logging.jsonl_path
+        raise RequestError(f"logging.jsonl_path: cannot put {log} in order: {error.strerror}") from None
+    tell(f"resumed from {path}: epoch {run.epoch + 1}, step {run.step}")
 
 
 def state_bytes(run: Run) -> int:
@@ -2398,7 +2469,7 @@ def explained(error: Exception, config: Config) -> Exception:
 
 def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, stop: Stop) -> str:
     """Train and validate epoch by epoch. Returns completed, early_stopped, time_capped or interrupted."""
-    print(epoch_line(run.config), flush=True)
+    tell(epoch_line(run.config))
     run.eval_steps = len(val_loader)
     while (status := ended(run, stop)) is None:
         run.start_clock()
@@ -2408,21 +2479,23 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         started = time.monotonic()
         val_acc = None if stop.signal is not None else evaluate(run, val_loader, stop)
         if val_acc is None:
-            status = "interrupted"
+            status = "interrupted" if stop.signal is not None else "time_capped"
+            if status == "time_capped":
+                tell("training.max_minutes are over: the last validation did not fit in and was left")
             break
         run.eval_seconds = time.monotonic() - started
         row = close_epoch(run, val_acc, plan.considered * run.step / len(plan))
         run.epochs_completed += whole
-        print(epoch_line(run.config, row), flush=True)
+        tell(epoch_line(run.config, row))
         if run.board is not None:
             add_scalars(run.board, row)
         if not whole:  # the checkpoint is the one before the cap
-            run.checkpoints.then(run.log, row)
+            run.checkpoints.then(run.log, row, whole)
             return "completed" if run.out_of_time() else "time_capped"
         run.epoch, run.step = run.epoch + 1, 0
         run.save(best=val_acc == max(run.history["val_acc"]) > max(run.history["val_acc"][:-1], default=-1.0))
         run.checkpoints.then(run.log, row)
-    if status == "interrupted":
+    if status in ("interrupted", "time_capped") and run.saved_at != (run.epoch, run.step):
         run.save()
     return status
 
@@ -2441,7 +2514,7 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
 def ended(run: Run, stop: Stop) -> str | None:
     """Why no further epoch is to begin, None where one is."""
     accuracies, patience = run.history["val_acc"], run.config.training.early_stop_patience
-    if run.epoch == run.config.training.epochs or run.out_of_time():
+    if run.epoch == run.config.training.epochs or (run.out_of_time() and run.step == 0):
         return "completed"
     if status := stop.status(run.eval_seconds):
         return status
@@ -2480,6 +2553,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def build_result(run: Run, outcome: dict[str, str], seconds: float) -> dict[str, Any]:
     """The contents of a results file: the documented keys first, then how they came about."""
+    with contextlib.suppress(RuntimeError):  # of an unfinished epoch; a device that failed cannot say
+        run.settle()
     accuracies = run.history["val_acc"]
     best = max(accuracies, default=0.0)
     return {
@@ -2528,7 +2603,14 @@ def write_result(result: dict[str, Any], path: Path) -> None:
     try:
         replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise TrainingFailed(f"{path}: cannot write the results: {error.strerror}") from None
+        behind = f"; {result['error']}" if "error" in result else ""
+        raise TrainingFailed(f"{path}: cannot write the results: {error.strerror}{behind}") from None
+
+
+def tell(text: str) -> None:
+    """Print for those who watch a run; a full disk or a closed pipe behind that does not end it."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 EPOCH_COLUMNS = {  # title: (history key, format); the width is the format's
@@ -2577,19 +2659,25 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def run_cli(main: Callable[[], int]) -> int:
-    """Run a script's `main`: a wrong request is one line on stderr and exit code 2, a failed run 1."""
+    """Run a script's `main`: a wrong request is one line on stderr and exit code 2, a failed run or a disk that does
+    not take its output 1."""
     load_dotenv()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
     except RequestError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except TrainingFailed as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or _one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
+    return code
 
 
 def execute(config: Config, resume: str | None = None) -> int:

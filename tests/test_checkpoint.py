@@ -5,6 +5,7 @@ import math
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import train_ast
-from conftest import BatchNormNet, make_batch, make_config, make_run
+from conftest import BatchNormNet, make_batch, make_config, make_run, save_picture
 from train_ast import (
     Checkpoints,
     Config,
@@ -20,6 +21,7 @@ from train_ast import (
     Stop,
     TrainingFailed,
     align_jsonl,
+    build_result,
     checkpoint_folder,
     close_epoch,
     load_checkpoint,
@@ -55,6 +57,15 @@ class StopAfter(Stop):
         if self.left == 0:
             self.signal = 15
         return super().status(reserve_seconds)
+
+
+class CapAfter(StopAfter):
+    """A wall-clock cap that is reached in step number `steps`."""
+
+    def status(self, reserve_seconds: float = 0.0) -> str | None:
+        self.left -= 1
+        self.deadline = 0.0 if self.left <= 0 else self.deadline
+        return Stop.status(self)
 
 
 def untimed(result: dict) -> dict:
@@ -293,11 +304,13 @@ def test_too_little_room_is_found_before_training(tmp_path):
 # ------------------------------------------------------------------------------------- Signals and limits
 
 
-def test_a_signal_during_validation_leaves_it_for_the_resumed_run(tmp_path):
-    whole_config, whole = trained(tmp_path / "whole")
+@pytest.mark.parametrize("capped", [False, True])
+def test_a_signal_during_validation_leaves_it_for_the_resumed_run(capped, tmp_path):
+    whole_config, whole = trained(tmp_path / "whole", "training.grad_accum_steps=4")
 
-    stop = Stop()
-    config = make_config(*SMALL, "ast.mode=dense", f"logging.output_dir={tmp_path / 'cut'}")
+    stop = CapAfter(3) if capped else Stop()
+    keys = ["ast.mode=dense", "training.grad_accum_steps=4", f"logging.output_dir={tmp_path / 'cut'}"]
+    config = make_config(*SMALL, *keys)
     batches = train_ast.device_batches
 
     def signalled(loader, *rest):
@@ -318,12 +331,6 @@ def test_a_signal_during_validation_leaves_it_for_the_resumed_run(tmp_path):
 def test_a_cap_inside_an_epoch_can_be_resumed_too(tmp_path):
     whole_config, whole = trained(tmp_path / "whole", "training.grad_accum_steps=4")
 
-    class CapAfter(StopAfter):
-        def status(self, reserve_seconds: float = 0.0) -> str | None:
-            self.left -= 1
-            self.deadline = 0.0 if self.left <= 0 else self.deadline
-            return Stop.status(self)
-
     stop = CapAfter(10)
     config = make_config(*SMALL, "ast.mode=dense", "training.grad_accum_steps=4", f"logging.output_dir={tmp_path}/cut")
     cut, _ = train(config, stop)
@@ -331,6 +338,87 @@ def test_a_cap_inside_an_epoch_can_be_resumed_too(tmp_path):
     cut, _ = train(config, resume="auto")
     assert untimed(cut) == untimed(whole)
     assert same(final_state(config), final_state(whole_config))
+
+
+@pytest.mark.parametrize("mode", ["dense", "ast"])
+def test_a_run_that_ended_with_its_time_ends_the_same_when_resumed(mode, tmp_path):
+    """The epoch that the end cut short is closed once more, from the checkpoint before."""
+    log = tmp_path / "log.jsonl"
+    keys = ["training.lr_decay=time", "training.max_minutes=0.01", "training.epochs=1000", f"ast.mode={mode}"]
+    keys += ["training.batch_size=4"]  # 50 steps an epoch: the time hardly ever ends with one
+    keys += ["training.grad_accum_steps=4", "ast.warmup_epochs=0", f"logging.jsonl_path={log}"]
+    _, first = trained(tmp_path, *keys)
+    for _ in range(2):
+        _, again = trained(tmp_path, *keys, resume="auto")
+        assert untimed(again) == untimed(first)
+        rows = [json.loads(line)["val_acc"] for line in log.read_text().splitlines()]
+        assert rows == first["training_history"]["val_acc"]
+
+
+@pytest.mark.parametrize("caps", [[3], [3, 2], [10], [3, 7]])
+def test_an_epoch_capped_and_resumed_is_logged_once(caps, tmp_path):
+    """Capped in the first epoch, twice in it, in the second, and in both; lines of other runs stay."""
+    log = tmp_path / "log.jsonl"
+    other = '{"epoch": 1, "of": "another run"}\n'
+    log.write_text(other)
+    keys = [f"logging.jsonl_path={log}"]
+    for session, steps in enumerate(caps):
+        _, cut = trained(tmp_path, *keys, stop=CapAfter(steps), resume=None if session == 0 else "auto")
+        assert cut["status"] == "time_capped"
+        assert history_of(log.read_text().splitlines()[1:]) == cut["training_history"]
+    log.write_text(log.read_text() + other)  # logged after the cap
+    _, result = trained(tmp_path, *keys, resume="auto")
+    lines = log.read_text().splitlines(keepends=True)
+    own = [line for line in lines if line != other]
+    assert len(lines) == len(own) + 2
+    assert history_of(own) == result["training_history"]
+    assert result["training_history"]["epoch"] == [1, 2, 3]
+
+
+def slow_to_validate(folder: Path, pictures: int) -> list[str]:
+    """24 small pictures to train on, and so many names of one that takes about 30 ms to decode."""
+    for kind in ("a", "b"):
+        (folder / "train" / kind).mkdir(parents=True)
+        (folder / "val" / kind).mkdir(parents=True)
+        for i in range(12):
+            save_picture(folder / "train" / kind / f"{i}.jpg", (80, 80, 80), i)
+    save_picture(folder / "large.jpg", (80, 80, 80), 0, side=1600)
+    for i in range(pictures):
+        (folder / "val" / "ab"[i % 2] / f"{i}.jpg").symlink_to(folder / "large.jpg")
+    data = ["dataset.type=folder", f"dataset.train_dir={folder}/train", f"dataset.val_dir={folder}/val"]
+    small = ["model.name=test_resnet", "dataset.image_size=32", "training.batch_size=8", "training.num_workers=0"]
+    return [*data, *small, "ast.mode=dense", "training.epochs=100000"]
+
+
+def cap_test(tmp_path: Path, minutes: float, validation: float, sessions: int) -> None:
+    """`validation`: how long one takes, in parts of `minutes`. All must end in a tenth over the cap and 2 s."""
+    keys = slow_to_validate(tmp_path / "images", 40)
+    started = time.monotonic()
+    train(make_config(*keys[:-1], "training.epochs=1", f"logging.output_dir={tmp_path / 'probe'}"))
+    pictures = round(40 * validation * 60 * minutes / (time.monotonic() - started))
+    keys = slow_to_validate(tmp_path / "more", pictures)
+    config = make_config(*keys, f"training.max_minutes={minutes}", f"logging.output_dir={tmp_path / 'out'}")
+    for _ in range(sessions):
+        started = time.monotonic()
+        result, path = train(config, resume="auto")
+        seconds = time.monotonic() - started
+        epochs = result["training_history"]["epoch"]
+        print(f"{pictures} pictures to validate on, cap {60 * minutes:.0f} s: took {seconds:.1f} s, epochs {epochs}")
+        assert result["status"] == json.loads(path.read_text())["status"] == "time_capped"
+        assert seconds < 66 * minutes + 2
+        assert load_checkpoint(checkpoint_folder(config) / "last.pt", config)["history"]["epoch"] == epochs
+    assert bool(epochs) == (validation < 1)
+
+
+@pytest.mark.parametrize("validation", [0.4, 3.0])
+def test_a_cap_holds_however_long_the_validation_takes(validation, tmp_path):
+    cap_test(tmp_path, 0.1, validation, sessions=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("validation", [0.6, 3.0])
+def test_a_cap_of_one_minute_holds_however_long_the_validation_takes(validation, tmp_path):
+    cap_test(tmp_path, 1.0, validation, sessions=2)
 
 
 def test_checkpoints_within_an_epoch_come_as_often_as_asked(tmp_path):
@@ -371,6 +459,30 @@ def test_steps_with_a_loss_that_is_not_finite_are_left_out(tmp_path):
     train_step(run, images, labels)
     with pytest.raises(TrainingFailed, match="non-finite loss in epoch 2, step 1"):
         run.state_dict()
+
+
+def test_the_ledger_of_an_unfinished_epoch_leaves_out_what_changed_no_weight():
+    """In the results and, once resumed, in the epoch's row: each step is taken out once."""
+    run = make_run(BatchNormNet(), "ast.mode=dense", "training.max_nonfinite_steps=3")
+    whole, (images, labels) = run.forward, make_batch()
+    for number in range(5):
+        spoil = math.nan if number in (1, 3) else 1.0
+        run.forward = lambda images, labels, spoil=spoil: tuple(part * spoil for part in whole(images, labels))
+        run.ledger.loaded += len(labels)
+        train_step(run, images, labels)
+        optimizer_step(run)
+        run.step += 1
+    state = train_ast.host_copy(run.state_dict())
+    for _ in range(2):
+        result = build_result(run, {"status": "interrupted"}, 1.0)
+        assert result["ledger"] == {"loaded": 80, "scored": 0, "trained": 48, "steps": 3}
+        assert result["nonfinite_steps"] == 2
+    resumed = make_run(BatchNormNet(), "ast.mode=dense", "training.max_nonfinite_steps=3")
+    resumed.load_state_dict(state)
+    resumed.epoch_seconds = 1.0
+    row = close_epoch(resumed, 10.0, 80)
+    assert (row["samples_trained"], row["optimizer_steps"], resumed.nonfinite_steps) == (48, 3, 2)
+    assert build_result(resumed, {"status": "completed"}, 1.0)["ledger"] == result["ledger"]
 
 
 def test_non_finite_steps_that_do_not_end_leave_the_last_good_checkpoint(tmp_path):

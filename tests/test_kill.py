@@ -1,5 +1,6 @@
 """Processes that die: killed, told to end, or left without a worker. Short by default; `-m long` for the long form."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,8 +8,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import run_experiment
@@ -23,24 +25,48 @@ TINY += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "trainin
 
 def forked(work: Callable[[], int], output: Path) -> int:
     """Start `work` in a process of its own that exits with what it returns. Returns its id."""
+    output.touch()
     child = os.fork()
     if child:
         return child
     code = 99
-    try:
-        with output.open("a") as file:
+    with output.open("a", 1) as file:
+        try:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-        torch.set_num_threads(1)  # the parent's threads have not come along
-        code = work()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+            sys.stdout = sys.stderr = file  # pytest's are not those
+            torch.set_num_threads(1)  # the parent's threads have not come along
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            file.flush()
+            os._exit(code)
 
 
 def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextlib.contextmanager
+def running(work: Callable[[], int], output: Path) -> Iterator[int]:
+    """`work` in a process of its own, by its id; killed at the end if it still runs."""
+    child = forked(work, output)
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ChildProcessError):  # it has ended and was waited for
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def wait_until(happened: Callable[[], Any], seconds: float = 60) -> Any:
+    """What `happened` returns once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (outcome := happened()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+    return outcome
 
 
 def check_readable(folder: Path, config: Config) -> None:
@@ -115,8 +141,7 @@ def terminate_test(tmp_path: Path, times: int) -> None:
         args += ["dataset.max_train_samples=256", "--output-dir", str(folder / "out")]
         folder.mkdir()
         child = forked(lambda args=args: run_cli(lambda: run_experiment.main(args)), folder / "output")
-        while not (folder / "out").exists():  # from here on signals are watched
-            time.sleep(0.01)
+        wait_until((folder / "out").exists)  # from here on signals are watched
         time.sleep(dice.uniform(0, 3))
         os.kill(child, signal.SIGTERM)
         started = time.monotonic()
@@ -142,6 +167,32 @@ def test_told_to_end_at_any_moment_a_run_does(tmp_path):
 @pytest.mark.long
 def test_told_to_end_at_twenty_moments_a_run_does(tmp_path):
     terminate_test(tmp_path, 20)
+
+
+def test_a_second_process_with_the_same_config_is_refused_until_the_first_has_died(tmp_path):
+    """Killed outright, the first one leaves loader workers behind for seconds: they do not keep the folder."""
+    endless = ["--config", str(REPO / "configs/digits_smoke.yaml"), "training.epochs=100000", "training.num_workers=2"]
+    args = [*endless, "dataset.max_train_samples=256", "--resume", "auto", "--output-dir", str(tmp_path / "out")]
+
+    def command() -> int:
+        return run_cli(lambda: run_experiment.main(args))
+
+    with running(command, tmp_path / "first") as first:
+        last = wait_until(lambda: list(tmp_path.glob("out/checkpoints/*/last.pt")))[0]
+        workers = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        assert exit_code(forked(command, tmp_path / "second")) == 2
+        todo = "wait for it to end, or set another logging.output_dir"
+        refusal = f"error: {last.parent}: another process is running this config into it; {todo}\n"
+        assert (tmp_path / "second").read_text() == refusal
+        assert os.waitpid(first, os.WNOHANG) == (0, 0)  # it runs on, undisturbed
+        os.kill(first, signal.SIGKILL)
+        assert exit_code(first) == -signal.SIGKILL
+    assert workers
+    assert all(Path(f"/proc/{worker}").exists() for worker in workers)
+    with running(command, tmp_path / "third") as third:
+        wait_until(lambda: "resumed from" in (tmp_path / "third").read_text())
+        os.kill(third, signal.SIGTERM)
+        assert exit_code(third) == 143
 
 
 def test_a_worker_that_is_killed_is_named(tmp_path, image_folder):
