@@ -1,0 +1,297 @@
+"""Choosing before loading: the stored significance, who is chosen by it, with which weight, and what is read."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import LayerNormNet, loaded, make_batch, make_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_ast import (
+    EpochPlan,
+    History,
+    PIController,
+    Run,
+    Stop,
+    build_dataloaders,
+    choose_by_mean,
+    choose_by_threshold,
+    device_batches,
+    significance,
+    train,
+    train_one_epoch,
+    train_step,
+)
+
+CPU = torch.device("cpu")
+TINY = ["model.name=test_resnet", "dataset.max_train_samples=640", "dataset.max_val_samples=32", "training.lr=0.02"]
+HISTORY = ["ast.scoring=history", "ast.target_activation=0.5"]
+NEVER = math.inf  # the score of a sample never seen
+
+
+def history_run(samples: int, *overrides: str) -> Run:
+    torch.manual_seed(0)
+    run = Run(make_config(*HISTORY, *overrides), LayerNormNet(), CPU, planned_steps=100, samples=samples)
+    run.start_epoch(run.config.ast.warmup_epochs)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- Who is chosen
+
+
+@pytest.mark.parametrize(
+    ("scores", "drawn", "leave_out", "kinds"),
+    [
+        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.0, [0, 1, 0, 1]),
+        ([1.0, 2.5, 2.0, 4.0], [0, 0, 0, 0], 0.0, [0, 0, 0, 1]),  # over, not at, the threshold
+        ([NEVER, 1.0, NEVER, 2.0], [0, 0, 0, 0], 0.0, [1, 0, 1, 0]),  # never seen: always
+        ([1.0, 3.0, 2.0, 4.0], [1, 1, 0, 0], 0.0, [2, 1, 0, 1]),  # drawn, but over the threshold: not explored
+        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.25, [0, 1, 0, 0]),  # the top quarter is left out
+        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 1], 0.25, [0, 1, 0, 2]),  # and comes back where it is drawn
+        ([1.0, 3.0, NEVER, 4.0], [0, 0, 0, 0], 0.34, [0, 1, 1, 0]),  # never seen is not hopeless
+    ],
+)
+def test_which_samples_an_epoch_takes(scores, drawn, leave_out, kinds):
+    controller = PIController(0.5, kp=0.0, ki=0.0, threshold=2.5)
+    chosen = choose_by_threshold(
+        np.array(scores, np.float32), np.array(drawn, bool), controller, 4, in_iqr=True, leave_out=leave_out
+    )
+    assert chosen.kinds.tolist() == kinds
+    assert chosen.threshold == 2.5
+
+
+def test_the_threshold_starts_where_exploration_leaves_the_target():
+    """Of 1,000 scores 0 to 999, 100 drawn at random: the top share s with s + (1 - s) / 10 = 0.4."""
+    rng, controller = np.random.default_rng(0), PIController(0.4, kp=0.0, ki=0.0)
+    scores = rng.permutation(1000).astype(np.float32)
+    drawn = np.isin(np.arange(1000), rng.choice(1000, 100, replace=False))
+    chosen = choose_by_threshold(scores, drawn, controller, 100, in_iqr=True)
+    assert chosen.threshold == pytest.approx(1000 * (1 - 1 / 3), abs=2)
+    assert np.count_nonzero(chosen.kinds) / 1000 == pytest.approx(0.4, abs=0.02)
+
+
+def test_an_empty_store_takes_everything():
+    controller = PIController(0.3)
+    chosen = choose_by_threshold(np.full(64, NEVER, np.float32), np.zeros(64, bool), controller, 16, in_iqr=True)
+    assert chosen.kinds.tolist() == [1] * 64
+    assert math.isfinite(controller.threshold)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    target=st.floats(0.15, 0.7),
+    explore=st.floats(0, 0.1),
+    sigma=st.floats(0.3, 1.5),
+    visited=st.floats(0.1, 0.6),
+    seed=st.integers(0, 1000),
+)
+def test_the_share_stays_at_the_target_while_the_store_drifts(target, explore, sigma, visited, seed):
+    """Ten epochs over 8,192 samples, those trained on losing part of their significance: within 2 points after the
+    first, with one threshold handed from epoch to epoch."""
+    rng, controller = np.random.default_rng(seed), PIController(target, kp=1.0, ki=0.2)
+    store, shares = rng.lognormal(0, sigma, 8192).astype(np.float32), []
+    for _ in range(10):
+        order = rng.permutation(8192)
+        chosen = choose_by_threshold(store[order], rng.random(8192) < explore, controller, 128, in_iqr=True)
+        trained = order[chosen.kinds > 0]
+        store[trained] *= rng.uniform(visited, 1.0, len(trained)).astype(np.float32)
+        shares.append(np.count_nonzero(chosen.kinds) / 8192)
+    assert max(abs(share - target) for share in shares[1:]) < 0.02
+
+
+def test_infobatch_keeps_half_of_those_below_the_mean_at_twice_the_weight():
+    rng = np.random.default_rng(0)
+    scores, drawn = rng.exponential(1.0, 10000).astype(np.float32), rng.random(10000) < 0.5
+    scores[:5] = NEVER
+    chosen = choose_by_mean(scores, drawn)
+    mean = scores[5:].mean(dtype=np.float64)
+    assert chosen.threshold == pytest.approx(mean)
+    assert (chosen.kinds[scores >= mean] == 1).all()
+    assert (chosen.kinds[scores < mean] == 2 * drawn[scores < mean]).all()
+    store = History(3, 2.0, CPU)
+    store.kinds.copy_(torch.tensor([0, 1, 2]))
+    assert store.weights(torch.tensor([2, 1, 2])).tolist() == [2.0, 1.0, 2.0]
+
+
+def test_infobatch_is_dense_in_its_last_eighth(tmp_path):
+    settings = ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0", "ast.warmup_epochs=1"]
+    config = make_config(*settings, *TINY, "training.epochs=16", f"logging.output_dir={tmp_path}")
+    assert [config.is_sparse(epoch) for epoch in range(16)] == [False] + [True] * 13 + [False] * 2
+    result, _ = train(config)
+    loaded = result["training_history"]["samples_loaded"]
+    assert loaded[0] == loaded[14] == loaded[15] > max(loaded[1:14])
+
+
+def test_top_k_takes_the_same_number_of_every_batch(tmp_path):
+    """The largest scores, whatever the threshold."""
+    settings = ["ast.rule=topk", "ast.pack=true", "training.epochs=2", f"logging.output_dir={tmp_path}"]
+    config = make_config(*settings, *TINY)
+    result, _ = train(config)
+    assert result["training_history"]["activation_rate"] == [0.25, 0.25]
+    ledger = result["ledger"]
+    assert ledger["scored"] == ledger["loaded"]
+    assert 0 <= ledger["loaded"] // 4 - ledger["trained"] < 16  # what the queue still holds
+
+
+# ------------------------------------------------------------------------------------------ Store and weights
+
+
+def test_a_step_records_the_significance_of_its_own_forward():
+    run = history_run(40, "ast.entropy_weight=0.5")
+    run.epoch = 3
+    images, labels = make_batch()
+    indices = torch.arange(16) * 2 + 5
+    with torch.no_grad():
+        expected = significance(run.model(run.normalise(images)), labels, 0.5)
+    train_step(run, images, labels, indices)
+    assert torch.equal(run.past.significance[indices], expected)
+    assert set(run.past.seen[indices].tolist()) == {3}
+    others = torch.ones(40, dtype=torch.bool).index_fill_(0, indices, False)
+    assert run.past.significance[others].isinf().all()
+    assert (run.past.seen[others] == -1).all()
+
+
+def test_a_loss_that_is_not_finite_leaves_its_sample_as_never_seen():
+    store = History(4, 1.0, CPU)
+    store.record(torch.tensor([0, 1, 2]), torch.tensor([math.nan, 2.0, math.inf]), 0)
+    assert store.significance.tolist() == [math.inf, 2.0, math.inf, math.inf]
+
+
+def test_explored_samples_weigh_more_in_the_gradient():
+    run = history_run(16, "ast.explore=0.25", "ast.explore_weight_cap=3", "training.lr=1", "training.momentum=0")
+    run.past.kinds.copy_(torch.tensor([1, 2] * 8))
+    images, labels = make_batch()
+    losses = F.cross_entropy(run.model(run.normalise(images)), labels, reduction="none")
+    expected = torch.autograd.grad((losses * torch.tensor([1.0, 3.0] * 8)).mean(), list(run.model.parameters()))
+    train_step(run, images, labels, torch.arange(16))
+    for parameter, gradient in zip(run.model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+
+
+def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
+    """Over 1,500 draws of whom to explore, the summed weighted gradient of the chosen against that of all 64."""
+    run = history_run(64, "ast.explore=0.25", "ast.explore_weight_cap=4", "ast.kp=0", "ast.ki=0")
+    images, labels = make_batch(64)
+    with torch.no_grad():
+        scores = significance(run.model(run.normalise(images)), labels, 1.0)
+    run.past.record(torch.arange(64), scores, 0)
+    run.controller.start(float(scores.median()))
+    parameter = run.model.head.weight
+
+    def gradient(indices: torch.Tensor) -> torch.Tensor:
+        parameter.grad, run.window_samples, run.window_divisor = None, 0, 0
+        kept = run.past.significance.clone()
+        train_step(run, images[indices], labels[indices], indices)
+        run.past.significance.copy_(kept)
+        return parameter.grad * len(indices) / 64
+
+    run.past.kinds.fill_(1)
+    whole = gradient(torch.arange(64))
+    plan, total, spread = EpochPlan(np.arange(64), 16, 0, lambda epoch: 1.0), 0.0, 0.0
+    for draw in range(1500):
+        plan.begin(draw)
+        run.choose(plan)
+        one = gradient(torch.from_numpy(np.flatnonzero(run.past.kinds.numpy())))
+        total, spread = total + one, spread + (one - whole).square()
+    error, chance = (total / 1500 - whole).norm(), (spread.sum() / 1500**2).sqrt()
+    assert error < 3 * chance
+    assert chance < 0.05 * whole.norm()
+
+
+def test_a_store_survives_saving_and_loading():
+    one, two = history_run(16), history_run(16)
+    one.past.record(torch.arange(8), torch.rand(8), 4)
+    one.past.kinds[3] = 2
+    two.load_state_dict(one.state_dict())
+    for name, tensor in one.past.state_dict().items():
+        assert torch.equal(tensor, two.past.state_dict()[name]), name
+
+
+# ---------------------------------------------------------------------------------------- What is read, and run
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_unchosen_sample_is_loaded(image_folder, workers):
+    folders = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    config = make_config(*HISTORY, *folders, f"training.num_workers={workers}", "training.batch_size=4")
+    loader, _, plan, _ = build_dataloaders(config, CPU)
+    chosen = np.zeros(24, np.uint8)
+    chosen[[1, 2, 5, 8, 13, 17, 21, 23]] = [1, 2, 1, 1, 1, 2, 1, 1]
+    for i in set(range(24)) - set(np.flatnonzero(chosen).tolist()):
+        loader.dataset.samples[i][0].write_bytes(b"no image: whoever opens this fails")
+    plan.begin(3, chosen=chosen)
+    batches = list(device_batches(loader, CPU))
+    assert len(plan) == len(batches) == 2
+    assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == np.flatnonzero(chosen).tolist()
+    for batch in batches:
+        assert batch.labels.tolist() == [index // 8 for index in batch.indices.tolist()]
+
+
+def test_no_file_of_an_unchosen_sample_is_opened(image_folder, tmp_path, monkeypatch):
+    """A whole run: as many files are opened as the ledger says samples were loaded."""
+    opened, read = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(path), read(path))[1])
+    folders = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    settings = [*folders, "training.num_workers=0", "training.batch_size=4", "training.epochs=5", "ast.warmup_epochs=1"]
+    settings += ["model.name=test_resnet", "dataset.image_size=32", "ast.explore=0.1"]
+    result, _ = train(make_config(*HISTORY, *settings, f"logging.output_dir={tmp_path / 'out'}"))
+    trained = [path for path in opened if "train" in path.parts]
+    history = result["training_history"]
+    assert len(trained) == result["ledger"]["loaded"] == sum(history["samples_loaded"])
+    assert history["samples_loaded"][0] == 24
+    assert max(history["samples_loaded"][1:]) < 24
+    assert history["samples_scored"] == [0] * 5
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_a_run_holds_its_target_and_trains_what_it_loads(cache, tmp_path):
+    settings = ["ast.scoring=history", "ast.target_activation=0.4", "ast.warmup_epochs=1", "ast.anneal_epochs=1"]
+    settings += ["ast.kp=1.0", "ast.ki=0.2", "training.epochs=8", f"dataset.cache={cache}"]
+    result, _ = train(make_config(*settings, *TINY, f"logging.output_dir={tmp_path}"))
+    history = result["training_history"]
+    assert history["activation_rate"][0] == history["activation_rate"][-1] == 1
+    assert all(abs(rate - 0.4) <= 0.02 for rate in history["activation_rate"][2:-1])
+    assert history["samples_loaded"] == history["samples_trained"]
+    assert history["threshold"][0] is None
+    assert all(value > 0 for value in history["threshold"][1:-1])
+    assert history["lr"][-1] < 1e-3  # fully decayed, whatever the choice took
+    assert history["energy_savings"][3] == pytest.approx(1 - history["samples_loaded"][3] / 640)
+
+
+def test_dense_phases_fill_the_store_for_the_first_choice():
+    run = history_run(64, "ast.warmup_epochs=1", "training.epochs=3")
+    run.start_epoch(0)
+    pairs = loaded([make_batch(16, seed) for seed in range(4)])
+    batches = [batch._replace(indices=batch.indices + 16 * i) for i, batch in enumerate(pairs)]
+    train_one_epoch(run, batches, 4, Stop())
+    assert run.past.significance.isfinite().all()
+    run.start_epoch(1)
+    run.choose(EpochPlan(np.arange(64), 16, 0, lambda epoch: 1.0))
+    assert 0 < np.count_nonzero(run.past.kinds) < 64
+
+
+@pytest.mark.long
+def test_choosing_costs_at_most_50_ns_a_sample():
+    """Beyond the shuffle, which every mode makes: at 1e6, 1e7 and 1e8 samples, batches of 512."""
+    for size in (10**6, 10**7, 10**8):
+        run = History(size, 1.0, CPU)
+        run.significance.copy_(torch.rand(size))
+        order = np.random.default_rng(0).permutation(size)
+        controller, started = PIController(0.3, kp=1.0, ki=0.2), time.perf_counter()
+        scores = run.significance.numpy()[order]
+        drawn = np.random.default_rng((0, 1, 1)).random(size, dtype=np.float32) < 0.1
+        chosen = choose_by_threshold(scores, drawn, controller, 512, in_iqr=True)
+        kinds = np.zeros(size, np.uint8)
+        kinds[order] = chosen.kinds
+        run.kinds.copy_(torch.from_numpy(kinds))
+        nanoseconds = 1e9 * (time.perf_counter() - started) / size
+        kept = sum(tensor.nbytes for tensor in run.state_dict().values()) / size
+        share = np.count_nonzero(kinds) / size
+        print(f"{size:>11,} samples: {nanoseconds:.1f} ns and {kept:g} bytes a sample, share {share:.4f}")
+        assert nanoseconds <= 50
+        assert kept <= 8
+        assert abs(share - 0.3) < 0.01
