@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -127,14 +128,18 @@ def sparse_epochs(history: Mapping[str, np.ndarray], settings: Mapping[str, str]
     if "ast.mode" not in settings:
         return active < 1
     index, epochs = np.arange(len(active)), int(settings.get("training.epochs", len(active)))
-    first, end = int(settings.get("ast.warmup_epochs", 0)), epochs - int(settings.get("ast.anneal_epochs", 0))
+    dense_end = int(settings.get("ast.anneal_epochs", 0))
+    if settings.get("ast.rule") == "infobatch":
+        dense_end = math.ceil(epochs / 8)
+    first, end = int(settings.get("ast.warmup_epochs", 0)), epochs - dense_end
     return (index >= first) & (index < end) & (not settings["ast.mode"].startswith("dense"))
 
 
 def activation_errors(history: Mapping[str, np.ndarray], settings: Mapping[str, str]) -> np.ndarray:
-    """|activation - target| of each epoch [epochs]; NaN but in the sparse epochs after the first of an `ast` run."""
+    """|activation - target| of each epoch [epochs]; NaN but in the sparse epochs after the first of an `ast` run whose
+    rule has a target."""
     active = history.get("activation_rate", np.array([]))
-    if settings.get("ast.mode") != "ast":
+    if settings.get("ast.mode") != "ast" or settings.get("ast.rule") == "infobatch":
         return np.full(len(active), np.nan)
     sparse, target = sparse_epochs(history, settings), float(settings.get("ast.target_activation", "nan"))
     return np.where(sparse & (np.cumsum(sparse) > 1), np.abs(active - target), np.nan)

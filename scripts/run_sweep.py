@@ -346,7 +346,7 @@ def work_off_here(
     plans: Sequence[Planned], logs: Path, halt: Halt, record: Callable[[dict[str, Any], Sequence[Planned]], None]
 ) -> None:
     """Run `plans` in order in this process. Decoded pictures stay on the device, compiled code in the process."""
-    train_ast.SHARED_PICTURES = {} if train_ast.SHARED_PICTURES is None else train_ast.SHARED_PICTURES
+    train_ast.SHARED_PICTURES = {}
     for number, plan in enumerate(plans):
         if halt.signals:
             break
@@ -364,6 +364,7 @@ def work_off_here(
         record(ended_row(plan, code, log, started) | {"device": None}, plans[number + 1 :])
         gc.collect()  # a run's tensors hang in cycles
         torch.cuda.empty_cache()
+    train_ast.SHARED_PICTURES = None
 
 
 def run_here(plan: Planned) -> int:

@@ -100,11 +100,23 @@ def test_resolved_config_loads_again(tmp_path):
         ("training.lr_decay=time", "training.max_minutes: needed with training.lr_decay=time"),
         ("training.min_lr=9", "training.min_lr: larger than training.lr"),
         ("ast.initial_threshold=-1", "ast.initial_threshold: below ast.min_threshold"),
+        ("ast.rule=infobatch", "ast.rule: infobatch needs ast.scoring=history"),
+        ("ast.scoring=history ast.rule=topk", "ast.rule: topk needs ast.scoring=batch"),
+        ("ast.scoring=history ast.rule=infobatch", "ast.entropy_weight: 0 for ast.rule=infobatch"),
+        ("ast.scoring=history ast.explore=0.3", "ast.explore: 0.3 or more of all samples"),
+        ("ast.scoring=history ast.explore=0 ast.explore_weight_cap=4", "ast.explore_weight_cap: with ast.explore=0 no"),
+        ("ast.scoring=history ast.leave_out=0.8", "ast.leave_out: leaves fewer than ast.target_activation=0.25"),
+        ("ast.scoring=history ast.score_resolution=8", "ast.score_resolution: ast.scoring=history makes no forward"),
+        ("ast.explore_weight_cap=0.5", "ast.explore_weight_cap: expected greater than or equal to 1"),
+        ("dataset.label_noise=1", "dataset.label_noise: expected less than 1"),
+        ("dataset.label_noise=-0.1", "dataset.label_noise: expected greater than or equal to 0"),
+        ("dataset.repeat=0", "dataset.repeat: expected greater than or equal to 1"),
+        ("training.nesterov=true training.momentum=0", "training.nesterov: needs training.momentum"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_key(override, message):
     with pytest.raises(RequestError) as caught:
-        load_config(None, [override])
+        load_config(None, override.split() if " " in override and "=" in override.split()[1] else [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -458,3 +458,43 @@ def test_an_unreadable_image_of_a_cache_is_named(image_folder, workers):
     config = folder_config(image_folder, "dataset.cache=device", f"training.num_workers={workers}")
     with pytest.raises(RequestError, match=r"red/3.jpg: not a readable image"):
         build_dataloaders(config, CPU)
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_label_noise_is_symmetric_seeded_and_of_training_labels_alone(cache):
+    """20 % of the digits' labels, each class turned into each other one, the same streamed and resident."""
+
+    def labels(seed, noise=0.2):
+        keys = [f"dataset.label_noise={noise}", f"training.seed={seed}", f"dataset.cache={cache}"]
+        train, val, plan, _ = build_dataloaders(make_config(*keys, "training.num_workers=0", "ast.mode=dense"), CPU)
+        pairs = [torch.cat([batch.labels for batch in device_batches(loader, CPU)]) for loader in (train, val)]
+        indices = torch.cat([batch.indices for batch in device_batches(train, CPU)])
+        assert sorted(indices.tolist()) == sorted(plan.order().tolist())
+        return dict(zip(indices.tolist(), pairs[0].tolist(), strict=True)), pairs[1].tolist()
+
+    digits = build_datasets(make_config().dataset)
+    clean = [label for _, label in digits[0].samples]
+    noisy, val = labels(0)
+    moved = {index: (clean[index], label) for index, label in noisy.items() if label != clean[index]}
+    assert 0.15 < len(moved) / len(noisy) < 0.25
+    assert len({(new - old) % 10 for old, new in moved.values()}) == 9
+    assert val == [label for _, label in digits[1].samples]
+    assert labels(0)[0] == noisy
+    other = labels(1)[0]
+    assert {index for index in other if other[index] != clean[index]} != set(moved)
+    assert all(label == clean[index] for index, label in labels(0, 0.0)[0].items())
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_repeated_images_come_so_often_each_time_augmented_anew(cache, image_folder):
+    keys = ["dataset.repeat=3", "dataset.max_train_samples=5", f"dataset.cache={cache}", "training.num_workers=0"]
+    config = folder_config(image_folder, *keys, "training.batch_size=15", "dataset.augment=pad_crop")
+    train, _, plan, _ = build_dataloaders(config, CPU)
+    ((images, labels, indices),) = device_batches(train, CPU)
+    assert len(plan.indices) == len(set(indices.tolist())) == 15
+    groups = {}
+    for image, label, index in zip(images, labels.tolist(), indices.tolist(), strict=True):
+        groups.setdefault((index % 24, label), []).append(image)
+    assert {len(group) for group in groups.values()} == {3}
+    assert len(groups) == 5
+    assert any(not torch.equal(group[0], group[1]) for group in groups.values())

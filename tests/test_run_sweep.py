@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import run_sweep
+import train_ast
 from conftest import REPO
 from run_sweep import (
     Halt,
@@ -243,3 +244,49 @@ def test_with_dense_twins_a_run_is_done_when_its_twin_is_there(tmp_path):
     assert not is_done(plan, row)
     write_run(tmp_path, "2", ast__mode="dense")
     assert is_done(plan, row)
+
+
+def test_variants_are_sets_of_overrides_that_go_together(tmp_path, capsys):
+    variants = ["ast.mode=dense training.epochs=3", "ast.mode=random", "ast.scoring=history ast.target_activation=0.5"]
+    args = [
+        "--configs",
+        DIGITS,
+        "--variants",
+        *variants,
+        "--seeds",
+        "0",
+        "1",
+        "--output-dir",
+        str(tmp_path),
+        "--dry-run",
+    ]
+    assert main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert [line.endswith("ast.mode=dense training.epochs=3 training.seed=1") for line in lines[:2]] == [False, True]
+    assert len({line.split()[0] for line in lines[:6]}) == 6
+    with pytest.raises(RequestError, match="ast.mod: unknown key; did you mean ast.mode?"):
+        main(["--configs", DIGITS, "--variants", "ast.mod=dense"])
+
+
+def test_runs_in_one_process_end_as_those_in_their_own(tmp_path):
+    """Resident data, a failing run among them; the same summary lines but for times and places."""
+    common = ["--configs", DIGITS, *QUICK, "dataset.cache=device", "training.num_workers=0", "--seeds", "0", "1"]
+    common += ["--variants", "ast.mode=dense", "ast.scoring=history ast.target_activation=0.5", "training.lr=1e30"]
+    ends = []
+    for name, flags in (("own", []), ("one", ["--one-process"])):
+        code = run_cli(lambda flags=flags, name=name: main([*common, *flags, "--output-dir", str(tmp_path / name)]))
+        assert code == 1
+        rows = {row["id"]: row for row in rows_of(tmp_path / name)}
+        ends.append(rows)
+    assert ends[0].keys() == ends[1].keys()
+    for key, row in ends[0].items():
+        for what in ("status", "exit_code", "final_accuracy", "error", "activation_error"):
+            assert row.get(what) == ends[1][key].get(what), (key, what)
+    assert sorted(row["status"] for row in ends[0].values()) == ["completed"] * 4 + ["failed"] * 2
+    assert train_ast.SHARED_PICTURES is None  # nothing stays on the device after the sweep
+
+
+def test_one_process_takes_no_slots():
+    with pytest.raises(RequestError, match="--one-process: one run at a time"):
+        main(["--configs", DIGITS, "--one-process", "--runs-per-gpu", "2"])
