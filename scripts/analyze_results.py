@@ -667,9 +667,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """main(), with a wrong request as one line on stderr and exit code 2."""
+    """main(), with a wrong request as one line on stderr and exit code 2. A reader who has seen enough (`| head`) is
+    no error."""
     try:
-        return main(argv)
+        code = main(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
+        return 0
     except RequestError as error:
         print(f"error: {one_line(error, 1000)}", file=sys.stderr)
         return 2

@@ -464,3 +464,11 @@ def test_follow_refuses_what_is_no_log(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: --follow: {tmp_path / 'no'}: no such folder\n"
     with pytest.raises(RequestError, match="Is a directory"):
         analyze_results.follow(tmp_path)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
+    for number in range(400):
+        write_run(tmp_path, f"final_results_{number}.json", training__lr=1.0 + number)
+    command = f"{sys.executable} scripts/analyze_results.py --results-dir {tmp_path} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
