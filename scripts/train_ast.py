@@ -938,6 +938,7 @@ class ImageDataset(Dataset):
         self.view: View | None = None  # what `build_datasets` adds
         self.stand_ins = 0  # and this: dataset.max_bad_images
         self.shifts: np.ndarray | None = None  # by how many classes `dataset.label_noise` moves each label
+        self.origin = ""  # what a sample that is no file is named after
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -957,7 +958,8 @@ class ImageDataset(Dataset):
                 image = data if isinstance(data, Tensor) else decode_image(data)
                 return Sample(image, label, unreadable, index)
             except (OSError, ValueError) as error:
-                unreadable.append(f"{source if isinstance(source, Path) else f'sample {at}'}: {_one_line(error)}")
+                name = source if isinstance(source, Path) else f"{self.origin}sample {at}"
+                unreadable.append(f"{name}: {_one_line(error)}")
         return Sample(None, -1, unreadable, index)
 
     def noisy(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
@@ -1032,6 +1034,7 @@ class HFDataset(ImageDataset):
         if isinstance(rows.features[self.image_key], datasets.Image):
             rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
         super().__init__(rows.select_columns([self.image_key, self.label_key]), names)
+        self.origin = f"{config.name} [{rows.split}] "
 
     def read(self, index: int) -> tuple[Path | bytes, int]:
         row = self.samples[index]
@@ -1396,6 +1399,7 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
 def _load_hf(config: DatasetConfig, key: Literal["split_train", "split_val"]) -> Any:
     import datasets
 
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it has to say is in the one line
     name, split = config.name, getattr(config, key)
     if name.startswith((".", "/")) and not Path(name).exists():
         raise RequestError(f"dataset.name: {name}: no such folder")

@@ -214,7 +214,7 @@ def test_a_bad_row_of_a_parquet_file_is_named(parquet_folder):
     rows[5] = {**rows[5], "kind": None}
     train.samples = rows
     samples = [train[(index, np.zeros(DRAWS))] for index in (3, 4, 5)]
-    assert samples[1].unreadable[0].startswith("sample 4: not a readable image")
+    assert samples[1].unreadable[0].startswith(f"{parquet_folder} [train] sample 4: not a readable image")
     assert "no class" in samples[2].unreadable[0]
     batch = collate(samples)
     assert len(batch.images) == len(batch.labels) == 1

@@ -140,6 +140,54 @@ def fuzz_parquet(times: int, folder: Path, tmp_path: Path) -> None:
     assert all("dataset" in end and "\n" not in end for end in ends if isinstance(end, str))
 
 
+def fuzz_runs(times: int, victim: Path, keys: list[str], tmp_path: Path, capsys) -> None:
+    """A run on a folder whose file `victim` is a mutated one, by the command: it goes through, what could not be read
+    counted and listed, or is refused in a line that names it or its key."""
+    original, dice, ends = victim.read_bytes(), random.Random(0), []
+    small = ["model.name=test_resnet", "training.batch_size=8", "training.device=cpu", "training.num_workers=0"]
+    small += [
+        "training.epochs=1",
+        "ast.mode=dense",
+        "metrics.base_flop_per_sample=1e6",
+        f"logging.output_dir={tmp_path}",
+    ]
+    for n in range(times):
+        victim.write_bytes(hostile := mutated(original, dice))
+        allowed = n % 2 * 24
+        args = ["--config", str(REPO / "configs/digits_smoke.yaml"), *small, f"dataset.max_bad_images={allowed}"]
+        more = [key.format(n=n) for key in keys]
+        code, err = outcome(lambda args=[*args, *more]: run_experiment.main(args), capsys)
+        assert code in (0, 2), (hostile, err)
+        assert "Traceback" not in err
+        if code == 2:
+            line = err.splitlines()[-1]
+            assert line.startswith("error: dataset"), err
+            assert str(victim.parent) in line, err
+        else:
+            newest = max(tmp_path.glob("final_results_*.json"), key=lambda path: path.stat().st_mtime_ns)
+            found = json.loads(newest.read_text())["bad_images"]
+            assert len(found) <= allowed
+            assert all(str(victim.parent) in name for name in found), found
+            code = len(found) and 1
+        ends.append(code)
+    bad = sum(end > 0 for end in ends)
+    counts = f"{times} runs on mutated {victim.name}: {bad} refused ({ends.count(2)}) or with images counted"
+    if times >= 100:  # the long form says what it met
+        with capsys.disabled():
+            print(counts)
+    assert bad > 0
+    assert times < 100 or bad < times
+
+
+def image_keys(folder: Path) -> list[str]:
+    return ["dataset.type=folder", f"dataset.train_dir={folder}/train", f"dataset.val_dir={folder}/val"]
+
+
+def parquet_keys(folder: Path, tmp_path: Path) -> list[str]:
+    cache = f"dataset.cache_dir={tmp_path}/cache{{n}}"
+    return ["dataset.type=hf", f"dataset.name={folder}", cache, "dataset.split_val=test"]
+
+
 def test_mutated_configs_are_run_or_refused_in_one_line(tmp_path, capsys):
     fuzz_configs(300, tmp_path, capsys)
 
@@ -154,6 +202,17 @@ def test_mutated_images_are_read_or_counted(image_folder):
 
 def test_mutated_tables_are_read_or_refused(parquet_folder, tmp_path):
     fuzz_parquet(6, parquet_folder, tmp_path)
+
+
+def test_runs_on_mutated_files_go_through_or_name_them(image_folder, parquet_folder, tmp_path, capsys):
+    fuzz_runs(8, image_folder / "train" / "red" / "0.jpg", image_keys(image_folder), tmp_path / "i", capsys)
+    fuzz_runs(8, parquet_folder / "train.parquet", parquet_keys(parquet_folder, tmp_path), tmp_path / "p", capsys)
+
+
+@pytest.mark.long
+def test_five_hundred_runs_on_mutated_files(image_folder, parquet_folder, tmp_path, capsys):
+    fuzz_runs(250, image_folder / "train" / "red" / "0.jpg", image_keys(image_folder), tmp_path / "i", capsys)
+    fuzz_runs(250, parquet_folder / "train.parquet", parquet_keys(parquet_folder, tmp_path), tmp_path / "p", capsys)
 
 
 @pytest.mark.long
