@@ -21,8 +21,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU = torch.device("cuda")
 
 
-@pytest.mark.parametrize(("mode", "window"), [("dense", 1), ("ast", 2)])
-def test_cuda_graphs_train_as_eager_steps_do(mode, window):
+@pytest.mark.parametrize(
+    ("mode", "scoring", "window"), [("dense", "batch", 1), ("ast", "batch", 2), ("ast", "history", 1)]
+)
+def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
     """ResNet-18 in float32, 24 loop steps from the same weights: every tensor moves the same way by the same amount.
 
     The rate is small because at 0.01 a change of the weights by 1e-7 is one of 9 % after as many steps.
@@ -35,20 +37,26 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, window):
         torch.manual_seed(0)
         settings = [f"training.compile={compile_}", f"training.grad_accum_steps={window}", "ast.kp=1.0"]
         settings += ["training.device=cuda", "training.mixed_precision=false", "training.lr=1e-4", "ast.pack=true"]
+        settings += [f"ast.scoring={scoring}", "ast.explore_weight_cap=3"]
         config = make_config(f"ast.mode={mode}", "training.batch_size=32", "dataset.image_size=32", *settings)
         configure_backends(config.ast, GPU)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         model = get_model(ModelConfig(name="resnet18", small_stem=True), 10, 32)
-        run = Run(config, model, GPU, planned_steps=24)
+        run = Run(config, model, GPU, planned_steps=24, samples=32)
+        if run.past is not None:
+            run.past.kinds[::3] = 2
         run.start_epoch(0)
         start = {name: tensor.double() for name, tensor in model.state_dict().items()}
         warm_up(run)
         train_one_epoch(run, loaded(zip(images, labels, strict=True)), 24, Stop())
         ended[compile_] = {name: tensor.double() - start[name] for name, tensor in model.state_dict().items()}
         ended[compile_ + " activation"] = run.activations
+        ended[compile_ + " stored"] = None if run.past is None else run.past.significance.clone()
         assert run.ledger.steps >= 2
     assert ended["off activation"] == pytest.approx(ended["reduce-overhead activation"], abs=1 / 16)
+    if ended["off stored"] is not None:
+        assert torch.allclose(ended["off stored"], ended["reduce-overhead stored"], rtol=0.05, atol=0.05)
     for name, moved in ended["off"].items():
         assert moved.norm() > 0, name
         assert (ended["reduce-overhead"][name] - moved).norm() < 0.1 * moved.norm(), name
