@@ -134,7 +134,8 @@ class ASTConfig(Section):
         "batch", description="batch: score every loaded sample by a forward; history: by its loss when last trained on"
     )
     rule: Literal["pi", "topk", "infobatch"] = Field(
-        "pi", description="who is active: over the controlled threshold, or by a published rule (see RULES)"
+        "pi",
+        description="who is active: over the controlled threshold, or a published rule: topk (batch), infobatch (history)",
     )
     leave_out: float = Field(
         0.0,
