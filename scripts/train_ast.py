@@ -135,7 +135,7 @@ class ASTConfig(Section):
     )
     rule: Literal["pi", "topk", "infobatch"] = Field(
         "pi",
-        description="who is active: over the controlled threshold, or a published rule: topk (batch), infobatch (history)",
+        description="who is active: over the controlled threshold, or by a rule: topk (batch), infobatch (history)",
     )
     leave_out: float = Field(
         0.0,
