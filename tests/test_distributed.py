@@ -4,26 +4,34 @@ import contextlib
 import json
 import multiprocessing
 import os
-import socket
+import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import train_ast
-from conftest import LayerNormNet, make_config
-from test_checkpoint import TIMED
-from train_ast import Config, Dist, checkpoint_folder, load_checkpoint, train
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from conftest import REPO, LayerNormNet, make_config
+from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
+from torch.distributed import TCPStore
+from train_ast import (
+    ActiveQueue,
+    Config,
+    Dist,
+    Stop,
+    TrainingFailed,
+    checkpoint_folder,
+    execute,
+    load_checkpoint,
+    run_cli,
+    train,
+)
 
 
 def as_rank(rank: int, world: int, port: int, work: Callable[[int], Any], folder: Path) -> None:
@@ -35,6 +43,7 @@ def as_rank(rank: int, world: int, port: int, work: Callable[[int], Any], folder
         facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         os.environ.update({key: str(value) for key, value in facts.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torchrun's store, here the parent's
         torch.set_num_threads(1)
         try:
             torch.save(work(rank), folder / f"{rank}.pt")
@@ -53,19 +62,27 @@ class Ended:
 
     def __init__(self, codes: list[int], folder: Path):
         self.codes, self.folder = codes, folder
-        self.texts = [(folder / f"{rank}.out").read_text() for rank in range(len(codes))]
+        self.texts = [path.read_text() for path in sorted(folder.glob("*.out"))]
+
+    def errors(self) -> list[str]:
+        """What all of them together said on how they failed; a traceback counts."""
+        lines = [line for text in self.texts for line in text.splitlines()]
+        return [line for line in lines if line.startswith(("error:", "Traceback"))]
 
     def results(self) -> list[Any]:
         assert self.codes == [0] * len(self.codes), "\n".join(self.texts)
         return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(self.codes))]
 
 
-def ranks(world: int, work: Callable[[int], Any], folder: Path, seconds: float = 60) -> Ended:
-    """`work(rank)` in `world` processes that torchrun might have started."""
+def ranks(
+    world: int, work: Callable[[int], Any], folder: Path, seconds: float = 60, missing: Sequence[int] = ()
+) -> Ended:
+    """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    context, port = multiprocessing.get_context("fork"), free_port()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context, started = multiprocessing.get_context("fork"), [rank for rank in range(world) if rank not in missing]
     processes = [
-        context.Process(target=as_rank, args=(rank, world, port, work, folder), daemon=False) for rank in range(world)
+        context.Process(target=as_rank, args=(rank, world, store.port, work, folder), daemon=False) for rank in started
     ]
     deadline = time.monotonic() + seconds
     for process in processes:
@@ -162,3 +179,213 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
         assert torch.equal(expected["past"]["kinds"], got["past"]["kinds"])
     if expected["queue"][1] is not None:
         assert sorted(expected["queue"][1].tolist()) == sorted(got["queue"][1].tolist())
+
+
+# ------------------------------------------------------------------------------ Interrupted, and resumed by others
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
+@pytest.mark.parametrize("way", ["packed, accumulated", "accumulated", "history", "ast"])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(way, before, after, tmp_path, monkeypatch):
+    lab(monkeypatch)
+    one, many = (make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
+    whole, _ = train(one)
+
+    def interrupted(rank: int) -> Any:
+        return train(many, StopAfter(8) if rank == before - 1 else Stop())[0], last(many)["step"]
+
+    results = ranks(before, interrupted, tmp_path / "before").results()
+    assert {result["status"] for result, _ in results} == {"interrupted"}
+    assert results[0][1] > 0  # in the middle of an epoch
+    resumed = ranks(after, lambda rank: train(many, resume="auto")[0], tmp_path / "after").results()[0]
+    assert resumed["status"] == "completed"
+    assert resumed["ledger"] == whole["ledger"]
+    expected, got = last(one), last(many)
+    for name, tensor in expected["model"].items():
+        assert torch.allclose(tensor, got["model"][name], atol=1e-5, rtol=0), name
+    for key in ("samples_loaded", "samples_scored", "samples_trained", "optimizer_steps", "val_acc", "activation_rate"):
+        assert resumed["training_history"][key] == whole["training_history"][key], key
+
+
+def children(parent: int) -> dict[int, int]:
+    """The ranks that a torchrun process has started, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, StopIteration):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                names = dict(each.split(b"=", 1) for each in (folder / "environ").read_bytes().split(b"\0") if each)
+                found[int(names[b"RANK"])] = int(folder.name)
+    return found
+
+
+def test_a_killed_rank_ends_the_run_which_restarts_and_ends_as_if_undisturbed(tmp_path):
+    keys = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.epochs=12"]
+    keys += ["dataset.max_train_samples=320", "dataset.max_val_samples=65", "ast.pack=true", "ast.warmup_epochs=1"]
+    keys += ["training.device=cpu", "training.lr=0.02", "training.num_workers=0"]
+    config = make_config(*keys, f"logging.output_dir={tmp_path}/whole")
+    whole = ranks(2, lambda rank: train(config)[0], tmp_path / "ranks").results()[0]
+    (tmp_path / "empty.yaml").write_text("{}")
+    killed = make_config(*keys, f"logging.output_dir={tmp_path}/killed")
+    command = [sys.executable, "scripts/run_experiment.py", "--config", tmp_path / "empty.yaml", "--nproc", "2"]
+    command += [
+        "--max-restarts",
+        "1",
+        "metrics.base_flop_per_sample=1e6",
+        "dataset.image_size=8",
+        "ast.warmup_epochs=0",
+    ]
+    command += [*keys, f"logging.output_dir={tmp_path}/killed"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=output, stderr=output)
+    checkpoint, deadline = checkpoint_folder(killed) / "last.pt", time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    killed_at = time.monotonic()
+    code = process.wait(timeout=60)
+    text = (tmp_path / "output").read_text()
+    print(f"{time.monotonic() - killed_at:.1f} s from the kill to the end of the restarted run\n{text}")
+    assert code == 0, text
+    assert text.count("error: another process of the run has ended") == 1
+    assert f"resumed from {checkpoint}" in text
+    results = [json.loads(path.read_text()) for path in (tmp_path / "killed").glob("final_results_*.json")]
+    assert sorted(result["status"] for result in results) == ["completed", "failed"]
+    finished = next(result for result in results if result["status"] == "completed")
+    assert untimed(finished) == untimed(json.loads(json.dumps(whole)))
+    assert same(final_state(killed), final_state(config))
+
+
+# --------------------------------------------------------------------------------------------------- Bad input
+
+
+def command(config: Config) -> None:
+    """Train as a command does, and exit."""
+    raise SystemExit(run_cli(lambda: execute(config)))
+
+
+def refused(ended: Ended, code: int, message: str) -> None:
+    assert ended.codes == [code] * len(ended.codes), "\n".join(ended.texts)
+    assert len(ended.errors()) == 1, "\n".join(ended.texts)
+    assert message in ended.errors()[0]
+
+
+def test_what_the_processes_cannot_share_is_one_line_and_exit_code_2(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    folder = f"logging.output_dir={tmp_path}/out"
+    config = make_config(*TWENTY, folder, "training.batch_size=25")
+    refused(
+        ranks(2, lambda rank: command(config), tmp_path / "batch"), 2, "training.batch_size: 25 is no multiple of 2"
+    )
+    configs = [make_config(*TWENTY, folder, f"training.lr={rate}") for rate in (0.1, 0.1, 0.2)]
+    different = ranks(3, lambda rank: command(configs[rank]), tmp_path / "config")
+    refused(different, 2, "the processes were given different configs, rank 2 other than rank 0")
+    synced = make_config(*TWENTY, folder, "training.sync_batchnorm=true")
+    refused(ranks(2, lambda rank: command(synced), tmp_path / "sync"), 2, "training.sync_batchnorm")
+    few = make_config(*TWENTY, folder, "dataset.max_train_samples=2", "training.batch_size=3")
+    refused(ranks(3, lambda rank: command(few), tmp_path / "few"), 2, "2 training samples for 3 processes")
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_other_data_on_one_rank_is_refused(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    config, whole = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), train_ast.digits_dataset
+
+    def relabelled(part: str) -> train_ast.ImageDataset:
+        dataset = whole(part)
+        dataset.samples[7] = (dataset.samples[7][0], (dataset.samples[7][1] + 1) % 10)
+        return dataset
+
+    def work(rank: int) -> None:
+        train_ast.digits_dataset = relabelled if rank == 1 else whole
+        command(config)
+
+    refused(ranks(2, work, tmp_path / "ranks"), 2, "dataset: the processes see different data, rank 1 other")
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = make_config(*TWENTY, "training.device=cuda", f"logging.output_dir={tmp_path}/out")
+    refused(ranks(2, lambda rank: command(config), tmp_path / "ranks"), 2, "training.device: 2 processes and 1 GPUs")
+
+
+def test_a_rank_that_never_comes_is_an_error_and_no_hang(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    monkeypatch.setattr(train_ast, "CONTACT_SECONDS", 2.0)
+    config = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out")
+    ended = ranks(3, lambda rank: command(config), tmp_path / "ranks", seconds=30, missing=[1])
+    refused(ended, 1, "another process of the run has ended or does not answer")
+
+
+def test_a_rank_that_fails_ends_all_and_says_why_once(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    config, step = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), train_ast.train_step
+
+    def failing(run: train_ast.Run, *inputs: torch.Tensor) -> int:
+        if run.epoch == 2:
+            raise TrainingFailed("the disk is gone")
+        return step(run, *inputs)
+
+    def work(rank: int) -> None:
+        train_ast.train_step = failing if rank == 1 else step
+        command(config)
+
+    refused(ranks(2, work, tmp_path / "ranks", seconds=30), 1, "the disk is gone")
+    (path,) = (tmp_path / "out").glob("final_results_*.json")
+    result = json.loads(path.read_text())
+    assert (result["status"], result["error"]) == ("failed", "the disk is gone")
+    assert len(result["training_history"]["epoch"]) == 2
+
+
+# ------------------------------------------------------------------------------------------- Single pieces
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_queues_of_several_ranks_take_the_batches_of_one(world, tmp_path):
+    """Uneven counts, none on some ranks: each batch is of the oldest, spread evenly, and nothing is lost."""
+    generator, batch = torch.Generator().manual_seed(world), 30
+    steps = [torch.randint(0, 7, (world,), generator=generator).tolist() for _ in range(40)]
+
+    def samples(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = 1000 * step + 100 * rank + torch.arange(steps[step][rank])
+        return (labels % 251).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), labels
+
+    def work(rank: int) -> Any:
+        dist = Dist.join(torch.device("cpu"))
+        queue, batches = ActiveQueue(batch, dist), []
+        for step, counts in enumerate(steps):
+            ready = queue.push(*samples(step, rank), counts)
+            if ready is not None:
+                assert torch.equal(ready[0][:, 0, 0, 0], (ready[1] % 251).to(torch.uint8))
+                batches.append(ready[1].tolist())
+        return batches, queue.contents()[1].tolist()
+
+    results = ranks(world, work, tmp_path).results() if world > 1 else [work(0)]
+    one, expected = ActiveQueue(batch), []
+    for step in range(len(steps)):
+        parts = zip(*(samples(step, rank) for rank in range(world)), strict=True)
+        ready = one.push(*(torch.cat(part) for part in parts))
+        expected += [] if ready is None else [ready[1].tolist()]
+    for number, whole in enumerate(expected):
+        parts = [batches[number] for batches, _ in results]
+        assert {len(part) for part in parts} == {batch // world}
+        assert sorted(chain(*parts)) == sorted(whole)
+    assert all(sorted(left) == sorted(one.labels.tolist()) for _, left in results)
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+@pytest.mark.parametrize("samples", [2, 65, 72])
+def test_validation_counts_every_sample_once(samples, cache, tmp_path):
+    """Whether the ranks divide them or not, streamed or resident; a rank may have none."""
+    config = make_config(*TWENTY, f"dataset.max_val_samples={samples}", f"dataset.cache={cache}")
+
+    def work(rank: int) -> list[int]:
+        dist = Dist.join(torch.device("cpu"))
+        _, loader, _, _ = train_ast.build_dataloaders(config, torch.device("cpu"), dist)
+        return [index for batch in loader for index in batch.indices.tolist()]
+
+    seen = ranks(3, work, tmp_path).results()
+    _, loader, _, _ = train_ast.build_dataloaders(config, torch.device("cpu"))
+    assert sorted(chain(*seen)) == [index for batch in loader for index in batch.indices.tolist()]
+    assert sum(map(len, seen)) == samples
