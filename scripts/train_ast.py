@@ -1646,13 +1646,25 @@ def quiet() -> bool | None:
     return True if launched()[0] else None
 
 
+def connect(seconds: float, host: bool = False) -> distributed.Store:
+    """The store where the processes of a run meet: torchrun's own, or, with `host`, rank 0's where there is none.
+
+    torchrun keeps its store over restarts, so that each attempt writes under a name of its own. Raises RuntimeError
+    where nobody answers within so many seconds.
+    """
+    address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host = host and not torchruns and launched()[0] == 0
+    store = distributed.TCPStore(address, port, is_master=host, timeout=wait, wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if torchruns else "0"
+    return distributed.PrefixStore(f"ast-lab/{attempt}", store)
+
+
 class Failures:
-    """Who of a run's processes failed first, and why: kept in torchrun's store, so that it is said once."""
+    """Who of a run's processes failed first, and why: kept in the store, so that it is said once."""
 
     def __init__(self) -> None:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        self.key = f"ast-lab/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self.store, self.key = connect(5), "failure"
 
     def claim(self, code: int, why: str) -> bool:
         """Whether this process is the first one to fail; then `why` is kept for the others."""
@@ -1697,7 +1709,13 @@ class Dist:
         if world > 1 and not distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             with dist._contact():
-                distributed.init_process_group(backend, timeout=timedelta(seconds=CONTACT_SECONDS))
+                distributed.init_process_group(
+                    backend,
+                    store=connect(CONTACT_SECONDS, host=True),
+                    rank=rank,
+                    world_size=world,
+                    timeout=timedelta(seconds=CONTACT_SECONDS),
+                )
         return dist
 
     def leave(self) -> None:
