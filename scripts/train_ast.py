@@ -4,6 +4,7 @@ Run it:
     python scripts/train_ast.py --config configs/digits_smoke.yaml
     python scripts/train_ast.py --config configs/cifar10_resnet18_ast.yaml ast.target_activation=0.5
     python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3
+    torchrun --nproc-per-node 8 scripts/train_ast.py --config configs/imagenet_resnet50_ast.yaml
 
 The law: a sample is active, and only then back-propagated, where
     loss + entropy_weight * entropy(logits) > threshold
@@ -873,9 +874,10 @@ def merge_gradients(run: Run) -> Tensor:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters]
     bad = torch.zeros((), device=run.device) if run.window_bad is None else run.window_bad.float()
-    facts = torch.stack([torch.tensor(float(run.window_samples), device=run.device), bad])
-    flat = torch.cat([facts, *(g.flatten() * run.window_divisor for g in gradients)])
-    samples, bad, *_ = run.dist.all_sum(flat)[:2]
+    facts = torch.stack([torch.full((), float(run.window_samples), device=run.device), bad])
+    flat = torch.cat([facts, *(g.flatten() for g in gradients)])
+    flat[2:] *= run.window_divisor
+    samples, bad = run.dist.all_sum(flat)[:2]
     parts = (flat[2:] / samples).split([g.numel() for g in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
     run.window_bad = bad > 0
@@ -1675,9 +1677,10 @@ class Failures:
 
     def reported(self) -> tuple[int, str] | None:
         """(exit code, message) of the process that failed first; None where it said nothing."""
-        with contextlib.suppress(RuntimeError):
-            self.store.wait([self.key], timedelta(seconds=3))
-            return tuple(json.loads(self.store.get(self.key)))
+        for _ in range(30):  # it may lose contact before it has said so
+            if self.store.check([self.key]):
+                return tuple(json.loads(self.store.get(self.key)))
+            time.sleep(0.1)
         return None
 
 
@@ -1732,7 +1735,7 @@ class Dist:
             with contextlib.suppress(RuntimeError, KeyError):
                 if (report := Failures().reported()) is not None:
                     raise PeerLost(report[1], report[0]) from None
-            why = _one_line(error)[:200]
+            why = re.sub(r"\[[^]]*]:?(\d+: )? *", "", _one_line(error))[:120]
             raise PeerLost(f"another process of the run has ended or does not answer: {why}") from None
 
     def edges(self, n: int) -> list[int]:
@@ -2719,7 +2722,7 @@ def _progress(run: Run, steps: int) -> Iterator[Callable[[int], None]]:
 
         def heartbeat(loaded: int) -> None:
             nonlocal shown, images
-            images += loaded
+            images += loaded * run.dist.world
             now = time.monotonic()
             if now - shown < 1.0 and run.step < steps:
                 return

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import train_ast
-from conftest import REPO, LayerNormNet, make_config
+from conftest import REPO, BatchNormNet, LayerNormNet, make_config
 from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
 from torch.distributed import TCPStore
 from train_ast import (
@@ -389,3 +389,55 @@ def test_validation_counts_every_sample_once(samples, cache, tmp_path):
     _, loader, _, _ = train_ast.build_dataloaders(config, torch.device("cpu"))
     assert sorted(chain(*seen)) == [index for batch in loader for index in batch.indices.tolist()]
     assert sum(map(len, seen)) == samples
+
+
+def test_running_statistics_are_averaged_and_alike_before_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ast, "get_model", lambda *_: BatchNormNet())
+    config = make_config(*TWENTY, "ast.mode=dense", f"logging.output_dir={tmp_path}/out")
+    whole, seen = train_ast.evaluate, []
+
+    def watched(run: train_ast.Run, *inputs: Any) -> float | None:
+        seen.append(run.model.body[1].running_mean.clone())
+        return whole(run, *inputs)
+
+    def work(rank: int) -> Any:
+        train_ast.evaluate, mean = watched, train_ast.Run.average_statistics
+        own = []
+        train_ast.Run.average_statistics = lambda run: (own.append(run.model.body[1].running_mean.clone()), mean(run))
+        train(config)
+        return seen, own[0]
+
+    (seen, own), (others, other) = ranks(2, work, tmp_path / "ranks").results()
+    assert len(seen) == 4
+    assert all(torch.equal(one, two) for one, two in zip(seen, others, strict=True))
+    assert not torch.equal(own, other)
+    assert torch.allclose(seen[0], (own + other) / 2)
+
+
+def test_a_schedule_over_time_is_the_same_on_all_ranks(tmp_path, monkeypatch):
+    """Ranks of different speed: the rates are alike, else the weights would drift apart, which ends a run."""
+    lab(monkeypatch)
+    keys = ["training.lr_decay=time", "training.max_minutes=0.02", "training.epochs=1000"]
+    config, step = make_config(*TWENTY, *keys, f"logging.output_dir={tmp_path}/out"), train_ast.train_step
+
+    def work(rank: int) -> Any:
+        train_ast.train_step = lambda *inputs: (time.sleep(0.01 * rank), step(*inputs))[1]
+        return train(config)[0]
+
+    for result in ranks(2, work, tmp_path / "ranks").results():
+        assert result["status"] == "completed"
+        assert 1.2 <= result["train_seconds"] < 2.5
+        assert 3 < len(result["training_history"]["epoch"]) < 1000
+
+
+def test_unreadable_pictures_are_counted_over_all_ranks(image_folder, tmp_path):
+    for name in ("train/red/1.jpg", "train/blue/5.jpg"):
+        (image_folder / name).write_bytes(b"no picture")
+    folders = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    keys = ["model.name=test_resnet", "dataset.image_size=32", "training.batch_size=8", "training.epochs=2"]
+    keys += ["ast.mode=dense", "training.num_workers=0", f"logging.output_dir={tmp_path}/out"]
+    allowed = make_config(*folders, *keys, "dataset.max_bad_images=2")
+    result = ranks(2, lambda rank: train(allowed)[0], tmp_path / "ranks").results()[0]
+    assert len(result["bad_images"]) == 2
+    one_too_few = make_config(*folders, *keys, "dataset.max_bad_images=1", "training.seed=1")
+    refused(ranks(2, lambda rank: command(one_too_few), tmp_path / "few"), 2, "dataset.max_bad_images=1 allows no more")
