@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_experiment
 import torch
 import train_ast
-from conftest import REPO, BatchNormNet, LayerNormNet, make_config
+from conftest import BatchNormNet, LayerNormNet, make_config
 from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
+from test_kill import exit_code, running, wait_until
 from torch.distributed import TCPStore
 from train_ast import (
     ActiveQueue,
@@ -184,8 +185,13 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
 # ------------------------------------------------------------------------------ Interrupted, and resumed by others
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
-@pytest.mark.parametrize("way", ["packed, accumulated", "accumulated", "history", "ast"])
+@pytest.mark.parametrize(
+    ("way", "before", "after"),
+    [
+        *(("packed, accumulated", *pair) for pair in ((2, 3), (3, 1), (1, 2))),
+        *(("accumulated", 2, 1), ("accumulated", 1, 2), ("history", 2, 3), ("history", 3, 1), ("ast", 2, 2)),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(way, before, after, tmp_path, monkeypatch):
     lab(monkeypatch)
     one, many = (make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
@@ -218,7 +224,7 @@ def children(parent: int) -> dict[int, int]:
     return found
 
 
-def test_a_killed_rank_ends_the_run_which_restarts_and_ends_as_if_undisturbed(tmp_path):
+def test_a_killed_rank_ends_the_run_which_restarts_and_ends_as_if_undisturbed(tmp_path, monkeypatch):
     keys = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.epochs=12"]
     keys += ["dataset.max_train_samples=320", "dataset.max_val_samples=65", "ast.pack=true", "ast.warmup_epochs=1"]
     keys += ["training.device=cpu", "training.lr=0.02", "training.num_workers=0"]
@@ -226,29 +232,21 @@ def test_a_killed_rank_ends_the_run_which_restarts_and_ends_as_if_undisturbed(tm
     whole = ranks(2, lambda rank: train(config)[0], tmp_path / "ranks").results()[0]
     (tmp_path / "empty.yaml").write_text("{}")
     killed = make_config(*keys, f"logging.output_dir={tmp_path}/killed")
-    command = [sys.executable, "scripts/run_experiment.py", "--config", tmp_path / "empty.yaml", "--nproc", "2"]
-    command += [
-        "--max-restarts",
-        "1",
-        "metrics.base_flop_per_sample=1e6",
-        "dataset.image_size=8",
-        "ast.warmup_epochs=0",
-    ]
-    command += [*keys, f"logging.output_dir={tmp_path}/killed"]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=output, stderr=output)
-    checkpoint, deadline = checkpoint_folder(killed) / "last.pt", time.monotonic() + 60
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(children(process.pid)[1], signal.SIGKILL)
-    killed_at = time.monotonic()
-    code = process.wait(timeout=60)
+    flags = ["--config", str(tmp_path / "empty.yaml"), "--nproc", "2", "--max-restarts", "1"]
+    flags += ["metrics.base_flop_per_sample=1e6", *keys, f"logging.output_dir={tmp_path}/killed"]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with running(lambda: run_cli(lambda: run_experiment.main(flags)), tmp_path / "output") as child:
+        wait_until((checkpoint_folder(killed) / "last.pt").exists)
+        os.kill(children(child)[1], signal.SIGKILL)
+        killed_at = time.monotonic()
+        code = exit_code(child)
+    assert time.monotonic() - killed_at < 60
     text = (tmp_path / "output").read_text()
     print(f"{time.monotonic() - killed_at:.1f} s from the kill to the end of the restarted run\n{text}")
     assert code == 0, text
     assert text.count("error: another process of the run has ended") == 1
-    assert f"resumed from {checkpoint}" in text
+    assert f"resumed from {checkpoint_folder(killed)}" in text
     results = [json.loads(path.read_text()) for path in (tmp_path / "killed").glob("final_results_*.json")]
     assert sorted(result["status"] for result in results) == ["completed", "failed"]
     finished = next(result for result in results if result["status"] == "completed")
