@@ -5,6 +5,7 @@
     python scripts/run_experiment.py --config configs/digits_smoke.yaml training.lr=0.001 ast.mode=dense --dry-run
     python scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin
     python scripts/run_experiment.py --config configs/digits_smoke.yaml --resume auto
+    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml --nproc 8 --max-restarts 3
 
 Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interrupted.
 """
@@ -12,7 +13,9 @@ Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interr
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +97,31 @@ def twin_verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
     return f"verdict: {winner}: {mode} {texts[0]}, its dense twin {texts[1]} of training"
 
 
+def launch(processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
+    """Run train_ast.py with `arguments` in so many processes of this machine, by torchrun. Returns the exit code: of
+    the process that failed first, 1 for one that was killed.
+
+    A run of which a process dies is started again, up to `max_restarts` times.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in [*logging.root.manager.loggerDict]:  # the processes say themselves what went wrong
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
+    try:
+        torchrun.main([*options, str(Path(__file__).with_name("train_ast.py")), *arguments])
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -105,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"short for {key}=VALUE")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config as YAML and stop")
     parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one a GPU, by torchrun; 1: none")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="M", help="with --nproc: go on so often after a process has died"
+    )
     parser.add_argument("--dense-twin", action="store_true", help="then train dense for the same time, and compare")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, for example ast.pack=true")
     args = parser.parse_intermixed_args(argv)
@@ -113,7 +145,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(yaml.safe_dump(config.model_dump(), sort_keys=False), end="")
         return 0
-    return (execute_with_twin if args.dense_twin else execute)(config, args.resume)
+    if args.nproc < 1 or args.max_restarts < 0:
+        raise RequestError("--nproc: at least 1, and --max-restarts: at least 0")
+    if args.nproc == 1 and not args.max_restarts:
+        return (execute_with_twin if args.dense_twin else execute)(config, args.resume)
+    if args.dense_twin:
+        raise RequestError("--dense-twin: of one process alone; leave out --nproc and --max-restarts")
+    resume = args.resume or ("auto" if args.max_restarts else None)
+    resuming = [] if resume is None else ["--resume", resume]
+    return launch(args.nproc, args.max_restarts, ["--config", args.config, *resuming, *args.overrides, *flags])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Run it:
     python scripts/train_ast.py --config configs/digits_smoke.yaml
     python scripts/train_ast.py --config configs/cifar10_resnet18_ast.yaml ast.target_activation=0.5
     python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3
+    torchrun --nproc-per-node 8 scripts/train_ast.py --config configs/imagenet_resnet50_ast.yaml
 
 The law: a sample is active, and only then back-propagated, where
     loss + entropy_weight * entropy(logits) > threshold
@@ -38,7 +39,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
@@ -51,7 +52,7 @@ import torchvision
 import yaml
 from dotenv import load_dotenv
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -69,6 +70,14 @@ class RequestError(Exception):
 
 class TrainingFailed(Exception):
     """The run itself went wrong: shown as one line, exit code 1."""
+
+
+class PeerLost(TrainingFailed):
+    """Another process of the run has ended, or does not answer. `code`: the exit code it gave, if it said why."""
+
+    def __init__(self, why: str, code: int = 1):
+        super().__init__(why)
+        self.code = code
 
 
 # ------------------------------------------------------------------------------------------------ Config
@@ -176,7 +185,7 @@ class ASTConfig(Section):
 
 class TrainingConfig(Section):
     epochs: int = Field(10, ge=1, description="passes over the training set")
-    batch_size: int = Field(128, ge=1, description="samples a step")
+    batch_size: int = Field(128, ge=1, description="samples a step, of all processes together")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="norms and biases are not decayed")
     lr: float = Field(0.1, gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine decay")
@@ -200,6 +209,9 @@ class TrainingConfig(Section):
     )
     compile_scoring: Compile | None = Field(
         None, description="the same for scoring and validation; null: as training.compile"
+    )
+    sync_batchnorm: bool = Field(
+        False, description="several GPUs: BatchNorm over the samples of all of them, not each GPU's own"
     )
     num_workers: int | None = Field(None, ge=0, description="loader processes; null: one a core, at most 16")
     max_minutes: float | None = Field(
@@ -494,6 +506,9 @@ class History:
     Filled for nothing by the training forward, kept on the device: float32 significance, nats, infinite for a sample
     never seen or without a finite loss; int16 epoch of the last visit, -1 for never; uint8 what the running epoch
     makes of it: 0 left out, 1 active, 2 explored. 7 bytes a sample, indexed by the data set's own index.
+
+    Of several processes each has the whole store, 7 GB for 1e9 samples; at an epoch's end and before a checkpoint
+    they exchange what they have recorded (`merge`, 4 bytes a sample), and so choose the same.
     """
 
     def __init__(self, samples: int, explored_weight: float, device: torch.device):
@@ -510,6 +525,14 @@ class History:
         """Keep the batch's significance, [batch], nats."""
         self.significance.index_copy_(0, indices, torch.nan_to_num(significance, nan=math.inf, posinf=math.inf))
         self.seen.index_fill_(0, indices, epoch)  # where `seen[indices] = epoch` would wait for the device
+
+    def merge(self, dist: Dist, epoch: int) -> None:
+        """Give every rank what the others have recorded in `epoch`, 2**24 samples at a time."""
+        for seen, stored in zip(self.seen.split(2**24), self.significance.split(2**24), strict=True):
+            found = dist.all_max(torch.where(seen == epoch, stored, -math.inf))  # a sample comes once an epoch
+            new = found > -math.inf
+            stored.copy_(torch.where(new, found, stored))
+            seen.masked_fill_(new, epoch)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("significance", "seen", "kinds")}
@@ -573,26 +596,59 @@ def choose_by_mean(scores: np.ndarray, drawn: np.ndarray) -> Choice:
 
 class ActiveQueue:
     """Packing: collects active samples on the device until a full batch is there, so that every training
-    step has one shape. Keeps uint8 pixels, [pending, 3, H, W]; what is pending carries over epochs."""
+    step has one shape. Keeps uint8 pixels, [pending, 3, H, W]; what is pending carries over epochs.
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.images: Tensor | None = None
-        self.labels: Tensor | None = None
+    Of several processes each keeps its own samples, and knows how many the others have: together they take the batches
+    that one process would take, `batch_size / world` each. What one has too many goes to those who have too few.
+    """
+
+    def __init__(self, batch_size: int, dist: Dist | None = None):
+        self.batch_size, self.dist = batch_size, dist or Dist()
+        self.clear()
 
     def __len__(self) -> int:
         return 0 if self.labels is None else len(self.labels)
 
     def clear(self) -> None:
-        self.images = self.labels = None
+        self.images: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.pending = [0] * self.dist.world  # samples that each rank keeps
 
-    def push(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Add at most batch_size samples; the oldest batch_size ones once they are there, else None."""
+    def put(self, images: Tensor | None, labels: Tensor | None) -> None:
+        """Fill an empty queue with this rank's part of the samples (at most batch_size) that all have together."""
+        self.clear()
+        if labels is not None:
+            edges = self.dist.edges(len(labels))
+            self.pending = np.diff(edges).tolist()
+            own = slice(edges[self.dist.rank], edges[self.dist.rank + 1])
+            self.images, self.labels = images[own], labels[own]
+
+    def contents(self) -> list[Tensor | None]:
+        """[images, labels] of all that waits on any rank, for each of them."""
+        own = [self.images, self.labels]
+        if self.dist.world == 1 or not sum(self.pending):
+            return own
+        parts = self.dist.gather_objects([None if each is None else each.cpu() for each in own])
+        return [torch.cat(each) for each in zip(*(part for part in parts if part[1] is not None), strict=True)]
+
+    def push(self, images: Tensor, labels: Tensor, counts: Sequence[int] = ()) -> tuple[Tensor, Tensor] | None:
+        """Add samples, at most batch_size on all ranks together; the oldest batch_size ones once they are there, else
+        None. `counts`: how many each rank adds, where there are several."""
         if self.labels is not None:
             images, labels = torch.cat([self.images, images]), torch.cat([self.labels, labels])
-        full, b = len(labels) >= self.batch_size, self.batch_size
-        self.images, self.labels = (images[b:], labels[b:]) if full else (images, labels)
-        return (images[:b], labels[:b]) if full else None
+        room, taken = self.batch_size - sum(self.pending), []
+        counts = counts or [len(labels) - self.pending[0]]
+        for pending, new in zip(self.pending, counts, strict=True):  # of the new ones, those of the first ranks
+            taken.append(pending + min(new, room))
+            room -= min(new, room)
+        self.pending = [pending + new for pending, new in zip(self.pending, counts, strict=True)]
+        if room:
+            self.images, self.labels = images, labels
+            return None
+        self.pending = [pending - gone for pending, gone in zip(self.pending, taken, strict=True)]
+        own = taken[self.dist.rank]
+        self.images, self.labels = images[own:], labels[own:]
+        return self.dist.even_out(images[:own], labels[:own], taken)
 
 
 def training_forward(model: nn.Module, normalise: Normalise, smoothing: float, entropy_weight: float) -> Callable:
@@ -644,7 +700,8 @@ def compiled(function: Callable, mode: str) -> Callable:
 
 
 class Scores(NamedTuple):
-    facts: Tensor  # float32 [2, batch] on the host, or on its way there: significance in nats, and 1 for a hit
+    facts: Tensor  # float32 [2, batch] on the host, or on its way there: significance in nats, and 1 for a hit;
+    # of several processes the batches of all, in the order of their ranks
     arrived: torch.cuda.Event | None
 
     def wait(self) -> Tensor:
@@ -656,13 +713,15 @@ class Scores(NamedTuple):
     def read(self) -> tuple[Tensor, int]:
         """(significance [batch] on the host, number of hits)."""
         significances, hits = self.wait()
+        if len(significances) and significances.min() == -math.inf:  # what filled up a rank's smaller part
+            significances, hits = self.facts[:, significances != -math.inf]
         return significances, int(hits.sum())
 
 
 @torch.no_grad()
 def score(run: Run, images: Tensor, labels: Tensor) -> Scores:
     """Start scoring a batch: no gradient, eval mode, running statistics untouched. The device is not waited for."""
-    facts = run.scorer(images, labels)
+    facts = run.dist.join_columns(run.scorer(images, labels), run.local_batch)
     if not facts.is_cuda:
         return Scores(facts, None)
     host, arrived = torch.empty(facts.shape, pin_memory=True), torch.cuda.Event()
@@ -698,11 +757,15 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
     images: uint8 [batch, 3, H, W] on the device; `scores`: theirs, where `score_ahead` has them. Returns the
     number of samples back-propagated, 0 if none was active, None while packing waits for a full batch. A batch
     whose scores are not all finite is left out; raises TrainingFailed after `training.max_nonfinite_steps` of them.
+
+    Of several processes each has its part of the batch and the scores of all of it: all choose the same, move the
+    threshold alike, and train on what is theirs. Returned is the number of all.
     """
     ast, controller = run.config.ast, run.controller
     values, hits = (scores or score(run, images, labels)).read()
-    run.ledger.scored += len(labels)
-    run.meter.add_hits(hits, len(labels))
+    if run.dist.rank == 0:
+        run.ledger.scored += len(values)
+        run.meter.add_hits(hits, len(values))
     starting = controller.threshold is None
     if starting:  # hand-over from a dense phase, or lost: see below
         controller.start(torch.quantile(values, 1 - ast.target_activation).item())
@@ -712,18 +775,25 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
         chosen = select_active(values, math.inf, top)._replace(activation=top / len(values))
     if not chosen.finite:
         controller.threshold = None if starting else controller.threshold
-        run.meter.leave_out(run.step)
+        if run.dist.rank == 0:
+            run.meter.leave_out(run.step)
         return 0
     run.activations.append(chosen.activation)
     run.thresholds.append(controller.threshold)
     run.iqr = chosen.iqr if run.iqr is None else 0.9 * run.iqr + 0.1 * chosen.iqr
     controller.update(chosen.activation, run.iqr if ast.threshold_unit == "iqr" else 1.0)
-    if ast.initial_threshold == "auto" and run.is_lost(chosen.activation, len(labels)):
+    if ast.initial_threshold == "auto" and run.is_lost(chosen.activation, len(values)):
         controller.threshold = None  # the scores have left the threshold behind: start again from their quantile
-    indices = to_device(chosen.indices, run.device)
+    own, counts = run.dist.own_part(chosen.indices, len(values))
+    indices = to_device(own, run.device)
     active = (images[indices], labels[indices])
-    ready = run.queue.push(*active) if ast.pack else active
-    return None if ready is None else train_step(run, *ready)
+    ready = run.queue.push(*active, counts) if ast.pack else active
+    if ready is None:
+        return None
+    trained = run.config.training.batch_size if ast.pack else sum(counts)
+    if trained:
+        train_step(run, *ready)
+    return trained
 
 
 def train_step(run: Run, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> int:
@@ -735,7 +805,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor, indices: Tensor | None 
     whole window's, so that the gradient is the mean over all samples of the window, whatever came when.
     """
     n = len(labels)
-    if n == 0:
+    if n == 0 and not run.synced:  # synchronised BatchNorm wants every rank, this one with nothing
         return 0
     statistics_before = [buffer.clone() for buffer in run.statistics]
     if run.past is None:
@@ -743,7 +813,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor, indices: Tensor | None 
     else:
         loss, hits, scores = run.forward(images, labels, run.past.weights(indices))
         run.past.record(indices, scores, run.epoch)
-    run.window_divisor = run.window_divisor or n
+    run.window_divisor = run.window_divisor or max(1, n)
     run.scaler.scale(loss / run.window_divisor).backward()
     run.window_samples += n
     bad = run.meter.add_loss(loss.detach(), n, run.step)
@@ -763,9 +833,11 @@ def optimizer_step(run: Run) -> None:
     """
     training = run.config.training
     forgiving = training.max_nonfinite_steps > 0 and not run.scaler.is_enabled()
+    if run.dist.world > 1:
+        merge_gradients(run)
     if forgiving:
         run.meter.add_skipped(run.window_bad, run.window_samples)
-    if run.window_samples != run.window_divisor:
+    if run.dist.world == 1 and run.window_samples != run.window_divisor:
         for parameter in run.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(run.window_divisor / run.window_samples)
@@ -788,6 +860,29 @@ def optimizer_step(run: Run) -> None:
         run.scheduled += run.unscheduled
     run.window_samples = run.window_divisor = run.unscheduled = 0
     run.window_bad = None
+
+
+def merge_gradients(run: Run) -> Tensor:
+    """Make every rank's gradient that of one process: the mean over the window's samples on all ranks, in one
+    all-reduce. Returns how many those are, on the device.
+
+    Each rank's gradient is its sum over `window_divisor`; a rank whose window has no sample adds nothing. Whether a
+    loss was not finite comes along, and is then known to all.
+    """
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters]
+    bad = torch.zeros((), device=run.device) if run.window_bad is None else run.window_bad.float()
+    facts = torch.stack([torch.full((), float(run.window_samples), device=run.device), bad])
+    flat = torch.cat([facts, *(g.flatten() for g in gradients)])
+    flat[2:] *= run.window_divisor
+    samples, bad = run.dist.all_sum(flat)[:2]
+    parts = (flat[2:] / samples).split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    run.window_bad = bad > 0
+    return samples
 
 
 # ------------------------------------------------------------------------------------------------ Model
@@ -972,6 +1067,17 @@ class ImageDataset(Dataset):
             else (labels + self.shifts[np.asarray(indices) % len(self)]) % len(self.classes)
         )
 
+    def labels(self) -> Iterable[int]:
+        return (label for _, label in self.samples)
+
+    def fingerprint(self) -> str:
+        """A hash of what tells this data from other: names of classes and files, labels."""
+        digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
+        digest.update(np.fromiter(self.labels(), np.int64).tobytes())
+        for source, _ in self.samples if isinstance(self.samples, list) else ():
+            digest.update(source.name.encode() if isinstance(source, Path) else b"")
+        return digest.hexdigest()
+
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Sample:
         return self.__getitems__([key])[0]
 
@@ -1036,6 +1142,9 @@ class HFDataset(ImageDataset):
             rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
         super().__init__(rows.select_columns([self.image_key, self.label_key]), names)
         self.origin = f"{config.name} [{rows.split}] "
+
+    def labels(self) -> Iterable[int]:
+        return (-1 if label is None else label for label in self.samples[self.label_key])
 
     def read(self, index: int) -> tuple[Path | bytes, int]:
         row = self.samples[index]
@@ -1173,11 +1282,15 @@ class EpochPlan(Sampler):
     The order is a function of (seed, epoch), the draws that augment a sample one of (seed, epoch, index): neither
     workers nor restarts nor a cache change what it looks like. `share(epoch)` below 1 is the part of the samples to be
     loaded: a random one, unless `chosen` says which. The last, smaller chunk is left out where a full one exists: every
-    step has one shape. A resumed epoch begins at chunk `start`.
+    step has one shape. A resumed epoch begins at chunk `start`. Of several processes each goes through its part of
+    every chunk: their number does not change what a step is made of.
     """
 
-    def __init__(self, indices: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float]):
+    def __init__(
+        self, indices: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float], dist: Dist | None = None
+    ):
         self.indices, self.batch_size, self.seed, self.share = indices, batch_size, seed, share
+        self.dist = dist or Dist()
         self._shuffled: tuple[int, np.ndarray] = (-1, indices)  # epoch, its order
         self.begin(0)
 
@@ -1220,7 +1333,7 @@ class EpochPlan(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
         order = self.order()
         for start in range(self.start * self.batch_size, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
+            chunk = self.dist.part(order[start : start + self.batch_size])
             draws = uniform(self.seed, self.epoch, torch.from_numpy(chunk), DRAWS)
             yield list(zip(chunk.tolist(), draws.numpy(), strict=True))
 
@@ -1289,8 +1402,9 @@ class ResidentLoader:
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
-                 device: torch.device, shared: dict[str, Any]):  # fmt: skip
-        self.plan, self.indices, self.batch_size = plan, indices, config.training.batch_size
+                 device: torch.device, shared: dict[str, Any], batch_size: int | None = None):  # fmt: skip
+        batch_size = batch_size or config.training.batch_size
+        self.plan, self.indices, self.batch_size = plan, indices, batch_size
         self.view, self.side = dataset.view, kept_side(config.dataset)
         self.keys = torch.from_numpy(indices).to(device)
         self.bad = BadImages(config.dataset.max_bad_images)
@@ -1317,7 +1431,7 @@ class ResidentLoader:
         images = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=device)
         labels, aspects = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.float64, device=device)
         decoder, done = DataLoader(_Kept(dataset, self.side), 256, sampler=self.indices.tolist(), **shared), 0
-        for batch, shapes in tqdm(decoder, desc="decoding", unit="batch", leave=False, disable=None):
+        for batch, shapes in tqdm(decoder, desc="decoding", unit="batch", leave=False, disable=quiet()):
             self.bad.add(batch.unreadable)
             part = slice(done, done + len(shapes))
             images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels, shapes.to(device)
@@ -1335,8 +1449,10 @@ class ResidentLoader:
             views = self.views(block)
             parts = zip(*(tensor.split(self.batch_size) for tensor in (block, *views)), strict=True)
             for part, *view in islice(parts, max(0, first - 64 * done), None):
+                if self.plan is not None and self.plan.dist.world > 1:
+                    part, *view = (self.plan.dist.part(each) for each in (part, *view))
                 images = self.images[part]
-                images = self.crop(images, *view) if view else images
+                images = self.crop(images, *view) if view and len(part) else images
                 yield Batch(images, self.labels[part], self.bad.found, self.keys[part])
 
     def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
@@ -1361,7 +1477,7 @@ def require_memory(samples: int, side: int, device: torch.device) -> None:
     if needed > 0.9 * free:
         hint = "set dataset.cache=none, or a smaller dataset.cache_resolution or dataset.max_train_samples"
         raise RequestError(f"dataset.cache: {size}, and {device} has {free / 2**30:,.2f} GiB free; {hint}")
-    print(f"dataset.cache: {size} on {device}", flush=True)
+    tell(f"dataset.cache: {size} on {device}")
 
 
 def free_memory(device: torch.device) -> int:
@@ -1442,18 +1558,29 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def build_dataloaders(config: Config, device: torch.device) -> tuple[Loader, Loader, EpochPlan, int]:
-    """Training loader, validation loader, the plan that drives the first, and the number of classes."""
-    dataset, training = config.dataset, config.training
+def build_dataloaders(
+    config: Config, device: torch.device, dist: Dist | None = None
+) -> tuple[Loader, Loader, EpochPlan, int]:
+    """Training loader, validation loader, the plan that drives the first, and the number of classes.
+
+    Of several processes each has its part of every training batch, and of the validation set, in batches of its share.
+    """
+    dataset, training, dist = config.dataset, config.training, dist or Dist()
     train, val = build_datasets(dataset)
+    if dist.world > 1:
+        dist.require_same("dataset: the processes see different data", [train.fingerprint(), val.fingerprint()])
     workers = training.num_workers
     if workers is None:  # digits are in memory already
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if dataset.type == "digits" else min(16, cores)
     train.shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
     indices, val_indices = _subset(len(train), dataset.max_train_samples), _subset(len(val), dataset.max_val_samples)
     indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
-    plan = EpochPlan(indices, training.batch_size, training.seed, config.share)
+    if len(indices) < dist.world:
+        raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
+    val_indices, local_batch = dist.part(val_indices), training.batch_size // dist.world
+    plan = EpochPlan(indices, training.batch_size, training.seed, config.share, dist)
     shared = {"num_workers": workers, "worker_init_fn": _ignore_signals}
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
@@ -1461,9 +1588,10 @@ def build_dataloaders(config: Config, device: torch.device) -> tuple[Loader, Loa
             require_memory(len(indices) + len(val_indices), kept_side(dataset), device)
         shared["collate_fn"] = as_is
         resident = partial(ResidentLoader, config=config, device=device, shared=shared)
-        return resident(train, indices, plan), resident(val, val_indices, None), plan, len(train.classes)
+        kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)
+        return *kept, plan, len(train.classes)
     keys = [(index, np.zeros(DRAWS)) for index in val_indices.tolist()]
-    chunks = [keys[start : start + training.batch_size] for start in range(0, len(keys), training.batch_size)]
+    chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
     shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
     streaming = partial(DataLoader, **shared)
     return streaming(train, batch_sampler=plan), streaming(val, batch_sampler=chunks), plan, len(train.classes)
@@ -1505,6 +1633,211 @@ def _arrived(batch: Loaded, copied: torch.cuda.Event) -> Loaded:
     for tensor in batch:
         tensor.record_stream(stream)
     return batch
+
+
+# ------------------------------------------------------------------------------------------- Distributed
+
+CONTACT_SECONDS = 300.0  # how long a process waits for the others before it gives the run up
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, 0
+    return int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+
+
+def quiet() -> bool | None:
+    """Whether this process is to show no bar; None: only on a terminal."""
+    return True if launched()[0] else None
+
+
+def connect(seconds: float, host: bool = False) -> distributed.Store:
+    """The store where the processes of a run meet: torchrun's own, or, with `host`, rank 0's where there is none.
+
+    torchrun keeps its store over restarts, so that each attempt writes under a name of its own. Raises RuntimeError
+    where nobody answers within so many seconds.
+    """
+    address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host = host and not torchruns and launched()[0] == 0
+    store = distributed.TCPStore(address, port, is_master=host, timeout=wait, wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if torchruns else "0"
+    return distributed.PrefixStore(f"ast-lab/{attempt}", store)
+
+
+class Failures:
+    """Who of a run's processes failed first, and why: kept in the store, so that it is said once."""
+
+    def __init__(self) -> None:
+        self.store, self.key = connect(5), "failure"
+
+    def claim(self, code: int, why: str) -> bool:
+        """Whether this process is the first one to fail; then `why` is kept for the others."""
+        first = self.store.add(f"{self.key}/count", 1) == 1
+        if first:
+            self.store.set(self.key, json.dumps([code, why]))
+        return first
+
+    def reported(self) -> tuple[int, str] | None:
+        """(exit code, message) of the process that failed first; None where it said nothing."""
+        for _ in range(30):  # it may lose contact before it has said so
+            if self.store.check([self.key]):
+                return tuple(json.loads(self.store.get(self.key)))
+            time.sleep(0.1)
+        return None
+
+
+def says_why(code: int, why: str) -> bool:
+    """Whether this process is to say why the run failed: the first of them to fail, or the only one."""
+    rank, world, _ = launched()
+    try:
+        return world == 1 or Failures().claim(code, why)
+    except (RuntimeError, KeyError):  # no store: rank 0 had it
+        return rank == 0
+
+
+class Dist:
+    """The processes that work on a run together, and this one's rank among them; one alone does nothing here.
+
+    What the host decides on goes through gloo and never waits for the device; gradients, scores and samples stay on
+    the device (NCCL on GPUs). Every method but `edges`, `part` and `own_part` is collective: all ranks call it, in the
+    same order. Raises PeerLost where another process has ended or does not answer for CONTACT_SECONDS.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1):
+        self.rank, self.world = rank, world
+
+    @classmethod
+    def join(cls, device: torch.device) -> Dist:
+        """Meet the other processes that torchrun has started."""
+        rank, world, _ = launched()
+        dist = cls(rank, world)
+        if world > 1 and not distributed.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            with dist._contact():
+                distributed.init_process_group(
+                    backend,
+                    store=connect(CONTACT_SECONDS, host=True),
+                    rank=rank,
+                    world_size=world,
+                    timeout=timedelta(seconds=CONTACT_SECONDS),
+                )
+        return dist
+
+    def leave(self) -> None:
+        if self.world > 1:
+            with self._contact():
+                distributed.barrier() if distributed.get_backend() == "gloo" else self.gather([0])
+            distributed.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _contact(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            with contextlib.suppress(RuntimeError, KeyError):
+                if (report := Failures().reported()) is not None:
+                    raise PeerLost(report[1], report[0]) from None
+            why = re.sub(r"\[[^]]*]:?(\d+: )? *", "", _one_line(error))[:120]
+            raise PeerLost(f"another process of the run has ended or does not answer: {why}") from None
+
+    def edges(self, n: int) -> list[int]:
+        """Where each rank's part of n things begins, and n: the parts differ by one at most."""
+        return [n * rank // self.world for rank in range(self.world + 1)]
+
+    def part(self, things: Any) -> Any:
+        """This rank's part of an array, tensor or list."""
+        edges = self.edges(len(things))
+        return things[edges[self.rank] : edges[self.rank + 1]]
+
+    def own_part(self, chosen: Tensor, n: int) -> tuple[Tensor, list[int]]:
+        """Of the chosen, int64, ascending, out of n: (those in this rank's part, counted from its start; how many
+        each rank has)."""
+        edges = torch.tensor(self.edges(n))
+        cuts = torch.searchsorted(chosen, edges).tolist()
+        return chosen[cuts[self.rank] : cuts[self.rank + 1]] - edges[self.rank], np.diff(cuts).tolist()
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by the sum of all ranks'."""
+        if self.world > 1:
+            with self._contact():
+                distributed.all_reduce(tensor)
+        return tensor
+
+    def all_max(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by the largest of all ranks', element by element."""
+        if self.world > 1:
+            with self._contact():
+                distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        """Every rank's numbers, float64 [world, n]."""
+        own = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        if self.world == 1:
+            return own.numpy()[None]
+        rows = [torch.empty_like(own) for _ in range(self.world)]
+        with self._contact():
+            distributed.all_gather(rows, own)
+        return torch.stack(rows).numpy()
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """Every rank's `thing`, for what is asked once an epoch."""
+        things = [thing] * self.world
+        if self.world > 1:
+            with self._contact():
+                distributed.all_gather_object(things, thing)
+        return things
+
+    def first(self, thing: Any) -> Any:
+        """Rank 0's `thing`."""
+        return self.gather_objects(thing if self.rank == 0 else None)[0]
+
+    def require_same(self, complaint: str, thing: Any) -> None:
+        """Raises RequestError on every rank, naming one that differs from rank 0, unless all have the same `thing`."""
+        things = self.gather_objects(thing)
+        if differing := [rank for rank, each in enumerate(things) if each != things[0]]:
+            raise RequestError(f"{complaint}, rank {differing[0]} other than rank 0")
+
+    def join_columns(self, facts: Tensor, size: int) -> Tensor:
+        """[rows, n] of every rank beside each other, [rows, world * size]; n < size is filled up with -inf."""
+        if self.world == 1:
+            return facts
+        facts = F.pad(facts, (0, size - facts.shape[1]), value=-math.inf).contiguous()
+        parts = [torch.empty_like(facts) for _ in range(self.world)]
+        with self._contact():
+            distributed.all_gather(parts, facts)
+        return torch.cat(parts, 1)
+
+    def even_out(self, images: Tensor, labels: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Send samples from the ranks that have more than the mean to those that have less, so that all have it."""
+        share, sends, receives = sum(counts) // self.world, [], []
+        over = [[rank, n - share] for rank, n in enumerate(counts) if n > share]
+        under = [[rank, share - n] for rank, n in enumerate(counts) if n < share]
+        kept, left = min(len(labels), share), len(labels)
+        got: list[tuple[Tensor, Tensor]] = []
+        while over:
+            (source, surplus), (target, need) = over[0], under[0]
+            n = min(surplus, need)
+            if source == self.rank:
+                left -= n
+                for tensor in (images, labels):
+                    part = tensor[left : left + n].contiguous()
+                    sends.append(distributed.P2POp(distributed.isend, part, target))
+            elif target == self.rank:
+                got.append(tuple(tensor.new_empty(n, *tensor.shape[1:]) for tensor in (images, labels)))
+                receives += [distributed.P2POp(distributed.irecv, tensor, source) for tensor in got[-1]]
+            over[0][1], under[0][1] = surplus - n, need - n
+            over, under = ([each for each in side if each[1]] for side in (over, under))
+        if sends or receives:
+            with self._contact():
+                for work in distributed.batch_isend_irecv(sends + receives):
+                    work.wait()
+        if not got:
+            return images[:kept], labels[:kept]
+        return tuple(torch.cat([own, *parts]) for own, parts in zip((images, labels), zip(*got)))  # noqa: B905
 
 
 # ------------------------------------------------------------------------------------------------ Metrics
@@ -1617,7 +1950,7 @@ class EnergyMeter:
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # older cards have none: found out here
             self._read = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         except pynvml.NVMLError as error:
-            print(f"energy is not measured, energy_kj stays null: NVML says {_one_line(error)}", flush=True)
+            tell(f"energy is not measured, energy_kj stays null: NVML says {_one_line(error)}")
 
     def read_kj(self) -> float | None:
         return None if self._read is None else self._read() / 1e6  # the counter is in millijoules
@@ -1909,10 +2242,19 @@ def build_optimizer(model: nn.Module, training: TrainingConfig, device: torch.de
 
 
 def resolve_device(training: TrainingConfig) -> torch.device:
-    """The device to train on. Raises RequestError for `cuda` where there is none."""
+    """The device to train on, of several processes each its own. Raises RequestError for `cuda` where there is none,
+    or where there are fewer GPUs than processes."""
     if training.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("training.device: cuda, but torch sees no GPU here; set training.device=cpu or auto")
-    return torch.device("cpu" if training.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    if training.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    _, world, local = launched()
+    if world == 1:
+        return torch.device("cuda")
+    if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))) > torch.cuda.device_count():
+        raise RequestError(f"training.device: {processes} processes and {torch.cuda.device_count()} GPUs here")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def resolve_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype | None:
@@ -1948,7 +2290,8 @@ class Stop:
     def _on_signal(self, number: int, _: Any) -> None:
         if not self.training:
             sys.stdout.flush()
-            os.write(2, b"ended before the first step\n")
+            if launched()[0] == 0:
+                os.write(2, b"ended before the first step\n")
             os._exit(128 + number)  # an exception can get lost in an import that is under way
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
@@ -1987,12 +2330,17 @@ class Normalise:
 class Run:
     """Everything a training step needs and changes: model, optimizer, controller, queue, ledger, history."""
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device, planned_steps: int, samples: int = 0):
+    def __init__(self, config: Config, model: nn.Module, device: torch.device, planned_steps: int, samples: int = 0,
+                 dist: Dist | None = None):  # fmt: skip
         """planned_steps: loop steps of the whole run; samples: how many indices the training set has."""
         ast, training = config.ast, config.training
+        self.dist = dist or Dist()
+        self.local_batch = training.batch_size // self.dist.world
+        self.synced = training.sync_batchnorm and self.dist.world > 1
         self.config, self.device, self.planned_steps = config, device, planned_steps
         self.base_flop = config.metrics.base_flop_per_sample or count_flops(model, config.dataset.image_size)
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.synced else model
         self.model = model.to(device, memory_format=self.layout).train()
         self.amp_dtype = resolve_amp_dtype(training, device)
         published = getattr(model, "pretrained_cfg", None) or {}  # timm says how its weights were trained
@@ -2023,7 +2371,7 @@ class Run:
         if ast.mode == "ast" and ast.scoring == "history":
             weight = min(ast.explore_weight_cap, 1 / ast.explore) if ast.explore else 1.0
             self.past = History(samples, 2.0 if ast.rule == "infobatch" else weight, device)
-        self.queue = ActiveQueue(training.batch_size)
+        self.queue = ActiveQueue(training.batch_size, self.dist)
         self.streak = 0.0  # log probability of the current run of all or none active
         self.iqr: float | None = None  # running inter-quartile range of the significance, nats
         self.energy = EnergyMeter(device)
@@ -2034,11 +2382,14 @@ class Run:
         self.nonfinite_steps = 0  # of the finished epochs
         self.bad_images = BadImages(config.dataset.max_bad_images)
         self.board: Any | None = None  # TensorBoard's writer
-        self.environment = environment(device)  # now: at the end, a dead loader worker would break into its subprocess
+        self.environment = environment(device) | {
+            "processes": self.dist.world
+        }  # now: at the end, a dead loader worker would break into its subprocess
         self.checkpoints: Checkpoints | None = None
         self.saved_at: tuple[int, int] | None = None  # epoch and step of this session's newest checkpoint
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of this session, and all before it
         self.epoch_started: float | None = None  # time.monotonic() seconds, while an epoch trains
+        self.agreed_seconds = 0.0  # of training, at the last step's end: what several processes go by
         self.energy_kj, self.energy_read = None if self.energy.read_kj() is None else 0.0, None
         self.lr_warmup = config.lr_warmup_share()
         self.lr = lr_at(0.0, training, self.lr_warmup)
@@ -2116,7 +2467,8 @@ class Run:
     def progress(self) -> float:
         """How far the schedule is, 0 to 1: by loop steps whose gradient was applied, or by training time."""
         if self.config.training.lr_decay == "time":
-            return self.training_seconds() / (60 * self.config.training.max_minutes)
+            seconds = self.agreed_seconds if self.dist.world > 1 else self.training_seconds()
+            return seconds / (60 * self.config.training.max_minutes)
         return (self.scheduled + self.unscheduled / 2) / self.planned_steps
 
     def training_seconds(self) -> float:
@@ -2151,6 +2503,72 @@ class Run:
         """Whether a schedule over time has come to its end."""
         return self.config.training.lr_decay == "time" and self.progress() >= 1
 
+    def agree(self, stop: Stop) -> tuple[bool, bool, bool]:
+        """(end for a signal, end for the time, checkpoint now): alike on all ranks, yes where one of them says so."""
+        capped = self.out_of_time() or stop.status(self.reserve()) == "time_capped"
+        due = capped or self.checkpoint_due()
+        if self.dist.world == 1:
+            return stop.signal is not None, capped, due
+        rows = self.dist.gather([stop.signal or 0, capped, due, self.training_seconds()])
+        number, capped, due, self.agreed_seconds = rows.max(0).tolist()
+        if number:
+            stop.signal = int(number)
+        capped = capped > 0 or self.out_of_time()
+        return number > 0, capped, capped or due > 0
+
+    def average_statistics(self) -> None:
+        """Give every rank the mean of all ranks' running statistics."""
+        floats = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if self.dist.world > 1 and floats:
+            flat = self.dist.all_sum(torch.cat([buffer.flatten() for buffer in floats])) / self.dist.world
+            for buffer, part in zip(floats, flat.split([buffer.numel() for buffer in floats]), strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+    def pool(self) -> None:
+        """Move to rank 0 what the ranks counted and gathered by themselves since the last time: ledger, meter,
+        energy, open window. Recorded significances and running statistics all ranks then have alike.
+
+        Raises TrainingFailed where the ranks are not in the same state.
+        """
+        if self.dist.world == 1:
+            return
+        self.average_statistics()
+        if self.past is not None and self.step:
+            self.past.merge(self.dist, self.epoch)
+        first, ledger, meter = self.dist.rank == 0, self.ledger, self.meter
+        if self.dist.gather([self.window_samples])[:, 0].any():
+            self.pool_window()
+        counted = [ledger.loaded, ledger.scored, ledger.trained, meter.hits, meter.trained, meter.predicted]
+        weights = sum(float(p.detach().double().sum()) for p in self.model.parameters())
+        alike = [self.controller.threshold or 0.0, self.controller.integral, self.lr, self.scheduled, weights]
+        rows = self.dist.gather([*counted, self.energy_kj or 0.0, *meter.sums.tolist(), *alike])
+        states = rows[:, -len(alike) :]
+        if not np.array_equal(states, states[:1].repeat(len(states), 0), equal_nan=True):
+            raise TrainingFailed(f"the processes have drifted apart in epoch {self.epoch + 1}, step {self.step}")
+        totals, sums = rows.sum(0) * first, rows[:, len(counted) + 1 : -len(alike)]
+        numbers = [int(total) for total in totals[: len(counted)]]
+        ledger.loaded, ledger.scored, ledger.trained, meter.hits, meter.trained, meter.predicted = numbers
+        self.energy_kj = None if self.energy_kj is None else float(totals[len(counted)])
+        met = sums[:, 3][sums[:, 3] > 0]  # the first step, over all ranks, with a loss that is not finite
+        sums = sums.sum(0) + np.eye(7)[3] * (met.min(initial=math.inf) if len(met) else 0) - np.eye(7)[3] * met.sum()
+        meter.sums.copy_(torch.from_numpy(sums * first))
+        for found in self.dist.gather_objects(self.bad_images.found) if self.bad_images.limit else ():
+            if first:
+                self.bad_images.add(found)
+
+    def pool_window(self) -> None:
+        """Move the open window's gradient to rank 0; on the others the window is open and empty."""
+        samples, first = int(merge_gradients(self)), self.dist.rank == 0
+        for parameter in self.model.parameters():
+            if parameter.grad is not None and not first:
+                parameter.grad.zero_()
+        self.window_samples = self.window_divisor = samples * first
+
+    def random_states(self) -> list[Tensor | None]:
+        """Of the generators that dropout draws from: the host's, and the device's."""
+        cuda = self.device.type == "cuda"
+        return [torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None]
+
     PLAIN = (
         *("epoch", "step", "scoring", "streak", "iqr", "lr", "scheduled", "unscheduled", "activations", "thresholds"),
         *("window_samples", "window_divisor", "window_forwards", "history", "epochs_completed", "nonfinite_steps"),
@@ -2161,32 +2579,36 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the steps to come depend on. Raises TrainingFailed rather than keep a non-finite loss.
 
-        The running clock is stopped and started, so that the time so far is counted.
+        The running clock is stopped and started, so that the time so far is counted. Of several processes all call
+        it, and rank 0 gets what all have; what is active and waits in their queues is among it.
         """
-        self.meter.read()
         clocked = self.epoch_started is not None
         if clocked:
             self.stop_clock()
+        self.pool()
+        self.meter.read()
+        if clocked:
             self.start_clock()
-        cuda = self.device.type == "cuda"
         return {
             "config": self.config.model_dump(),
             **{name: getattr(self, name) for name in self.PLAIN},
             **{name: getattr(self, name).state_dict() for name in self.PARTS},
             "ledger": asdict(self.ledger),
             "ledger_before": asdict(self.ledger_before),
-            "queue": [self.queue.images, self.queue.labels],
+            "queue": self.queue.contents(),
             "past": None if self.past is None else self.past.state_dict(),
             "gradients": [p.grad for p in self.model.parameters()] if self.window_samples else None,
             "window_bad": self.window_bad,
             "ahead": None if self.ahead is None else self.ahead.wait(),
             "bad_images": self.bad_images.found,
             "elapsed": self.elapsed(),
-            "random": [torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None],
+            "random": self.random_states(),
+            **({"ranks": self.dist.gather_objects(self.random_states())} if self.dist.world > 1 else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises KeyError, ValueError, RuntimeError and such for a wrong one."""
+        """Go on where `state_dict` was taken, with as many processes as there are now. Raises KeyError, ValueError,
+        RuntimeError and such for a wrong one."""
         for name in self.PLAIN:
             setattr(self, name, state[name])
         self.meter = self.new_meter()
@@ -2196,8 +2618,8 @@ class Run:
         if self.past is not None:
             self.past.load_state_dict(state["past"])
         tensors = *state["queue"], state["window_bad"]
-        moved = (tensor if tensor is None else tensor.to(self.device) for tensor in tensors)
-        self.queue.images, self.queue.labels, self.window_bad = moved
+        images, labels, self.window_bad = (t if t is None else t.to(self.device) for t in tensors)
+        self.queue.put(images, labels)
         for parameter, gradient in zip(self.model.parameters(), state["gradients"] or []):  # noqa: B905
             if parameter.grad is None:
                 parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
@@ -2208,21 +2630,39 @@ class Run:
         if self.step == 0:
             self.start_epoch(self.epoch)
         self.earlier_seconds = state["elapsed"]
+        self.agreed_seconds = self.train_seconds + self.epoch_seconds
         generator, cuda_generator = state["random"]
+        if len(state.get("ranks", ())) == self.dist.world > 1:
+            generator, cuda_generator = state["ranks"][self.dist.rank]
         torch.set_rng_state(generator)
         if cuda_generator is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_generator, self.device)
+        if self.dist.rank:
+            self.count_from_nothing(other_world=len(state.get("ranks", ())) != self.dist.world)
+
+    def count_from_nothing(self, other_world: bool) -> None:
+        """What a rank other than 0 does with a checkpoint: rank 0 has what was counted until then."""
+        self.ledger.loaded = self.ledger.scored = self.ledger.trained = 0
+        self.meter, self.energy_kj = self.new_meter(), None if self.energy_kj is None else 0.0
+        self.window_samples = self.window_divisor = 0
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        if other_world:
+            torch.manual_seed(self.config.training.seed + 1000003 * self.dist.rank + self.epoch)
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint, where the run keeps any."""
+        """Write a checkpoint, where the run keeps any; of several processes rank 0 does, with what all have."""
+        if self.checkpoints is None and self.dist.world == 1:
+            return
+        state, self.saved_at = self.state_dict(), (self.epoch, self.step)
         if self.checkpoints is not None:
-            self.checkpoints.save(self.state_dict(), self.device, best)
-            self.saved_at = self.epoch, self.step
+            self.checkpoints.save(state, self.device, best)
 
     def log(self, row: dict[str, Any], whole: bool = True) -> None:
         """Append the epoch's row to the log, where one is asked for; of an epoch cut short the line is kept beside the
         checkpoint too, for a resumption to take back."""
-        if self.config.logging.jsonl_path is None:
+        if self.config.logging.jsonl_path is None or self.dist.rank:
             return
         if not whole:
             line = json.dumps(row) + "\n"
@@ -2230,7 +2670,7 @@ class Run:
         append_jsonl(self.config.logging.jsonl_path, row)
 
     def checkpoint_due(self) -> bool:
-        minutes = self.config.logging.checkpoint_minutes
+        minutes = self.config.logging.checkpoint_minutes if self.dist.rank == 0 else None
         return minutes is not None and time.monotonic() - self.checkpoints.saved >= 60 * minutes
 
 
@@ -2245,7 +2685,8 @@ def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int, stop: Stop)
     An open accumulation window ends with the epoch, and with a time cap, which checkpoints before; after a signal it
     is left for the checkpoint. Raises TrainingFailed on a non-finite loss too many.
     """
-    any_active_in_accum = run.window_samples > 0
+    any_active_in_accum = bool(run.dist.gather([run.window_samples]).any())
+    signalled = False
     sparse_before = run.epoch - run.config.ast.warmup_epochs
     with _progress(run, steps) as heartbeat:
         for batch, scores in score_ahead(run, () if run.out_of_time() else batches):  # () once it is resumed
@@ -2254,7 +2695,7 @@ def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int, stop: Stop)
                 run.controller.epoch = sparse_before + run.step / steps
                 trained = ast_forward(run, batch.images, batch.labels, scores)
             else:
-                trained = train_step(run, *batch)
+                trained = train_step(run, *batch) or int(run.dist.world > 1)  # another rank has some
             run.step, run.unscheduled = run.step + 1, run.unscheduled + run.pace
             if trained is not None:
                 run.window_forwards += 1
@@ -2265,12 +2706,12 @@ def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int, stop: Stop)
             if window_full:
                 any_active_in_accum, run.window_forwards = False, 0
             heartbeat(len(batch.labels))
-            capped = run.out_of_time() or stop.status(run.reserve()) == "time_capped"
-            if capped or run.checkpoint_due():
+            signalled, capped, due = run.agree(stop)
+            if due:
                 run.save()
-            if capped or stop.signal is not None:
+            if capped or signalled:
                 break
-        if any_active_in_accum and stop.signal is None:
+        if any_active_in_accum and not signalled:
             optimizer_step(run)
             run.window_forwards = 0
     return run.step == steps
@@ -2282,11 +2723,11 @@ def _progress(run: Run, steps: int) -> Iterator[Callable[[int], None]]:
     label = f"epoch {run.epoch + 1}/{run.config.training.epochs}"
     started = shown = time.monotonic()
     images = 0
-    with tqdm(total=steps, desc=label, unit="step", leave=False, disable=None, dynamic_ncols=True) as bar:
+    with tqdm(total=steps, desc=label, unit="step", leave=False, disable=quiet(), dynamic_ncols=True) as bar:
 
         def heartbeat(loaded: int) -> None:
             nonlocal shown, images
-            images += loaded
+            images += loaded * run.dist.world
             now = time.monotonic()
             if now - shown < 1.0 and run.step < steps:
                 return
@@ -2308,7 +2749,7 @@ def warm_up(run: Run) -> None:
     training, side = run.config.training, run.config.dataset.image_size
     buffers = [buffer.clone() for buffer in run.model.buffers()]
     graphs = "reduce-overhead" in (training.compile, training.compile_scoring)
-    images = torch.zeros(training.batch_size, 3, side, side, dtype=torch.uint8, device=run.device)
+    images = torch.zeros(run.local_batch, 3, side, side, dtype=torch.uint8, device=run.device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
     weights = () if run.past is None else (run.past.weights(labels),)
     try:
@@ -2329,25 +2770,33 @@ def warm_up(run: Run) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, loader: Iterable[Batch], stop: Stop | None = None) -> float | None:
-    """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape.
+    """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape. Of
+    several processes each forwards its part, and all get the whole's accuracy.
 
     None where a signal came before its end, or where it outlasts training.max_minutes by more than a tenth of that.
     """
-    hits, count = torch.zeros((), device=run.device), 0
+    hits, count, cut = torch.zeros((), device=run.device), 0, False
     end = math.inf if stop is None else stop.deadline + 6 * (run.config.training.max_minutes or math.inf)
     for images, labels, _ in device_batches(loader, run.device, run.bad_images):
-        if (stop is not None and stop.signal is not None) or time.monotonic() > end:
-            return None
-        padding = run.config.training.batch_size - len(labels)
+        if cut := (stop is not None and stop.signal is not None) or time.monotonic() > end:
+            break
+        padding = run.local_batch - len(labels)
         whole = (torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])]) for tensor in (images, labels))
         hits += run.evaluator(*whole)[1, : len(labels)].sum()
         count += len(labels)
-    return 100 * hits.item() / count
+    rows = run.dist.gather([hits.item(), count, cut, 0 if stop is None else stop.signal or 0])
+    hits, count, cut, _ = rows.sum(0).tolist()
+    if cut:
+        if number := int(rows[:, 3].max()):
+            stop.signal = number
+        return None
+    return 100 * hits / count
 
 
 def close_epoch(run: Run, val_acc: float, considered: float) -> dict[str, Any]:
     """Add the epoch's row to the history and return it. `considered`: samples a dense epoch would have trained on."""
     metrics, seconds = run.config.metrics, run.epoch_seconds
+    run.pool()
     loss, train_acc = run.meter.read()
     run.settle()
     done = run.ledger.since(run.ledger_before)
@@ -2388,35 +2837,59 @@ def train(config: Config, stop: Stop | None = None, resume: str | None = None) -
     if config.training.max_minutes is not None and config.training.lr_decay == "epochs":
         stop.deadline = started + 60 * config.training.max_minutes
     device = resolve_device(config.training)
-    prepare_outputs(config.logging)
-    with claimed(checkpoint_folder(config)):
-        return train_claimed(config, device, stop, resume, started)
+    dist = meet(config, device)
+    if dist.rank == 0:
+        prepare_outputs(config.logging)
+    with claimed(checkpoint_folder(config)) if dist.rank == 0 else contextlib.nullcontext():
+        outcome = train_claimed(config, device, stop, resume, started, dist)
+    dist.leave()
+    return outcome
+
+
+def meet(config: Config, device: torch.device) -> Dist:
+    """Join the processes of this run, where there are several. Raises RequestError where they do not fit together."""
+    _, world, _ = launched()
+    if config.training.batch_size % world:
+        raise RequestError(f"training.batch_size: {config.training.batch_size} is no multiple of {world} processes")
+    if world > 1 and config.training.sync_batchnorm and device.type == "cpu":
+        raise RequestError("training.sync_batchnorm: several processes need GPUs for it, torch has none for the CPU")
+    dist = Dist.join(device)
+    if world > 1:
+        whole = config.model_dump(exclude={"logging"})
+        dist.require_same("the processes were given different configs", [whole, str(checkpoint_folder(config))])
+        share = config.training.batch_size // world
+        tell(f"{world} processes, {share} samples a step each of training.batch_size={config.training.batch_size}")
+    return dist
 
 
 def train_claimed(
-    config: Config, device: torch.device, stop: Stop, resume: str | None, started: float
+    config: Config, device: torch.device, stop: Stop, resume: str | None, started: float, dist: Dist
 ) -> tuple[dict[str, Any], Path]:
-    """`train`, since `started` (time.monotonic() seconds), in a checkpoint folder that is this process's own."""
-    checkpoint = find_checkpoint(config, resume)
+    """`train`, since `started` (time.monotonic() seconds), in a checkpoint folder that is this run's own."""
+    checkpoint = dist.first(find_checkpoint(config, resume))
     state = None if checkpoint is None else load_checkpoint(checkpoint, config)
-    board = open_tensorboard(config.logging)
+    board = open_tensorboard(config.logging) if dist.rank == 0 else None
     torch.manual_seed(config.training.seed)
     configure_backends(config.ast, device)
-    train_loader, val_loader, plan, num_classes = build_dataloaders(config, device)
+    train_loader, val_loader, plan, num_classes = build_dataloaders(config, device, dist)
     model = get_model(config.model, num_classes, config.dataset.image_size)
     planned = sum(plan.steps(epoch) for epoch in range(config.training.epochs))
-    run = Run(config, model, device, planned, int(plan.indices.max()) + 1)
+    run = Run(config, model, device, planned, int(plan.indices.max()) + 1, dist)
+    if dist.rank:  # dropout is each rank's own
+        torch.manual_seed(config.training.seed + 1000003 * dist.rank)
     run.board, run.started = board, started
     if device.type == "cuda" or config.training.compile != "off":
         warm_up(run)
     if resume is not None:
         begin_again(run, checkpoint, state)
-    run.checkpoints = Checkpoints(checkpoint_folder(config))
-    run.checkpoints.require_space(state_bytes(run))
+    if dist.rank == 0:
+        run.checkpoints = Checkpoints(checkpoint_folder(config))
+        run.checkpoints.require_space(state_bytes(run))
     outcome, stop.training = {"status": "failed"}, True
     try:
         outcome = {"status": fit(run, train_loader, val_loader, plan, stop)}
-        run.checkpoints.wait()
+        if run.checkpoints is not None:
+            run.checkpoints.wait()
     except Exception as error:
         known = explained(error, config)
         outcome = {"status": "failed", "error": _one_line(known)}
@@ -2424,11 +2897,12 @@ def train_claimed(
             raise known from None
         raise
     finally:
-        run.checkpoints.close()
-        result = build_result(run, outcome, run.elapsed())
-        path = save_results(result, config.logging.output_dir)
-        tell(f"{summary(result)}\nresults: {path}")
-    return result, path
+        result, path = build_result(run, outcome, run.elapsed()), None
+        if run.checkpoints is not None:
+            run.checkpoints.close()
+            path = save_results(result, config.logging.output_dir)
+            tell(f"{summary(result)}\nresults: {path}")
+    return dist.first((result, path))
 
 
 def begin_again(run: Run, path: Path | None, state: dict[str, Any] | None) -> None:
@@ -2438,7 +2912,7 @@ def begin_again(run: Run, path: Path | None, state: dict[str, Any] | None) -> No
         return
     try:
         run.load_state_dict(state)
-        if run.config.logging.jsonl_path is not None:
+        if run.config.logging.jsonl_path is not None and run.dist.rank == 0:
             align_jsonl(Path(run.config.logging.jsonl_path), run.history, path.with_name(CAPPED))
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         why = f"{type(error).__name__}: {_one_line(error)[:200]}"
@@ -2476,13 +2950,14 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
     """Train and validate epoch by epoch. Returns completed, early_stopped, time_capped or interrupted."""
     tell(epoch_line(run.config))
     run.eval_steps = len(val_loader)
-    while (status := ended(run, stop)) is None:
+    while (status := agreed_end(run, stop)) is None:
         run.start_clock()
         begin_epoch(run, plan)
         whole = train_one_epoch(run, device_batches(train_loader, run.device, run.bad_images), len(plan), stop)
         run.stop_clock()
+        run.average_statistics()
         started = time.monotonic()
-        val_acc = None if stop.signal is not None else evaluate(run, val_loader, stop)
+        val_acc = None if signalled(run, stop) else evaluate(run, val_loader, stop)
         if val_acc is None:
             status = "interrupted" if stop.signal is not None else "time_capped"
             if status == "time_capped":
@@ -2495,11 +2970,13 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         if run.board is not None:
             add_scalars(run.board, row)
         if not whole:  # the checkpoint is the one before the cap
-            run.checkpoints.then(run.log, row, whole)
+            if run.checkpoints is not None:
+                run.checkpoints.then(run.log, row, whole)
             return "completed" if run.out_of_time() else "time_capped"
         run.epoch, run.step = run.epoch + 1, 0
         run.save(best=val_acc == max(run.history["val_acc"]) > max(run.history["val_acc"][:-1], default=-1.0))
-        run.checkpoints.then(run.log, row)
+        if run.checkpoints is not None:
+            run.checkpoints.then(run.log, row)
     if status in ("interrupted", "time_capped") and run.saved_at != (run.epoch, run.step):
         run.save()
     return status
@@ -2514,6 +2991,19 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
     if run.past is not None and run.config.is_sparse(run.epoch):
         plan.begin(run.epoch, run.step, run.past.kinds.cpu().numpy())
     run.pace = plan.steps(run.epoch) / len(plan)
+
+
+def signalled(run: Run, stop: Stop) -> bool:
+    """Whether a signal is to end the run; all ranks then know."""
+    stop.signal = int(run.dist.gather([stop.signal or 0]).max()) or stop.signal
+    return stop.signal is not None
+
+
+def agreed_end(run: Run, stop: Stop) -> str | None:
+    """`ended` as rank 0 sees it."""
+    status, number = run.dist.first((ended(run, stop), stop.signal))
+    stop.signal = stop.signal or number
+    return status
 
 
 def ended(run: Run, stop: Stop) -> str | None:
@@ -2614,6 +3104,8 @@ def write_result(result: dict[str, Any], path: Path) -> None:
 
 def tell(text: str) -> None:
     """Print for those who watch a run; a full disk or a closed pipe behind that does not end it."""
+    if launched()[0]:  # rank 0 speaks for the others
+        return
     with contextlib.suppress(OSError):
         print(text, flush=True)
 
@@ -2671,18 +3163,17 @@ def run_cli(main: Callable[[], int]) -> int:
     try:
         code = main()
         sys.stdout.flush()
-    except RequestError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except TrainingFailed as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 1
+    except (RequestError, TrainingFailed) as error:
+        failure = 2 if isinstance(error, RequestError) else getattr(error, "code", 1), _one_line(error)
     except OSError as error:
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or _one_line(error)}", file=sys.stderr)
-        return 1
+        failure = 1, f"{error.filename or 'standard output'}: {error.strerror or _one_line(error)}"
     except KeyboardInterrupt:
         return 130
-    return code
+    else:
+        return code
+    if says_why(*failure):
+        print(f"error: {failure[1]}", file=sys.stderr)
+    return failure[0]
 
 
 def execute(config: Config, resume: str | None = None) -> int:

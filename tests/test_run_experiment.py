@@ -12,7 +12,7 @@ import pytest
 import run_experiment
 import yaml
 from conftest import REPO
-from train_ast import load_config, run_cli
+from train_ast import RequestError, load_config, run_cli
 
 CONFIG = str(REPO / "configs/digits_smoke.yaml")
 
@@ -151,3 +151,31 @@ def test_a_dense_twin_needs_a_sparse_run_that_ended(tmp_path, capsys):
     assert run_cli(lambda: run_experiment.main([*args, "--epochs", "100000", f"logging.jsonl_path={log}"])) == 130
     (path,) = tmp_path.glob("final_results_*.json")
     assert "twin" not in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--nproc", "0"], "--nproc"),
+        (["--nproc", "2", "--max-restarts", "-1"], "--max-restarts"),
+        (["--nproc", "2", "--dense-twin"], "--dense-twin"),
+    ],
+)
+def test_processes_that_cannot_be_started_are_refused(flags, named):
+    with pytest.raises(RequestError, match=named):
+        run_experiment.main(["--config", str(REPO / "configs" / "digits_smoke.yaml"), *flags])
+
+
+def test_processes_get_the_config_its_overrides_and_what_to_resume(monkeypatch):
+    got = []
+    monkeypatch.setattr(run_experiment, "launch", lambda *arguments: got.append(arguments) or 0)
+    config = str(REPO / "configs" / "digits_smoke.yaml")
+    flags = ["--epochs", "5", "--nproc", "2"]
+    assert run_experiment.main(["--config", config, *flags, "training.lr=0.1"]) == 0
+    assert run_experiment.main(["--config", config, *flags, "--max-restarts", "3"]) == 0
+    assert run_experiment.main(["--config", config, *flags, "--max-restarts", "3", "--resume", "x.pt"]) == 0
+    assert got == [
+        (2, 0, ["--config", config, "training.lr=0.1", "training.epochs=5"]),
+        (2, 3, ["--config", config, "--resume", "auto", "training.epochs=5"]),
+        (2, 3, ["--config", config, "--resume", "x.pt", "training.epochs=5"]),
+    ]

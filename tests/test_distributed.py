@@ -1,0 +1,441 @@
+"""Several processes on one run (gloo on the CPU): what they train is what one process would have trained."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_experiment
+import torch
+import train_ast
+from conftest import BatchNormNet, LayerNormNet, make_config
+from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
+from test_kill import exit_code, running, wait_until
+from torch.distributed import TCPStore
+from train_ast import (
+    ActiveQueue,
+    Config,
+    Dist,
+    Stop,
+    TrainingFailed,
+    checkpoint_folder,
+    execute,
+    load_checkpoint,
+    run_cli,
+    train,
+)
+
+
+def as_rank(rank: int, world: int, port: int, work: Callable[[int], Any], folder: Path) -> None:
+    """What a process of `ranks` does: `work`, as torchrun would have started it; its output goes to a file."""
+    code = 99
+    with (folder / f"{rank}.out").open("w", 1) as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ.update({key: str(value) for key, value in facts.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torchrun's store, here the parent's
+        torch.set_num_threads(1)
+        try:
+            torch.save(work(rank), folder / f"{rank}.pt")
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            file.flush()
+            os._exit(code)
+
+
+class Ended:
+    """How the processes of `ranks` ended: exit codes, what they printed, what their work returned."""
+
+    def __init__(self, codes: list[int], folder: Path):
+        self.codes, self.folder = codes, folder
+        self.texts = [path.read_text() for path in sorted(folder.glob("*.out"))]
+
+    def errors(self) -> list[str]:
+        """What all of them together said on how they failed; a traceback counts."""
+        lines = [line for text in self.texts for line in text.splitlines()]
+        return [line for line in lines if line.startswith(("error:", "Traceback"))]
+
+    def results(self) -> list[Any]:
+        assert self.codes == [0] * len(self.codes), "\n".join(self.texts)
+        return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(self.codes))]
+
+
+def ranks(
+    world: int, work: Callable[[int], Any], folder: Path, seconds: float = 60, missing: Sequence[int] = ()
+) -> Ended:
+    """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context, started = multiprocessing.get_context("fork"), [rank for rank in range(world) if rank not in missing]
+    processes = [
+        context.Process(target=as_rank, args=(rank, world, store.port, work, folder), daemon=False) for rank in started
+    ]
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        with contextlib.suppress(AttributeError):
+            process.kill()
+        process.join()
+    assert not hanging, f"ranks {hanging} did not end"
+    return Ended([process.exitcode for process in processes], folder)
+
+
+# ----------------------------------------------------------------------------------- The same as one process
+
+TWENTY = ["training.batch_size=24", "dataset.max_train_samples=125", "dataset.max_val_samples=65"]
+TWENTY += ["training.epochs=4", "training.lr=0.05", "training.num_workers=0"]  # 4 epochs of 5 steps
+HISTORY = ["ast.scoring=history", "ast.warmup_epochs=1", "ast.target_activation=0.5", "training.epochs=12"]
+WAYS = {
+    "dense": ["ast.mode=dense"],
+    "random": ["ast.mode=random", "ast.target_activation=0.5", "training.epochs=10"],
+    "ast": [],
+    "ast, few active": ["ast.target_activation=0.06", "ast.min_active=1"],
+    "ast, scored on the spot": ["ast.score_ahead=false", "ast.warmup_epochs=1"],
+    "accumulated": ["training.grad_accum_steps=4", "training.grad_clip_norm=1.0"],
+    "accumulated, AdamW": ["training.grad_accum_steps=3", "training.optimizer=adamw", "training.lr=0.001"],
+    "accumulated, few active": ["training.grad_accum_steps=2", "ast.target_activation=0.03", "ast.min_active=0"],
+    "packed": ["ast.pack=true", "ast.target_activation=0.4"],
+    "packed, accumulated": ["ast.pack=true", "training.grad_accum_steps=2", "ast.target_activation=0.6"],
+    "top-k": ["ast.rule=topk", "ast.pack=true"],
+    "history": [*HISTORY, "ast.explore_weight_cap=4"],
+    "infobatch": [*HISTORY, "ast.rule=infobatch", "ast.entropy_weight=0"],
+    "resident": ["dataset.cache=device", "dataset.augment=pad_crop", "dataset.repeat=2", "training.epochs=2"],
+    "steps left out": ["training.max_nonfinite_steps=3", "ast.mode=dense"],
+}
+
+
+def lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_ast, "get_model", lambda *_: LayerNormNet())
+
+
+def counts_seen() -> list[list[int]]:
+    """A list that fills with how many active samples each rank has, step by step."""
+    seen, whole = [], Dist.own_part
+
+    def watched(self: Dist, chosen: torch.Tensor, n: int) -> tuple:
+        own, counts = whole(self, chosen, n)
+        seen.append(counts)
+        return own, counts
+
+    Dist.own_part = watched
+    return seen
+
+
+def last(config: Config) -> dict[str, Any]:
+    return load_checkpoint(checkpoint_folder(config) / "last.pt", config)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_path, monkeypatch):
+    lab(monkeypatch)
+    one, many = (make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
+    whole, _ = train(one)
+    steps = sum(whole["training_history"]["optimizer_steps"])
+
+    def work(rank: int) -> Any:
+        seen = counts_seen()
+        result, path = train(many)
+        return result, path, seen
+
+    (result, path, seen), *others = ranks(world, work, tmp_path / "ranks").results()
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert all(other[1] == path for other in others)
+    assert len(list((tmp_path / "many").glob("final_results_*.json"))) == 1
+    assert result.keys() == whole.keys()
+    assert result["ledger"] == whole["ledger"]
+    if "few" in way:
+        assert any(0 in counts and sum(counts) for counts in seen)  # a rank without any takes part
+    expected, got = last(one), last(many)
+    for name, tensor in expected["model"].items():
+        assert torch.allclose(tensor, got["model"][name], atol=1e-5, rtol=0), name
+    for key, values in whole["training_history"].items():
+        if key not in TIMED:
+            got_values = result["training_history"][key]
+            known = [pair for pair in zip(got_values, values, strict=True) if pair != (None, None)]
+            assert [pair[0] for pair in known] == pytest.approx([pair[1] for pair in known], abs=1e-5, rel=1e-4), key
+    assert steps >= (5 if "accum" in way or "pack" in way or way == "top-k" else 20)
+    if expected["past"] is not None:
+        assert torch.allclose(expected["past"]["significance"], got["past"]["significance"], atol=1e-4)
+        assert torch.equal(expected["past"]["seen"], got["past"]["seen"])
+        assert torch.equal(expected["past"]["kinds"], got["past"]["kinds"])
+    if expected["queue"][1] is not None:
+        assert sorted(expected["queue"][1].tolist()) == sorted(got["queue"][1].tolist())
+
+
+# ------------------------------------------------------------------------------ Interrupted, and resumed by others
+
+
+@pytest.mark.parametrize(
+    ("way", "before", "after"),
+    [
+        *(("packed, accumulated", *pair) for pair in ((2, 3), (3, 1), (1, 2))),
+        *(("accumulated", 2, 1), ("accumulated", 1, 2), ("history", 2, 3), ("history", 3, 1), ("ast", 2, 2)),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(way, before, after, tmp_path, monkeypatch):
+    lab(monkeypatch)
+    one, many = (make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
+    whole, _ = train(one)
+
+    def interrupted(rank: int) -> Any:
+        return train(many, StopAfter(8) if rank == before - 1 else Stop())[0], last(many)["step"]
+
+    results = ranks(before, interrupted, tmp_path / "before").results()
+    assert {result["status"] for result, _ in results} == {"interrupted"}
+    assert results[0][1] > 0  # in the middle of an epoch
+    resumed = ranks(after, lambda rank: train(many, resume="auto")[0], tmp_path / "after").results()[0]
+    assert resumed["status"] == "completed"
+    assert resumed["ledger"] == whole["ledger"]
+    expected, got = last(one), last(many)
+    for name, tensor in expected["model"].items():
+        assert torch.allclose(tensor, got["model"][name], atol=1e-5, rtol=0), name
+    for key in ("samples_loaded", "samples_scored", "samples_trained", "optimizer_steps", "val_acc", "activation_rate"):
+        assert resumed["training_history"][key] == whole["training_history"][key], key
+
+
+def children(parent: int) -> dict[int, int]:
+    """The ranks that a torchrun process has started, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, StopIteration):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                names = dict(each.split(b"=", 1) for each in (folder / "environ").read_bytes().split(b"\0") if each)
+                found[int(names[b"RANK"])] = int(folder.name)
+    return found
+
+
+def test_a_killed_rank_ends_the_run_which_restarts_and_ends_as_if_undisturbed(tmp_path, monkeypatch):
+    keys = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.epochs=12"]
+    keys += ["dataset.max_train_samples=320", "dataset.max_val_samples=65", "ast.pack=true", "ast.warmup_epochs=1"]
+    keys += ["training.device=cpu", "training.lr=0.02", "training.num_workers=0"]
+    config = make_config(*keys, f"logging.output_dir={tmp_path}/whole")
+    whole = ranks(2, lambda rank: train(config)[0], tmp_path / "ranks").results()[0]
+    (tmp_path / "empty.yaml").write_text("{}")
+    killed = make_config(*keys, f"logging.output_dir={tmp_path}/killed")
+    flags = ["--config", str(tmp_path / "empty.yaml"), "--nproc", "2", "--max-restarts", "1"]
+    flags += ["metrics.base_flop_per_sample=1e6", *keys, f"logging.output_dir={tmp_path}/killed"]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with running(lambda: run_cli(lambda: run_experiment.main(flags)), tmp_path / "output") as child:
+        wait_until((checkpoint_folder(killed) / "last.pt").exists)
+        os.kill(children(child)[1], signal.SIGKILL)
+        killed_at = time.monotonic()
+        code = exit_code(child)
+    assert time.monotonic() - killed_at < 60
+    text = (tmp_path / "output").read_text()
+    print(f"{time.monotonic() - killed_at:.1f} s from the kill to the end of the restarted run\n{text}")
+    assert code == 0, text
+    assert text.count("error: another process of the run has ended") == 1
+    assert f"resumed from {checkpoint_folder(killed)}" in text
+    results = [json.loads(path.read_text()) for path in (tmp_path / "killed").glob("final_results_*.json")]
+    assert sorted(result["status"] for result in results) == ["completed", "failed"]
+    finished = next(result for result in results if result["status"] == "completed")
+    assert untimed(finished) == untimed(json.loads(json.dumps(whole)))
+    assert same(final_state(killed), final_state(config))
+
+
+# --------------------------------------------------------------------------------------------------- Bad input
+
+
+def command(config: Config) -> None:
+    """Train as a command does, and exit."""
+    raise SystemExit(run_cli(lambda: execute(config)))
+
+
+def refused(ended: Ended, code: int, message: str) -> None:
+    assert ended.codes == [code] * len(ended.codes), "\n".join(ended.texts)
+    assert len(ended.errors()) == 1, "\n".join(ended.texts)
+    assert message in ended.errors()[0]
+
+
+def test_what_the_processes_cannot_share_is_one_line_and_exit_code_2(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    folder = f"logging.output_dir={tmp_path}/out"
+    config = make_config(*TWENTY, folder, "training.batch_size=25")
+    refused(
+        ranks(2, lambda rank: command(config), tmp_path / "batch"), 2, "training.batch_size: 25 is no multiple of 2"
+    )
+    configs = [make_config(*TWENTY, folder, f"training.lr={rate}") for rate in (0.1, 0.1, 0.2)]
+    different = ranks(3, lambda rank: command(configs[rank]), tmp_path / "config")
+    refused(different, 2, "the processes were given different configs, rank 2 other than rank 0")
+    synced = make_config(*TWENTY, folder, "training.sync_batchnorm=true")
+    refused(ranks(2, lambda rank: command(synced), tmp_path / "sync"), 2, "training.sync_batchnorm")
+    few = make_config(*TWENTY, folder, "dataset.max_train_samples=2", "training.batch_size=3")
+    refused(ranks(3, lambda rank: command(few), tmp_path / "few"), 2, "2 training samples for 3 processes")
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_other_data_on_one_rank_is_refused(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    config, whole = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), train_ast.digits_dataset
+
+    def relabelled(part: str) -> train_ast.ImageDataset:
+        dataset = whole(part)
+        dataset.samples[7] = (dataset.samples[7][0], (dataset.samples[7][1] + 1) % 10)
+        return dataset
+
+    def work(rank: int) -> None:
+        train_ast.digits_dataset = relabelled if rank == 1 else whole
+        command(config)
+
+    refused(ranks(2, work, tmp_path / "ranks"), 2, "dataset: the processes see different data, rank 1 other")
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = make_config(*TWENTY, "training.device=cuda", f"logging.output_dir={tmp_path}/out")
+    refused(ranks(2, lambda rank: command(config), tmp_path / "ranks"), 2, "training.device: 2 processes and 1 GPUs")
+
+
+def test_a_rank_that_never_comes_is_an_error_and_no_hang(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    monkeypatch.setattr(train_ast, "CONTACT_SECONDS", 2.0)
+    config = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out")
+    ended = ranks(3, lambda rank: command(config), tmp_path / "ranks", seconds=30, missing=[1])
+    refused(ended, 1, "another process of the run has ended or does not answer")
+
+
+def test_a_rank_that_fails_ends_all_and_says_why_once(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    config, step = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), train_ast.train_step
+
+    def failing(run: train_ast.Run, *inputs: torch.Tensor) -> int:
+        if run.epoch == 2:
+            raise TrainingFailed("the disk is gone")
+        return step(run, *inputs)
+
+    def work(rank: int) -> None:
+        train_ast.train_step = failing if rank == 1 else step
+        command(config)
+
+    refused(ranks(2, work, tmp_path / "ranks", seconds=30), 1, "the disk is gone")
+    (path,) = (tmp_path / "out").glob("final_results_*.json")
+    result = json.loads(path.read_text())
+    assert (result["status"], result["error"]) == ("failed", "the disk is gone")
+    assert len(result["training_history"]["epoch"]) == 2
+
+
+# ------------------------------------------------------------------------------------------- Single pieces
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_queues_of_several_ranks_take_the_batches_of_one(world, tmp_path):
+    """Uneven counts, none on some ranks: each batch is of the oldest, spread evenly, and nothing is lost."""
+    generator, batch = torch.Generator().manual_seed(world), 30
+    steps = [torch.randint(0, 7, (world,), generator=generator).tolist() for _ in range(40)]
+
+    def samples(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = 1000 * step + 100 * rank + torch.arange(steps[step][rank])
+        return (labels % 251).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), labels
+
+    def work(rank: int) -> Any:
+        dist = Dist.join(torch.device("cpu"))
+        queue, batches = ActiveQueue(batch, dist), []
+        for step, counts in enumerate(steps):
+            ready = queue.push(*samples(step, rank), counts)
+            if ready is not None:
+                assert torch.equal(ready[0][:, 0, 0, 0], (ready[1] % 251).to(torch.uint8))
+                batches.append(ready[1].tolist())
+        return batches, queue.contents()[1].tolist()
+
+    results = ranks(world, work, tmp_path).results() if world > 1 else [work(0)]
+    one, expected = ActiveQueue(batch), []
+    for step in range(len(steps)):
+        parts = zip(*(samples(step, rank) for rank in range(world)), strict=True)
+        ready = one.push(*(torch.cat(part) for part in parts))
+        expected += [] if ready is None else [ready[1].tolist()]
+    for number, whole in enumerate(expected):
+        parts = [batches[number] for batches, _ in results]
+        assert {len(part) for part in parts} == {batch // world}
+        assert sorted(chain(*parts)) == sorted(whole)
+    assert all(sorted(left) == sorted(one.labels.tolist()) for _, left in results)
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+@pytest.mark.parametrize("samples", [2, 65, 72])
+def test_validation_counts_every_sample_once(samples, cache, tmp_path):
+    """Whether the ranks divide them or not, streamed or resident; a rank may have none."""
+    config = make_config(*TWENTY, f"dataset.max_val_samples={samples}", f"dataset.cache={cache}")
+
+    def work(rank: int) -> list[int]:
+        dist = Dist.join(torch.device("cpu"))
+        _, loader, _, _ = train_ast.build_dataloaders(config, torch.device("cpu"), dist)
+        return [index for batch in loader for index in batch.indices.tolist()]
+
+    seen = ranks(3, work, tmp_path).results()
+    _, loader, _, _ = train_ast.build_dataloaders(config, torch.device("cpu"))
+    assert sorted(chain(*seen)) == [index for batch in loader for index in batch.indices.tolist()]
+    assert sum(map(len, seen)) == samples
+
+
+def test_running_statistics_are_averaged_and_alike_before_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ast, "get_model", lambda *_: BatchNormNet())
+    config = make_config(*TWENTY, "ast.mode=dense", f"logging.output_dir={tmp_path}/out")
+    whole, seen = train_ast.evaluate, []
+
+    def watched(run: train_ast.Run, *inputs: Any) -> float | None:
+        seen.append(run.model.body[1].running_mean.clone())
+        return whole(run, *inputs)
+
+    def work(rank: int) -> Any:
+        train_ast.evaluate, mean = watched, train_ast.Run.average_statistics
+        own = []
+        train_ast.Run.average_statistics = lambda run: (own.append(run.model.body[1].running_mean.clone()), mean(run))
+        train(config)
+        return seen, own[0]
+
+    (seen, own), (others, other) = ranks(2, work, tmp_path / "ranks").results()
+    assert len(seen) == 4
+    assert all(torch.equal(one, two) for one, two in zip(seen, others, strict=True))
+    assert not torch.equal(own, other)
+    assert torch.allclose(seen[0], (own + other) / 2)
+
+
+def test_a_schedule_over_time_is_the_same_on_all_ranks(tmp_path, monkeypatch):
+    """Ranks of different speed: the rates are alike, else the weights would drift apart, which ends a run."""
+    lab(monkeypatch)
+    keys = ["training.lr_decay=time", "training.max_minutes=0.02", "training.epochs=1000"]
+    config, step = make_config(*TWENTY, *keys, f"logging.output_dir={tmp_path}/out"), train_ast.train_step
+
+    def work(rank: int) -> Any:
+        train_ast.train_step = lambda *inputs: (time.sleep(0.01 * rank), step(*inputs))[1]
+        return train(config)[0]
+
+    for result in ranks(2, work, tmp_path / "ranks").results():
+        assert result["status"] == "completed"
+        assert 1.2 <= result["train_seconds"] < 2.5
+        assert 3 < len(result["training_history"]["epoch"]) < 1000
+
+
+def test_unreadable_pictures_are_counted_over_all_ranks(image_folder, tmp_path):
+    for name in ("train/red/1.jpg", "train/blue/5.jpg"):
+        (image_folder / name).write_bytes(b"no picture")
+    folders = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    keys = ["model.name=test_resnet", "dataset.image_size=32", "training.batch_size=8", "training.epochs=2"]
+    keys += ["ast.mode=dense", "training.num_workers=0", f"logging.output_dir={tmp_path}/out"]
+    allowed = make_config(*folders, *keys, "dataset.max_bad_images=2")
+    result = ranks(2, lambda rank: train(allowed)[0], tmp_path / "ranks").results()[0]
+    assert len(result["bad_images"]) == 2
+    one_too_few = make_config(*folders, *keys, "dataset.max_bad_images=1", "training.seed=1")
+    refused(ranks(2, lambda rank: command(one_too_few), tmp_path / "few"), 2, "dataset.max_bad_images=1 allows no more")
