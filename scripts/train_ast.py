@@ -759,7 +759,7 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
     whose scores are not all finite is left out; raises TrainingFailed after `training.max_nonfinite_steps` of them.
 
     Of several processes each has its part of the batch and the scores of all of it: all choose the same, move the
-    threshold alike, and train on what is theirs. Returned is the number of all.
+    threshold alike, and train on an even part of the active ones. Returned is the number of all.
     """
     ast, controller = run.config.ast, run.controller
     values, hits = (scores or score(run, images, labels)).read()
@@ -787,7 +787,7 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
     own, counts = run.dist.own_part(chosen.indices, len(values))
     indices = to_device(own, run.device)
     active = (images[indices], labels[indices])
-    ready = run.queue.push(*active, counts) if ast.pack else active
+    ready = run.queue.push(*active, counts) if ast.pack else run.dist.even_out(*active, counts)
     if ready is None:
         return None
     trained = run.config.training.batch_size if ast.pack else sum(counts)
@@ -1643,7 +1643,7 @@ CONTACT_SECONDS = 300.0  # how long a process waits for the others before it giv
 def launched() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    if world == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return 0, 1, 0
     return int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
 
@@ -1728,8 +1728,7 @@ class Dist:
 
     def leave(self) -> None:
         if self.world > 1:
-            with self._contact():
-                distributed.barrier() if distributed.get_backend() == "gloo" else self.gather([0])
+            self.gather([0])
             distributed.destroy_process_group()
 
     @contextlib.contextmanager
@@ -1812,11 +1811,15 @@ class Dist:
         return torch.cat(parts, 1)
 
     def even_out(self, images: Tensor, labels: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Send samples from the ranks that have more than the mean to those that have less, so that all have it."""
-        share, sends, receives = sum(counts) // self.world, [], []
-        over = [[rank, n - share] for rank, n in enumerate(counts) if n > share]
-        under = [[rank, share - n] for rank, n in enumerate(counts) if n < share]
-        kept, left = min(len(labels), share), len(labels)
+        """Send samples from the ranks that have more than their part to those that have less: as many on all of them,
+        or one more. `counts`: how many each has."""
+        if self.world == 1:
+            return images, labels
+        shares, sends, receives = np.diff(self.edges(sum(counts))).tolist(), [], []
+        differences = [n - share for n, share in zip(counts, shares, strict=True)]
+        over = [[rank, more] for rank, more in enumerate(differences) if more > 0]
+        under = [[rank, -more] for rank, more in enumerate(differences) if more < 0]
+        kept, left = min(len(labels), shares[self.rank]), len(labels)
         got: list[tuple[Tensor, Tensor]] = []
         while over:
             (source, surplus), (target, need) = over[0], under[0]
@@ -2545,12 +2548,14 @@ class Run:
         states = rows[:, -len(alike) :]
         if not np.array_equal(states, states[:1].repeat(len(states), 0), equal_nan=True):
             raise TrainingFailed(f"the processes have drifted apart in epoch {self.epoch + 1}, step {self.step}")
-        totals, sums = rows.sum(0) * first, rows[:, len(counted) + 1 : -len(alike)]
+        sums = rows[:, len(counted) + 1 : -len(alike)]
+        met, skipped = sums[:, 3][sums[:, 3] > 0], sums[:, 5].max()  # all ranks skip the same steps
+        totals = rows.sum(0) * first
         numbers = [int(total) for total in totals[: len(counted)]]
         ledger.loaded, ledger.scored, ledger.trained, meter.hits, meter.trained, meter.predicted = numbers
         self.energy_kj = None if self.energy_kj is None else float(totals[len(counted)])
-        met = sums[:, 3][sums[:, 3] > 0]  # the first step, over all ranks, with a loss that is not finite
-        sums = sums.sum(0) + np.eye(7)[3] * (met.min(initial=math.inf) if len(met) else 0) - np.eye(7)[3] * met.sum()
+        sums = sums.sum(0)
+        sums[3], sums[5] = met.min() if len(met) else 0, skipped  # the first step with a loss that is not finite
         meter.sums.copy_(torch.from_numpy(sums * first))
         for found in self.dist.gather_objects(self.bad_images.found) if self.bad_images.limit else ():
             if first:

@@ -439,3 +439,34 @@ def test_unreadable_pictures_are_counted_over_all_ranks(image_folder, tmp_path):
     assert len(result["bad_images"]) == 2
     one_too_few = make_config(*folders, *keys, "dataset.max_bad_images=1", "training.seed=1")
     refused(ranks(2, lambda rank: command(one_too_few), tmp_path / "few"), 2, "dataset.max_bad_images=1 allows no more")
+
+
+@pytest.mark.parametrize("way", ["dense", "accumulated"])
+def test_a_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(way, tmp_path, monkeypatch):
+    """The ledger and the weights are those of one process that met it in the same step."""
+    lab(monkeypatch)
+    keys = [*TWENTY, *WAYS[way], "training.max_nonfinite_steps=3"]
+    one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
+    step = train_ast.train_step
+
+    def spoilt(run: train_ast.Run, *inputs: torch.Tensor) -> int:
+        whole = run.forward
+        if (run.epoch, run.step) in ((1, 2), (2, 4)):
+            run.forward = lambda *inputs: (float("nan") * whole(*inputs)[0], whole(*inputs)[1])
+        trained = step(run, *inputs)
+        run.forward = whole
+        return trained
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ast, "train_step", spoilt)
+        whole, _ = train(one)
+
+    def work(rank: int) -> Any:
+        train_ast.train_step = spoilt if rank == 1 else step
+        return train(many)[0]
+
+    result = ranks(2, work, tmp_path / "ranks").results()[0]
+    assert result["ledger"] == whole["ledger"]
+    assert result["nonfinite_steps"] == whole["nonfinite_steps"] == 2
+    for name, tensor in last(one)["model"].items():
+        assert torch.allclose(tensor, last(many)["model"][name], atol=1e-5, rtol=0), name
