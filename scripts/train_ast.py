@@ -2385,9 +2385,8 @@ class Run:
         self.nonfinite_steps = 0  # of the finished epochs
         self.bad_images = BadImages(config.dataset.max_bad_images)
         self.board: Any | None = None  # TensorBoard's writer
-        self.environment = environment(device) | {
-            "processes": self.dist.world
-        }  # now: at the end, a dead loader worker would break into its subprocess
+        # now: at the end, a dead loader worker would break into its subprocess
+        self.environment = environment(device) | {"processes": self.dist.world}
         self.checkpoints: Checkpoints | None = None
         self.saved_at: tuple[int, int] | None = None  # epoch and step of this session's newest checkpoint
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of this session, and all before it
