@@ -1,10 +1,14 @@
 """Several processes on one run (gloo on the CPU): what they train is what one process would have trained."""
 
 import contextlib
+import faulthandler
+import functools
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -20,7 +24,6 @@ import train_ast
 from conftest import BatchNormNet, LayerNormNet, make_config
 from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
 from test_kill import exit_code, running, wait_until
-from torch.distributed import TCPStore
 from train_ast import (
     ActiveQueue,
     Config,
@@ -35,16 +38,29 @@ from train_ast import (
 )
 
 
-def as_rank(rank: int, world: int, port: int, work: Callable[[int], Any], folder: Path) -> None:
+@functools.cache
+def meeting_point() -> int:
+    """The port of a store in a process of its own, as torchrun has it: to fork beside the store's thread can hang."""
+    code = "import sys; from torch.distributed import TCPStore as S; s = S('127.0.0.1', 0, is_master=True, "
+    code += "wait_for_workers=False); print(s.port, flush=True); sys.stdin.read()"  # until the tests end
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return int(subprocess.Popen([sys.executable, "-c", code], **pipes, text=True).stdout.readline())
+
+
+ATTEMPTS = itertools.count()
+
+
+def as_rank(rank: int, world: int, attempt: int, work: Callable[[int], Any], folder: Path) -> None:
     """What a process of `ranks` does: `work`, as torchrun would have started it; its output goes to a file."""
     code = 99
     with (folder / f"{rank}.out").open("w", 1) as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
+        faulthandler.dump_traceback_later(50, file=file)  # where it hangs, if it does
         facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        facts |= {"MASTER_PORT": meeting_point(), "TORCHELASTIC_RESTART_COUNT": attempt}  # a place of its own to meet
         os.environ.update({key: str(value) for key, value in facts.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torchrun's store, here the parent's
+        os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_USE_AGENT_STORE="True")
         torch.set_num_threads(1)
         try:
             torch.save(work(rank), folder / f"{rank}.pt")
@@ -80,10 +96,11 @@ def ranks(
 ) -> Ended:
     """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting_point()
+    attempt = next(ATTEMPTS)
     context, started = multiprocessing.get_context("fork"), [rank for rank in range(world) if rank not in missing]
     processes = [
-        context.Process(target=as_rank, args=(rank, world, store.port, work, folder), daemon=False) for rank in started
+        context.Process(target=as_rank, args=(rank, world, attempt, work, folder), daemon=False) for rank in started
     ]
     deadline = time.monotonic() + seconds
     for process in processes:
@@ -95,7 +112,8 @@ def ranks(
         with contextlib.suppress(AttributeError):
             process.kill()
         process.join()
-    assert not hanging, f"ranks {hanging} did not end"
+    texts = "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
+    assert not hanging, f"ranks {hanging} did not end\n{texts}"
     return Ended([process.exitcode for process in processes], folder)
 
 
