@@ -769,10 +769,11 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
     starting = controller.threshold is None
     if starting:  # hand-over from a dense phase, or lost: see below
         controller.start(torch.quantile(values, 1 - ast.target_activation).item())
-    chosen = select_active(values, controller.threshold, ast.min_active)
     if ast.rule == "topk":  # Kawaguchi & Lu 2020, "Ordered SGD": the largest losses of each batch
         top = max(1, round(ast.target_activation * len(values)))
         chosen = select_active(values, math.inf, top)._replace(activation=top / len(values))
+    else:
+        chosen = select_active(values, controller.threshold, ast.min_active)
     if not chosen.finite:
         controller.threshold = None if starting else controller.threshold
         if run.dist.rank == 0:
@@ -835,12 +836,12 @@ def optimizer_step(run: Run) -> None:
     forgiving = training.max_nonfinite_steps > 0 and not run.scaler.is_enabled()
     if run.dist.world > 1:
         merge_gradients(run)
-    if forgiving:
-        run.meter.add_skipped(run.window_bad, run.window_samples)
-    if run.dist.world == 1 and run.window_samples != run.window_divisor:
+    elif run.window_samples != run.window_divisor:
         for parameter in run.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(run.window_divisor / run.window_samples)
+    if forgiving:
+        run.meter.add_skipped(run.window_bad, run.window_samples)
     run.lr = lr_at(run.progress(), training, run.lr_warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
@@ -1061,11 +1062,9 @@ class ImageDataset(Dataset):
     def noisy(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
         """The labels as `dataset.label_noise` has them, int64 [n], of the samples at `indices`."""
         labels = np.asarray(labels, dtype=np.int64)
-        return (
-            labels
-            if self.shifts is None
-            else (labels + self.shifts[np.asarray(indices) % len(self)]) % len(self.classes)
-        )
+        if self.shifts is None:
+            return labels
+        return (labels + self.shifts[np.asarray(indices) % len(self)]) % len(self.classes)
 
     def labels(self) -> Iterable[int]:
         return (label for _, label in self.samples)
@@ -1087,8 +1086,9 @@ class ImageDataset(Dataset):
         for start in range(0, len(keys), 4):
             chunk = keys[start : start + 4]
             loaded = [self.load(index) for index, _ in chunk]
-            labels = self.noisy([sample.label for sample in loaded], [index for index, _ in chunk])
-            loaded = [sample._replace(label=int(label)) for sample, label in zip(loaded, labels, strict=True)]
+            if self.shifts is not None:
+                labels = self.noisy([sample.label for sample in loaded], [index for index, _ in chunk])
+                loaded = [sample._replace(label=int(label)) for sample, label in zip(loaded, labels, strict=True)]
             good = [i for i, sample in enumerate(loaded) if sample.image is not None]
             draws = torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, DRAWS)
             for i, image in zip(good, self.view([loaded[i].image for i in good], draws), strict=True):
@@ -1302,9 +1302,13 @@ class EpochPlan(Sampler):
         """So many samples without the last, smaller chunk."""
         return samples - samples % self.batch_size or samples
 
+    def planned(self, epoch: int) -> int:
+        """How many samples `epoch` is planned to load; what a choice takes may differ a little."""
+        return self.whole(max(1, round(self.share(epoch) * len(self.indices))))
+
     def steps(self, epoch: int) -> int:
-        """How many chunks `epoch` is planned to load; what a choice takes may differ a little."""
-        return math.ceil(self.whole(max(1, round(self.share(epoch) * len(self.indices)))) / self.batch_size)
+        """How many chunks those are."""
+        return math.ceil(self.planned(epoch) / self.batch_size)
 
     @property
     def considered(self) -> int:
@@ -1326,7 +1330,7 @@ class EpochPlan(Sampler):
         """The indices this epoch loads, in order."""
         order = self.shuffled()
         if self.chosen is None:
-            return order[: self.whole(max(1, round(self.share(self.epoch) * len(order))))]
+            return order[: self.planned(self.epoch)]
         order = order[self.chosen[order] > 0]
         return order[: self.whole(len(order))]
 
@@ -1409,9 +1413,7 @@ class ResidentLoader:
         self.keys = torch.from_numpy(indices).to(device)
         self.bad = BadImages(config.dataset.max_bad_images)
         which = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
-        kept = SHARED_PICTURES.get(which) if SHARED_PICTURES is not None else None
-        if kept is None:
-            kept = self._decode(dataset, device, shared)
+        kept = (SHARED_PICTURES or {}).get(which) or self._decode(dataset, device, shared)
         if SHARED_PICTURES is not None:
             SHARED_PICTURES[which] = kept
             if len(SHARED_PICTURES) > 4:  # two data sets
@@ -2541,7 +2543,7 @@ class Run:
         if self.dist.gather([self.window_samples])[:, 0].any():
             self.pool_window()
         counted = [ledger.loaded, ledger.scored, ledger.trained, meter.hits, meter.trained, meter.predicted]
-        weights = sum(float(p.detach().double().sum()) for p in self.model.parameters())
+        weights = torch.stack([p.detach().double().sum() for p in self.model.parameters()]).sum().item()
         alike = [self.controller.threshold or 0.0, self.controller.integral, self.lr, self.scheduled, weights]
         rows = self.dist.gather([*counted, self.energy_kj or 0.0, *meter.sums.tolist(), *alike])
         states = rows[:, -len(alike) :]
