@@ -442,8 +442,8 @@ def test_a_schedule_over_time_is_the_same_on_all_ranks(tmp_path, monkeypatch):
 
     for result in ranks(2, work, tmp_path / "ranks").results():
         assert result["status"] == "completed"
-        assert 1.2 <= result["train_seconds"] < 2.5
-        assert 3 < len(result["training_history"]["epoch"]) < 1000
+        assert 1.2 <= result["train_seconds"] < 10
+        assert 1 <= len(result["training_history"]["epoch"]) < 1000
 
 
 def test_unreadable_pictures_are_counted_over_all_ranks(image_folder, tmp_path):
