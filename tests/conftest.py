@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 from train_ast import Config, Loaded, Run, load_config
@@ -19,6 +20,8 @@ from train_ast import Config, Loaded, Run, load_config
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two test processes side by side, each with a core
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes they start
+settings.register_profile("lab", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
+settings.load_profile("lab")
 
 
 @pytest.fixture(autouse=True)

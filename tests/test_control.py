@@ -88,7 +88,7 @@ def test_state_round_trip_continues_alike():
     assert [one.update(0.7), one.update(0.2)] == [two.update(0.7), two.update(0.2)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     target=st.floats(0.1, 0.7),
     kp=st.floats(0.1, 1.0),

@@ -81,7 +81,7 @@ def test_an_empty_store_takes_everything():
     assert math.isfinite(controller.threshold)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     target=st.floats(0.15, 0.7),
     explore=st.floats(0, 0.1),
