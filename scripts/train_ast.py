@@ -648,7 +648,7 @@ class ActiveQueue:
         self.pending = [pending - gone for pending, gone in zip(self.pending, taken, strict=True)]
         own = taken[self.dist.rank]
         self.images, self.labels = images[own:], labels[own:]
-        return self.dist.even_out(images[:own], labels[:own], taken)
+        return self.dist.even_out(taken, images[:own], labels[:own])
 
 
 def training_forward(model: nn.Module, normalise: Normalise, smoothing: float, entropy_weight: float) -> Callable:
@@ -788,7 +788,7 @@ def ast_forward(run: Run, images: Tensor, labels: Tensor, scores: Scores | None 
     own, counts = run.dist.own_part(chosen.indices, len(values))
     indices = to_device(own, run.device)
     active = (images[indices], labels[indices])
-    ready = run.queue.push(*active, counts) if ast.pack else run.dist.even_out(*active, counts)
+    ready = run.queue.push(*active, counts) if ast.pack else run.dist.even_out(counts, *active)
     if ready is None:
         return None
     trained = run.config.training.batch_size if ast.pack else sum(counts)
@@ -1812,37 +1812,29 @@ class Dist:
             distributed.all_gather(parts, facts)
         return torch.cat(parts, 1)
 
-    def even_out(self, images: Tensor, labels: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Send samples from the ranks that have more than their part to those that have less: as many on all of them,
+    def exchange(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
+        """Send rows of this rank's `tensor` to the others, and get theirs, in the order of the ranks.
+
+        moves: int [world, world], how many rows each rank (first index) has for each (second). The first
+        `moves[rank, 0]` of this rank's rows go to rank 0, the next ones to rank 1, and so on.
+        """
+        gets, sends = moves[:, self.rank].tolist(), moves[self.rank].tolist()
+        received = tensor.new_empty(sum(gets), *tensor.shape[1:])
+        with self._contact():
+            distributed.all_to_all_single(received, tensor.contiguous(), gets, sends)
+        return received
+
+    def even_out(self, counts: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Move samples from the ranks that have more than their part to those that have less: as many on all of them,
         or one more. `counts`: how many each has."""
-        if self.world == 1:
-            return images, labels
-        shares, sends, receives = np.diff(self.edges(sum(counts))).tolist(), [], []
-        differences = [n - share for n, share in zip(counts, shares, strict=True)]
-        over = [[rank, more] for rank, more in enumerate(differences) if more > 0]
-        under = [[rank, -more] for rank, more in enumerate(differences) if more < 0]
-        kept, left = min(len(labels), shares[self.rank]), len(labels)
-        got: list[tuple[Tensor, Tensor]] = []
-        while over:
-            (source, surplus), (target, need) = over[0], under[0]
-            n = min(surplus, need)
-            if source == self.rank:
-                left -= n
-                for tensor in (images, labels):
-                    part = tensor[left : left + n].contiguous()
-                    sends.append(distributed.P2POp(distributed.isend, part, target))
-            elif target == self.rank:
-                got.append(tuple(tensor.new_empty(n, *tensor.shape[1:]) for tensor in (images, labels)))
-                receives += [distributed.P2POp(distributed.irecv, tensor, source) for tensor in got[-1]]
-            over[0][1], under[0][1] = surplus - n, need - n
-            over, under = ([each for each in side if each[1]] for side in (over, under))
-        if sends or receives:
-            with self._contact():
-                for work in distributed.batch_isend_irecv(sends + receives):
-                    work.wait()
-        if not got:
-            return images[:kept], labels[:kept]
-        return tuple(torch.cat([own, *parts]) for own, parts in zip((images, labels), zip(*got)))  # noqa: B905
+        shares = np.diff(self.edges(sum(counts)))
+        kept = np.minimum(counts, shares)
+        if (kept == shares).all():
+            return tensors
+        over, under = (np.cumsum(each - kept) for each in (np.asarray(counts), shares))  # both end at the same sum
+        first = np.maximum.outer(over - (counts - kept), under - (shares - kept))
+        moves = np.diag(kept) + np.maximum(0, np.minimum.outer(over, under) - first)
+        return tuple(self.exchange(tensor, moves) for tensor in tensors)
 
 
 # ------------------------------------------------------------------------------------------------ Metrics
