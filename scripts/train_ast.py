@@ -1828,6 +1828,8 @@ class Dist:
     def even_out(self, counts: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         """Move samples from the ranks that have more than their part to those that have less: as many on all of them,
         or one more. `counts`: how many each has."""
+        if self.world == 1:
+            return tensors
         shares = np.diff(self.edges(sum(counts)))
         kept = np.minimum(counts, shares)
         if (kept == shares).all():

@@ -442,8 +442,10 @@ def test_a_schedule_over_time_is_the_same_on_all_ranks(tmp_path, monkeypatch):
 
     for result in ranks(2, work, tmp_path / "ranks").results():
         assert result["status"] == "completed"
-        assert 1.2 <= result["train_seconds"] < 10
-        assert 1 <= len(result["training_history"]["epoch"]) < 1000
+        ends = [0.0, *result["training_history"]["train_seconds"]]
+        longest = max(after - before for before, after in itertools.pairwise(ends))
+        assert 1.2 <= result["train_seconds"] < 1.2 + longest
+        assert 3 < len(result["training_history"]["epoch"]) < 1000
 
 
 def test_unreadable_pictures_are_counted_over_all_ranks(image_folder, tmp_path):
