@@ -507,15 +507,18 @@ class History:
     never seen or without a finite loss; int16 epoch of the last visit, -1 for never; uint8 what the running epoch
     makes of it: 0 left out, 1 active, 2 explored. 7 bytes a sample, indexed by the data set's own index.
 
-    Of several processes each has the whole store, 7 GB for 1e9 samples; at an epoch's end and before a checkpoint
-    they exchange what they have recorded (`merge`, 4 bytes a sample), and so choose the same.
+    Of several processes each keeps a range of the indices, and what the epoch makes of all: 1 + 6 / world bytes a
+    sample. What a process records it sends at the epoch's end, and before a checkpoint, to whom it belongs (`merge`).
     """
 
-    def __init__(self, samples: int, explored_weight: float, device: torch.device):
-        self.explored_weight = explored_weight
-        self.significance = torch.full((samples,), math.inf, device=device)
-        self.seen = torch.full((samples,), -1, dtype=torch.int16, device=device)
+    def __init__(self, samples: int, explored_weight: float, device: torch.device, dist: Dist | None = None):
+        self.explored_weight, self.dist = explored_weight, dist or Dist()
+        self.edges = self.dist.edges(samples)
+        self.own = slice(self.edges[self.dist.rank], self.edges[self.dist.rank + 1])
+        self.significance = torch.full((self.own.stop - self.own.start,), math.inf, device=device)
+        self.seen = torch.full_like(self.significance, -1, dtype=torch.int16)
         self.kinds = torch.ones(samples, dtype=torch.uint8, device=device)
+        self.to_send: list[tuple[Tensor, Tensor]] = []  # indices and significance, where there are several processes
 
     def weights(self, indices: Tensor) -> Tensor:
         """Of the loss of each sample, float32 [batch]."""
@@ -523,23 +526,52 @@ class History:
 
     def record(self, indices: Tensor, significance: Tensor, epoch: int) -> None:
         """Keep the batch's significance, [batch], nats."""
-        self.significance.index_copy_(0, indices, torch.nan_to_num(significance, nan=math.inf, posinf=math.inf))
+        significance = torch.nan_to_num(significance, nan=math.inf, posinf=math.inf)
+        if self.dist.world > 1:
+            self.to_send.append((indices, significance))
+        else:
+            self._keep(indices, significance, epoch)
+
+    def _keep(self, indices: Tensor, significance: Tensor, epoch: int) -> None:
+        self.significance.index_copy_(0, indices, significance)
         self.seen.index_fill_(0, indices, epoch)  # where `seen[indices] = epoch` would wait for the device
 
-    def merge(self, dist: Dist, epoch: int) -> None:
-        """Give every rank what the others have recorded in `epoch`, 2**24 samples at a time."""
-        for seen, stored in zip(self.seen.split(2**24), self.significance.split(2**24), strict=True):
-            found = dist.all_max(torch.where(seen == epoch, stored, -math.inf))  # a sample comes once an epoch
-            new = found > -math.inf
-            stored.copy_(torch.where(new, found, stored))
-            seen.masked_fill_(new, epoch)
+    def merge(self, epoch: int) -> None:
+        """Send what was recorded in `epoch`, 12 bytes a sample, to the ranks that keep it. Collective."""
+        nothing = self.significance[:0].long(), self.significance[:0]
+        indices, significance = (torch.cat(each) for each in zip(nothing, *self.to_send, strict=True))
+        self.to_send = []
+        owners = torch.searchsorted(torch.tensor(self.edges[1:], device=indices.device), indices, right=True)
+        moves = self.dist.gather(owners.bincount(minlength=self.dist.world).tolist()).astype(int)
+        order = owners.argsort()
+        indices, significance = (self.dist.exchange(each[order], moves) for each in (indices, significance))
+        self._keep(indices - self.own.start, significance, epoch)
+
+    def scores(self, order: np.ndarray) -> np.ndarray:
+        """The significance of all samples in this `order` of their indices, float32 on the host. Collective."""
+        own = self.significance.cpu().numpy()
+        if self.dist.world == 1:
+            return own[order]
+        scores = np.full(len(order), -math.inf, dtype=np.float32)
+        at = np.flatnonzero((order >= self.own.start) & (order < self.own.stop))
+        scores[at] = own[order[at] - self.own.start]
+        return self.dist.all_max(torch.from_numpy(scores)).numpy()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("significance", "seen", "kinds")}
+        """The store, the whole of it on rank 0. Collective."""
+        significance, seen = self.significance, self.seen
+        if self.dist.world > 1:
+            moves = np.zeros((self.dist.world, self.dist.world), dtype=int)
+            moves[:, 0] = np.diff(self.edges)
+            significance = self.dist.exchange(significance, moves)
+            seen = self.dist.exchange(seen[:, None].view(torch.uint8), moves).view(torch.int16)[:, 0]  # no int16 there
+        return {"significance": significance, "seen": seen, "kinds": self.kinds}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])
+        """Take a whole store, or this rank's part of it."""
+        self.kinds.copy_(state["kinds"])
+        self.significance.copy_(state["significance"][self.own])
+        self.seen.copy_(state["seen"][self.own])
 
 
 class Choice(NamedTuple):
@@ -2370,7 +2402,7 @@ class Run:
         self.past: History | None = None
         if ast.mode == "ast" and ast.scoring == "history":
             weight = min(ast.explore_weight_cap, 1 / ast.explore) if ast.explore else 1.0
-            self.past = History(samples, 2.0 if ast.rule == "infobatch" else weight, device)
+            self.past = History(samples, 2.0 if ast.rule == "infobatch" else weight, device, self.dist)
         self.queue = ActiveQueue(training.batch_size, self.dist)
         self.streak = 0.0  # log probability of the current run of all or none active
         self.iqr: float | None = None  # running inter-quartile range of the significance, nats
@@ -2424,7 +2456,7 @@ class Run:
             self.past.kinds.fill_(1)
             return
         ast, order = self.config.ast, plan.shuffled()
-        scores = self.past.significance.cpu().numpy()[order]
+        scores = self.past.scores(order)
         draws = np.random.default_rng((plan.seed, plan.epoch, 1)).random(len(order), dtype=np.float32)
         if ast.rule == "infobatch":
             choice = choose_by_mean(scores, draws < 0.5)
@@ -2532,8 +2564,8 @@ class Run:
         if self.dist.world == 1:
             return
         self.average_statistics()
-        if self.past is not None and self.step:
-            self.past.merge(self.dist, self.epoch)
+        if self.past is not None:
+            self.past.merge(self.epoch)
         first, ledger, meter = self.dist.rank == 0, self.ledger, self.meter
         if self.dist.gather([self.window_samples])[:, 0].any():
             self.pool_window()

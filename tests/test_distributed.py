@@ -28,6 +28,7 @@ from train_ast import (
     ActiveQueue,
     Config,
     Dist,
+    History,
     Stop,
     TrainingFailed,
     checkpoint_folder,
@@ -388,6 +389,37 @@ def test_queues_of_several_ranks_take_the_batches_of_one(world, tmp_path):
         assert {len(part) for part in parts} == {batch // world}
         assert sorted(chain(*parts)) == sorted(whole)
     assert all(sorted(left) == sorted(one.labels.tolist()) for _, left in results)
+
+
+def test_a_store_in_parts_is_one_store(tmp_path):
+    """Whoever records it, each significance ends with the rank that keeps it; two of three epochs, one rank idle."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(50, generator=generator)
+    values = torch.rand(2, 50, generator=generator)
+    visits = [(order[:31], (0, 11, 31, 31)), (order[20:47], (0, 0, 5, 27))]  # indices, where each rank's part begins
+
+    def work(rank: int) -> Any:
+        store = History(50, 1.0, torch.device("cpu"), Dist.join(torch.device("cpu")))
+        for epoch, (indices, edges) in enumerate(visits):
+            part = indices[edges[rank] : edges[rank + 1]]
+            store.record(part, values[epoch][part], epoch)
+            store.merge(epoch)
+        state = {name: tensor.clone() for name, tensor in store.state_dict().items()}
+        whole = state if rank == 0 else None
+        again = History(50, 1.0, torch.device("cpu"), store.dist)
+        again.load_state_dict(store.dist.first(whole))
+        assert torch.equal(again.significance, store.significance)
+        assert torch.equal(again.seen, store.seen)
+        return state, store.scores(order.numpy()), store.significance.nbytes + store.seen.nbytes
+
+    one = History(50, 1.0, torch.device("cpu"))
+    for epoch, (indices, _) in enumerate(visits):
+        one.record(indices, values[epoch][indices], epoch)
+    (state, *_), *_ = results = ranks(3, work, tmp_path).results()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert all(scores.tolist() == one.significance[order].tolist() for _, scores, _ in results)
+    assert sum(size for *_, size in results) == 6 * 50
 
 
 @pytest.mark.parametrize("cache", ["none", "device"])
