@@ -1424,7 +1424,15 @@ class _Kept(Dataset):
 
 
 # What runs in one process have decoded, by data set; None where a process has one run (see run_sweep.py --one-process)
-SHARED_PICTURES: dict[tuple, tuple[Tensor, Tensor, Tensor]] | None = None
+SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor]] | None = None
+
+
+class Share(NamedTuple):
+    """A process's part in a batch of resident pictures."""
+
+    rows: np.ndarray  # int64: those it yields
+    kept: np.ndarray  # int64: those it has the pictures of, counted from its first one
+    moves: np.ndarray | None  # int [world, world]: how many pictures go from whom to whom
 
 
 class ResidentLoader:
@@ -1435,12 +1443,17 @@ class ResidentLoader:
     drawn in the shape of the original and maps to the square axis by axis. Augmentation happens on the device and is
     a function of (seed, epoch, index). `shared`: options of the DataLoader that decodes. Raises RequestError naming
     the first unreadable image beyond `dataset.max_bad_images`.
+
+    Of several processes each keeps a range of the pictures. A batch takes from each what it has of it, more from one
+    and fewer from another; those that one has too many go to who has too few before they are cropped.
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
                  device: torch.device, shared: dict[str, Any], batch_size: int | None = None):  # fmt: skip
         batch_size = batch_size or config.training.batch_size
         self.plan, self.indices, self.batch_size = plan, indices, batch_size
+        self.dist = plan.dist if plan else Dist()  # without a plan `indices` are this process's alone
+        self.edges = self.dist.edges(len(indices))
         self.view, self.side = dataset.view, kept_side(config.dataset)
         self.keys = torch.from_numpy(indices).to(device)
         self.bad = BadImages(config.dataset.max_bad_images)
@@ -1451,7 +1464,7 @@ class ResidentLoader:
             if len(SHARED_PICTURES) > 4:  # two data sets
                 del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
         self.images, labels, self.aspects = kept
-        self.labels = torch.from_numpy(dataset.noisy(labels.numpy(), indices)).to(device)
+        self.labels = torch.from_numpy(dataset.noisy(labels, indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         self.crop = compiled(partial(crop_resize, size=self.view.size), mode)
         if mode != "off":  # compile before the clock of the training starts
@@ -1459,35 +1472,54 @@ class ResidentLoader:
 
     def _decode(
         self, dataset: ImageDataset, device: torch.device, shared: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures [n, 3, side, side] on the device, labels [n] on the host, heights over widths [n] on the device."""
-        n = len(self.indices)
-        images = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=device)
-        labels, aspects = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.float64, device=device)
-        decoder, done = DataLoader(_Kept(dataset, self.side), 256, sampler=self.indices.tolist(), **shared), 0
+    ) -> tuple[Tensor, np.ndarray, Tensor]:
+        """This process's pictures [own, 3, side, side] on the device, and of all samples the labels [n] on the host
+        and the heights over widths [n] on the device."""
+        own = self.dist.part(self.indices)
+        images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
+        labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
+        decoder = DataLoader(_Kept(dataset, self.side), 256, sampler=own.tolist(), **shared)
         for batch, shapes in tqdm(decoder, desc="decoding", unit="batch", leave=False, disable=quiet()):
             self.bad.add(batch.unreadable)
             part = slice(done, done + len(shapes))
-            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels, shapes.to(device)
+            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels.numpy(), shapes.numpy()
             done = part.stop
-        return images, labels, aspects
+        everyone = zip(*self.dist.gather_objects((labels, aspects)), strict=True)
+        labels, aspects = (np.concatenate(each) for each in everyone)
+        return images, labels, torch.from_numpy(aspects).to(device)
 
     def __len__(self) -> int:
         return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         order = self.indices if self.plan is None else self.plan.order()
-        rows = torch.from_numpy(np.searchsorted(self.indices, order)).to(self.images.device)
-        first = self.plan.start if self.plan else 0
-        for done, block in enumerate(rows.split(64 * self.batch_size)):  # few, large launches for the crops' numbers
-            views = self.views(block)
-            parts = zip(*(tensor.split(self.batch_size) for tensor in (block, *views)), strict=True)
-            for part, *view in islice(parts, max(0, first - 64 * done), None):
-                if self.plan is not None and self.plan.dist.world > 1:
-                    part, *view = (self.plan.dist.part(each) for each in (part, *view))
-                images = self.images[part]
+        order = np.searchsorted(self.indices, order)
+        starts = range(self.batch_size * (self.plan.start if self.plan else 0), len(order), self.batch_size)
+        shares = (self._share(order[start : start + self.batch_size]) for start in starts)
+        while block := [*islice(shares, 64)]:  # few, large launches for the crops' numbers
+            sizes = [[len(share[i]) for share in block] for i in (0, 1)]
+            rows, own = (torch.from_numpy(np.concatenate([share[i] for share in block])) for i in (0, 1))
+            rows, own = to_device(rows, self.images.device), to_device(own, self.images.device).split(sizes[1])
+            views = (view.split(sizes[0]) for view in (rows, *self.views(rows)))
+            for share, kept, part, *view in zip(block, own, *views, strict=True):
+                images = self.images[kept]
+                if share.moves is not None:
+                    images = self.dist.exchange(images, share.moves)
                 images = self.crop(images, *view) if view and len(part) else images
                 yield Batch(images, self.labels[part], self.bad.found, self.keys[part])
+
+    def _share(self, batch: np.ndarray) -> Share:
+        """What this process has to do with the `batch`, rows of `indices`."""
+        if self.dist.world == 1:
+            return Share(batch, batch, None)
+        keeper = np.searchsorted(self.edges[1:], batch, side="right")
+        parts = [batch[keeper == rank] for rank in range(self.dist.world)]
+        kept, moves = parts[self.dist.rank], self.dist.evening([len(part) for part in parts])
+        if moves is None:
+            return Share(kept, kept - self.edges[self.dist.rank], None)
+        ends = moves.cumsum(1)[:, self.dist.rank]
+        got = [part[end - n : end] for part, end, n in zip(parts, ends, moves[:, self.dist.rank], strict=True)]
+        return Share(np.concatenate(got), kept - self.edges[self.dist.rank], moves)
 
     def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
         """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
@@ -1619,7 +1651,7 @@ def build_dataloaders(
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
         if not SHARED_PICTURES:
-            require_memory(len(indices) + len(val_indices), kept_side(dataset), device)
+            require_memory(len(dist.part(indices)) + len(val_indices), kept_side(dataset), device)
         shared["collate_fn"] = as_is
         resident = partial(ResidentLoader, config=config, device=device, shared=shared)
         kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)
@@ -1736,8 +1768,8 @@ class Dist:
     """The processes that work on a run together, and this one's rank among them; one alone does nothing here.
 
     What the host decides on goes through gloo and never waits for the device; gradients, scores and samples stay on
-    the device (NCCL on GPUs). Every method but `edges`, `part` and `own_part` is collective: all ranks call it, in the
-    same order. Raises PeerLost where another process has ended or does not answer for CONTACT_SECONDS.
+    the device (NCCL on GPUs). Every method but `edges`, `part`, `own_part` and `evening` is collective: all ranks call
+    it, in the same order. Raises PeerLost where another process has ended or does not answer for CONTACT_SECONDS.
     """
 
     def __init__(self, rank: int = 0, world: int = 1):
@@ -1857,19 +1889,21 @@ class Dist:
             distributed.all_to_all_single(received, tensor.contiguous(), gets, sends)
         return received
 
-    def even_out(self, counts: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Move samples from the ranks that have more than their part to those that have less: as many on all of them,
-        or one more. `counts`: how many each has."""
-        if self.world == 1:
-            return tensors
+    def evening(self, counts: Sequence[int]) -> np.ndarray | None:
+        """The moves (see `exchange`) after which all ranks have as many samples, or one more: from those that have more
+        than their part to those that have less. `counts`: how many each has. None where nothing has to move."""
         shares = np.diff(self.edges(sum(counts)))
         kept = np.minimum(counts, shares)
         if (kept == shares).all():
-            return tensors
+            return None
         over, under = (np.cumsum(each - kept) for each in (np.asarray(counts), shares))  # both end at the same sum
         first = np.maximum.outer(over - (counts - kept), under - (shares - kept))
-        moves = np.diag(kept) + np.maximum(0, np.minimum.outer(over, under) - first)
-        return tuple(self.exchange(tensor, moves) for tensor in tensors)
+        return np.diag(kept) + np.maximum(0, np.minimum.outer(over, under) - first)
+
+    def even_out(self, counts: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Spread samples evenly over the ranks, each of which has its number of `counts`."""
+        moves = None if self.world == 1 else self.evening(counts)
+        return tensors if moves is None else tuple(self.exchange(tensor, moves) for tensor in tensors)
 
 
 # ------------------------------------------------------------------------------------------------ Metrics

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import run_experiment
 import torch
@@ -138,6 +139,7 @@ WAYS = {
     "history": [*HISTORY, "ast.explore_weight_cap=4"],
     "infobatch": [*HISTORY, "ast.rule=infobatch", "ast.entropy_weight=0"],
     "resident": ["dataset.cache=device", "dataset.augment=pad_crop", "dataset.repeat=2", "training.epochs=2"],
+    "resident history": [*HISTORY, "dataset.cache=device", "dataset.augment=pad_crop"],
     "steps left out": ["training.max_nonfinite_steps=3", "ast.mode=dense"],
 }
 
@@ -199,6 +201,20 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
         assert torch.equal(expected["past"]["kinds"], got["past"]["kinds"])
     if expected["queue"][1] is not None:
         assert sorted(expected["queue"][1].tolist()) == sorted(got["queue"][1].tolist())
+
+
+def test_packed_steps_on_resident_parts_train_as_much_as_one_process(tmp_path, monkeypatch):
+    """In another order: the weights differ, and the ranks have them alike (else the run would end as failed)."""
+    lab(monkeypatch)
+    keys = [*TWENTY, "ast.pack=true", "ast.target_activation=0.4", "dataset.cache=device", "dataset.augment=pad_crop"]
+    one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
+    whole, _ = train(one)
+    result = ranks(2, lambda rank: train(many)[0], tmp_path / "ranks").results()[0]
+    for key in ("loaded", "scored"):
+        assert result["ledger"][key] == whole["ledger"][key]
+    assert abs(result["ledger"]["trained"] - whole["ledger"]["trained"]) <= 24
+    losses = [each["training_history"]["train_loss"][-1] for each in (result, whole)]
+    assert losses[0] == pytest.approx(losses[1], 0.1)
 
 
 # ------------------------------------------------------------------------------ Interrupted, and resumed by others
@@ -420,6 +436,42 @@ def test_a_store_in_parts_is_one_store(tmp_path):
         assert torch.equal(tensor, state[name]), name
     assert all(scores.tolist() == one.significance[order].tolist() for _, scores, _ in results)
     assert sum(size for *_, size in results) == 6 * 50
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("augment", ["pad_crop", "random_resized_crop"])
+def test_resident_parts_give_the_batches_of_one_process(augment, world, image_folder, tmp_path):
+    """Each rank keeps its part of the pictures; a batch holds the same samples, cropped the same, spread evenly; in
+    an epoch of all samples and in one of a choice that has many on one rank and few on another."""
+    keys = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    keys += ["dataset.cache=device", f"dataset.augment={augment}", "dataset.image_size=16", "training.batch_size=6"]
+    config = make_config(*keys, "training.num_workers=0")
+    chosen = np.array([1] * 10 + [0] * 6 + [0, 1] * 4, dtype=np.uint8)
+
+    def batches(dist: Dist) -> tuple[int, list[dict[int, torch.Tensor]]]:
+        loader, _, plan, _ = train_ast.build_dataloaders(config, torch.device("cpu"), dist)
+        found = []
+        for epoch, start, choice in ((0, 0, None), (3, 1, None), (4, 0, chosen)):
+            plan.begin(epoch, start, choice)
+            for batch in loader:
+                keyed = zip(batch.labels.tolist(), batch.images.clone(), strict=True)
+                found.append(dict(zip(batch.indices.tolist(), keyed, strict=True)))
+        return len(loader.images), found
+
+    def work(rank: int) -> Any:
+        return batches(Dist.join(torch.device("cpu")))
+
+    results = ranks(world, work, tmp_path).results()
+    kept, whole = batches(Dist())
+    assert sum(size for size, _ in results) == kept == 24
+    assert all(len(found) == len(whole) == 4 + 3 + 2 for _, found in results)
+    for number, batch in enumerate(whole):
+        parts = [found[number] for _, found in results]
+        assert [len(part) for part in parts] == [6 // world] * world
+        joined = {index: sample for part in parts for index, sample in part.items()}
+        assert joined.keys() == batch.keys()
+        assert all(joined[index][0] == label for index, (label, _) in batch.items())
+        assert all(torch.equal(joined[index][1], image) for index, (_, image) in batch.items())
 
 
 @pytest.mark.parametrize("cache", ["none", "device"])
