@@ -97,9 +97,9 @@ def twin_verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
     return f"verdict: {winner}: {mode} {texts[0]}, its dense twin {texts[1]} of training"
 
 
-def launch(processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
-    """Run train_ast.py with `arguments` in so many processes of this machine, by torchrun. Returns the exit code: of
-    the process that failed first, 1 for one that was killed.
+def launch(script: Path, processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
+    """Run `script` with `arguments` in so many processes of this machine, by torchrun. Returns the exit code: of the
+    process that failed first, 1 for one that was killed.
 
     A run of which a process dies is started again, up to `max_restarts` times.
     """
@@ -113,7 +113,7 @@ def launch(processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
     try:
-        torchrun.main([*options, str(Path(__file__).with_name("train_ast.py")), *arguments])
+        torchrun.main([*options, str(script), *arguments])
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1
@@ -153,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RequestError("--dense-twin: of one process alone; leave out --nproc and --max-restarts")
     resume = args.resume or ("auto" if args.max_restarts else None)
     resuming = [] if resume is None else ["--resume", resume]
-    return launch(args.nproc, args.max_restarts, ["--config", args.config, *resuming, *args.overrides, *flags])
+    arguments = ["--config", args.config, *resuming, *args.overrides, *flags]
+    return launch(Path(__file__).with_name("train_ast.py"), args.nproc, args.max_restarts, arguments)
 
 
 if __name__ == "__main__":

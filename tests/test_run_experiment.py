@@ -174,8 +174,9 @@ def test_processes_get_the_config_its_overrides_and_what_to_resume(monkeypatch):
     assert run_experiment.main(["--config", config, *flags, "training.lr=0.1"]) == 0
     assert run_experiment.main(["--config", config, *flags, "--max-restarts", "3"]) == 0
     assert run_experiment.main(["--config", config, *flags, "--max-restarts", "3", "--resume", "x.pt"]) == 0
+    script = REPO / "scripts" / "train_ast.py"
     assert got == [
-        (2, 0, ["--config", config, "training.lr=0.1", "training.epochs=5"]),
-        (2, 3, ["--config", config, "--resume", "auto", "training.epochs=5"]),
-        (2, 3, ["--config", config, "--resume", "x.pt", "training.epochs=5"]),
+        (script, 2, 0, ["--config", config, "training.lr=0.1", "training.epochs=5"]),
+        (script, 2, 3, ["--config", config, "--resume", "auto", "training.epochs=5"]),
+        (script, 2, 3, ["--config", config, "--resume", "x.pt", "training.epochs=5"]),
     ]
