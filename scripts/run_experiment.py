@@ -113,7 +113,9 @@ def launch(script: Path, processes: int, max_restarts: int, arguments: Sequence[
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
     try:
-        torchrun.main([*options, str(script), *arguments])
+        torchrun.main(
+            [*options, "--", str(script), *arguments]
+        )  # -- or torchrun takes the script's options for its own
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1
