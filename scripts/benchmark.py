@@ -3,6 +3,7 @@
     python scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256
     python scripts/benchmark.py steps --model resnet18 --small-stem --image-size 32 --compile reduce-overhead
     python scripts/benchmark.py steps --model test_resnet --image-size 32 --batch-size 32 --steps 4   # on a CPU
+    python scripts/benchmark.py steps --model resnet50 --nproc 2 --batch-size 512 --json steps.json   # two GPUs
     python scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128
 
 steps: images are random and resident, so that nothing but the step is timed. Every figure is per considered batch, the
@@ -18,13 +19,21 @@ samples makes a quarter as many steps. Our loops run the lab's own `train_one_ep
   two-pass top-k        selective backprop: a forward to score, forward and backward of the top share
 The last three run in our settings too, uncompiled as published.
 
+steps --nproc N: N processes, one a GPU, by torchrun. The batch is that of all together; each has its part of it. The
+slowest one's time counts; joules are summed, memory is the largest. The hand-written dense loop is wrapped in torch's
+DistributedDataParallel, which sends gradients while the backward goes on; the other peers are left out. Each of our
+loops makes one more pass in which every collective is timed by itself: `collectives` is their share of a step. It is an
+upper bound, for nothing overlaps while they are timed, and waiting for a slower process counts too.
+
 input: images per second of each pipeline over a folder of classes, read again and again.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -33,12 +42,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, Field, ValidationError
+from run_experiment import launch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -46,6 +58,7 @@ from tqdm import tqdm
 from train_ast import (
     IMAGENET_MOMENTS,
     Config,
+    Dist,
     EnergyMeter,
     EpochPlan,
     Loaded,
@@ -62,6 +75,8 @@ from train_ast import (
     environment,
     folder_dataset,
     get_model,
+    launched,
+    quiet,
     resolve_device,
     run_cli,
     significance,
@@ -72,13 +87,53 @@ from train_ast import (
 Step = Callable[[int], None]  # considers so many batches
 
 
-def lab_steps(config: Config, images: Tensor, labels: Tensor, compiled: str = "off", **ast: Any) -> tuple[Step, Run]:
+class TimedDist(Dist):
+    """Dist that, while watched, times each of its collectives: the device is synchronised before and after, so that
+    nothing overlaps. They go by what a step has them for; a process that waits for a slower one counts the waiting."""
+
+    device: torch.device | None = None  # while it is watched
+
+    def watch(self, device: torch.device) -> None:
+        self.device, self.calls = device, {}
+
+    def watched(self) -> dict[str, list[tuple[float, int]]]:
+        """(milliseconds, bytes of this process's tensor) of every call since `watch`, by kind. Ends the watching."""
+        self.device = None
+        return self.calls
+
+    def _timed(self, kind: str, size: int, call: Callable[[], Any]) -> Any:
+        if self.device is None:
+            return call()
+        synchronize(self.device)
+        started = time.perf_counter()
+        result = call()
+        synchronize(self.device)
+        self.calls.setdefault(kind, []).append((1000 * (time.perf_counter() - started), size))
+        return result
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        return self._timed("gradients", tensor.nbytes, partial(super().all_sum, tensor))
+
+    def join_columns(self, facts: Tensor, size: int) -> Tensor:
+        filled = len(facts) * size * facts.element_size()
+        return self._timed("scores", filled, partial(super().join_columns, facts, size))
+
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        return self._timed("agreement", 8 * len(values), partial(super().gather, values))  # float64
+
+    def exchange(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
+        return self._timed("evening out", tensor.nbytes, partial(super().exchange, tensor, moves))
+
+
+def lab_steps(
+    config: Config, images: Tensor, labels: Tensor, dist: Dist, compiled: str = "off", **ast: Any
+) -> tuple[Step, Run]:
     """The lab's own epoch loop over the same resident batch, with the settings `ast`."""
     config = config.model_copy(deep=True)
     config.ast, config.training.compile = config.ast.model_copy(update={"pack": True, **ast}), compiled
     configure_backends(config.ast, images.device)
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
-    run = Run(config, model, images.device, planned_steps=10**6)
+    run = Run(config, model, images.device, planned_steps=10**6, dist=dist)
     run.start_epoch(config.ast.warmup_epochs)
     share = config.ast.target_activation if config.ast.mode == "random" else 1.0
     rows = torch.arange(len(labels), device=images.device)
@@ -91,15 +146,23 @@ def lab_steps(config: Config, images: Tensor, labels: Tensor, compiled: str = "o
 
 
 class Bench:
-    """What a hand-written script sets up: model, optimizer and scaler; `ours` in the lab's settings."""
+    """What a hand-written script sets up: model, optimizer and scaler; `ours` in the lab's settings.
 
-    def __init__(self, config: Config, device: torch.device, ours: bool = True):
+    Of several processes the model is in DistributedDataParallel: gradients are views of its buckets, and each process
+    keeps its own running statistics, as ours do."""
+
+    def __init__(self, config: Config, device: torch.device, ours: bool = True, world: int = 1):
         self.kind = device.type
         self.keep = round(config.ast.target_activation * config.training.batch_size)
         configure_backends(config.ast.model_copy(update={"mode": "dense"}), device)  # every batch of one shape
         layout = torch.channels_last if ours and self.kind == "cuda" else torch.contiguous_format
         model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
         self.model = model.to(device, memory_format=layout).train()
+        if world > 1:
+            known = inspect.signature(DistributedDataParallel).parameters
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
+            options = {"device_ids": [device] if self.kind == "cuda" else None, buffers: False}
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **options)
         self.dtype = torch.bfloat16 if ours or self.kind == "cpu" else torch.float16
         fused = True if ours and self.kind == "cuda" else None
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=fused)
@@ -117,9 +180,11 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def hand_written_steps(config: Config, images: Tensor, labels: Tensor, compiled: str, stored: bool = False) -> Step:
+def hand_written_steps(
+    config: Config, images: Tensor, labels: Tensor, world: int, compiled: str, stored: bool = False
+) -> Step:
     """Dense training by hand; `stored`: on the chosen share alone, each sample's significance recorded."""
-    bench = Bench(config, images.device)
+    bench = Bench(config, images.device, world=world)
     store, rows = torch.zeros(1_281_167, device=images.device), torch.arange(len(labels), device=images.device)
 
     def loss_of(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,8 +248,17 @@ def two_forward_steps(config: Config, images: Tensor, labels: Tensor, top_k: boo
     return steps
 
 
-def measure(steps: Step, device: torch.device, count: int, repeats: int) -> dict[str, float | None]:
-    """Milliseconds a batch (median, smallest, largest of `repeats` times `count`), peak GiB and joules a batch."""
+def over_processes(dist: Dist, value: float | None, merged: Callable[[np.ndarray], float]) -> float | None:
+    """One number of every process's; None where one has none."""
+    found = float(merged(dist.gather([math.nan if value is None else value])))
+    return None if math.isnan(found) else found
+
+
+def measure(steps: Step, device: torch.device, count: int, repeats: int, dist: Dist) -> dict[str, float | None]:
+    """Milliseconds a batch (median, smallest, largest of `repeats` times `count`), peak GiB and joules a batch.
+
+    Several processes start each repeat together, and the slowest one's time counts.
+    """
     steps(max(4, count // 2))  # warm-up: autotuning, allocation, the controller's first moves
     synchronize(device)
     if device.type == "cuda":
@@ -192,20 +266,41 @@ def measure(steps: Step, device: torch.device, count: int, repeats: int) -> dict
     meter, times = EnergyMeter(device), []
     drawn = meter.read_kj()
     for _ in range(repeats):
+        synchronize(device)
+        dist.gather([0])  # all are here
         started = time.perf_counter()
         steps(count)
         synchronize(device)
-        times.append(1000 * (time.perf_counter() - started) / count)
+        times.append(1000 * dist.gather([time.perf_counter() - started]).max() / count)
     joules = None if drawn is None else 1000 * (meter.read_kj() - drawn) / (count * repeats)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     row = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
-    return {**row, "peak_gib": peak, "joules": joules}
+    return {**row, "peak_gib": over_processes(dist, peak, np.max), "joules": over_processes(dist, joules, np.sum)}
 
 
-def step_variants(args: argparse.Namespace, config: Config, images: Tensor, labels: Tensor) -> dict[str, Callable]:
-    """Every variant by name, to be built one after the other; the best dense loop of a script comes first."""
-    lab = partial(lab_steps, config, images, labels)
-    by_hand = partial(hand_written_steps, config, images, labels)
+def time_collectives(steps: Step, device: torch.device, count: int, dist: TimedDist) -> dict[str, dict[str, float]]:
+    """By kind of collective, over one pass of `count` considered batches: calls a considered batch (an epoch begins
+    with one agreement more), bytes of a process's own tensor, and milliseconds a call: `ms` is the mean over calls and
+    processes, their waiting for each other included; `transfer_ms` the median over the calls of the process that came
+    last and waited for nobody.
+    """
+    dist.watch(device)
+    steps(count)
+    found = {}
+    for kind, calls in dist.watched().items():
+        times, sizes = (dist.gather(each) for each in zip(*calls, strict=True))
+        found[kind] = {"calls": len(calls) / count, "bytes": float(sizes.mean()), "ms": float(times.mean())}
+        found[kind]["transfer_ms"] = float(np.median(times.min(0)))
+    return found
+
+
+def step_variants(
+    args: argparse.Namespace, config: Config, images: Tensor, labels: Tensor, dist: Dist
+) -> dict[str, Callable]:
+    """Every variant by name, to be built one after the other; the best dense loop of a script comes first. Of several
+    processes it is the one peer."""
+    lab = partial(lab_steps, config, images, labels, dist)
+    by_hand = partial(hand_written_steps, config, images, labels, dist.world)
 
     def wanted(name: str) -> bool:
         return not args.only or any(text in name for text in args.only)
@@ -224,48 +319,63 @@ def step_variants(args: argparse.Namespace, config: Config, images: Tensor, labe
         variants |= {
             f"  not scored ahead{tail}": partial(lab, mode, mode="ast", score_ahead=False),
             f"random loop, {a}{tail}": partial(lab, mode, mode="random"),
-            f"stored scores, {a}{tail}": partial(by_hand, mode, stored=True),
         }
-    peers = {
-        "batch-scored loop, not packed": partial(lab, mode="ast", pack=False),
-        "published pattern": partial(published_steps, config, images, labels, ours=False),
-        "  in our settings": partial(published_steps, config, images, labels, ours=True),
-        "two full forwards, masked": partial(two_forward_steps, config, images, labels, top_k=False),
-        f"two-pass top-k, {a}": partial(two_forward_steps, config, images, labels, top_k=True),
-    }
-    return {name: build for name, build in {**variants, **peers}.items() if wanted(name)}
+        if dist.world == 1:
+            variants[f"stored scores, {a}{tail}"] = partial(by_hand, mode, stored=True)
+    if dist.world == 1:
+        variants |= {
+            "batch-scored loop, not packed": partial(lab, mode="ast", pack=False),
+            "published pattern": partial(published_steps, config, images, labels, ours=False),
+            "  in our settings": partial(published_steps, config, images, labels, ours=True),
+            "two full forwards, masked": partial(two_forward_steps, config, images, labels, top_k=False),
+            f"two-pass top-k, {a}": partial(two_forward_steps, config, images, labels, top_k=True),
+        }
+    return {name: build for name, build in variants.items() if wanted(name)}
 
 
 def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
-    """All step variants for one model, resolution, batch size and activation."""
+    """All step variants for one model, resolution, batch size and activation; all processes return the same."""
     config = Config()
     config.model.name, config.model.small_stem = args.model, args.small_stem
     config.dataset.num_classes, config.dataset.image_size = args.classes, args.image_size
     config.ast.target_activation, config.ast.kp, config.ast.ki = args.activation, 1.0, 0.05
-    config.training.batch_size, config.training.lr = args.batch_size, 0.01
+    config.training.batch_size, config.training.lr, config.training.device = args.batch_size, 0.01, args.device
     config.metrics.base_flop_per_sample = 1.0  # not reported here
     device = resolve_device(config.training)
+    dist = TimedDist.join(device)
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8).to(device)
-    labels = torch.randint(0, args.classes, (args.batch_size,)).to(device)
+    images = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    labels = torch.randint(0, args.classes, (args.batch_size,))
+    images, labels = (dist.part(each).to(device) for each in (images, labels))
     rows = {}
-    for name, build in tqdm(step_variants(args, config, images, labels).items(), unit="variant", disable=None):
+    result = {"processes": dist.world, "batch_size": args.batch_size, "model": args.model}
+    result |= {"image_size": args.image_size, "rows": rows}
+    single = {} if args.single is None else read_steps("--single", args.single).rows
+    for name, build in tqdm(step_variants(args, config, images, labels, dist).items(), unit="variant", disable=quiet()):
         built = build()
         steps, run = built if isinstance(built, tuple) else (built, None)
-        row = rows[name] = measure(steps, device, args.steps, args.repeats)
+        row = rows[name] = measure(steps, device, args.steps, args.repeats, dist)
         row["images_per_second"] = 1000 * args.batch_size / row["ms"]
         row["joules_per_sample"] = None if row["joules"] is None else row["joules"] / args.batch_size
         if run is not None and run.activations:
             row["activation"] = statistics.mean(run.activations)
+        if run is not None and dist.world > 1:
+            row["collectives"] = time_collectives(steps, device, args.steps, dist)
+            row["collective_share"] = (
+                sum(each["calls"] * each["ms"] for each in row["collectives"].values()) / row["ms"]
+            )
+        if name in single:
+            row["speed_up"] = row["images_per_second"] / single[name].images_per_second
         del steps, run, built
-        write(args.json, {"rows": rows})  # a benchmark that is cut short keeps what it measured
+        write(args.json, {**result, **environment(device)})  # a benchmark that is cut short keeps what it measured
         torch.compiler.reset()  # or dynamo, after eight functions of the same code, would compile no more
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    dist.leave()
     dense = min((row["ms"] for name, row in rows.items() if "dense loop" in name), default=None)
     for row in rows.values():
         row["ratio"] = None if dense is None else row["ms"] / dense
-    return {"rows": rows, "break_even": break_even(rows, args.activation)}
+    return {**result, "break_even": break_even(rows, args.activation), **environment(device)}
 
 
 def break_even(rows: dict[str, dict], activation: float) -> dict[str, float]:
@@ -334,38 +444,100 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
         median = statistics.median(speeds)
         rows[name] = {"images_per_second": median, "lowest": min(speeds), "highest": max(speeds)}
         rows[name]["ratio"] = median / rows["Pillow, float32"]["images_per_second"]
-    return {"rows": rows, "pictures": len(dataset), "workers": args.workers}
+    return {"rows": rows, "pictures": len(dataset), "workers": args.workers, **environment(device)}
+
+
+Measured = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Printable = Annotated[str, Field(pattern=r"^[ -~]{1,80}$")]  # what is shown of a file that anybody may have written
+
+
+class Collective(BaseModel):
+    """A kind of collective, as `time_collectives` has it."""
+
+    calls: Measured
+    bytes: Measured
+    transfer_ms: Measured
+
+    def per_batch(self) -> float:
+        """Milliseconds a considered batch, without waiting for others."""
+        return self.calls * self.transfer_ms
+
+
+class StepsRow(BaseModel):
+    ms: Measured
+    images_per_second: Measured
+    activation: float | None = Field(None, ge=0, le=1)
+    collectives: dict[str, Collective] | None = None
+
+
+class StepsFile(BaseModel):
+    """What `steps` has written, as far as it is read again."""
+
+    processes: int = Field(1, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    model: Printable | None = None
+    image_size: int | None = None
+    gpu: Printable | None = None
+    rows: dict[Printable, StepsRow]
+
+
+def read_steps(option: str, path: Path) -> StepsFile:
+    """The JSON of a `steps` run. Raises RequestError, naming the file, for anything else."""
+    try:
+        return StepsFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"{option}: cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ascii(".".join(map(str, first["loc"])) or "file")[:120]
+        raise RequestError(f"{option}: {path} is no JSON of benchmark.py steps: {where}: {first['msg']}") from None
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
-    """The figures as JSON, with the command and the machine they came from."""
-    if path is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        result = {"command": shlex.join(["scripts/benchmark.py", *sys.argv[1:]]), **result, **environment(device)}
+    """The figures as JSON, with the command they came from; of several processes the first one writes."""
+    if path is not None and launched()[0] == 0:
+        result = {"command": shlex.join(["scripts/benchmark.py", *sys.argv[1:]]), **result}
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def show(what: str, result: dict[str, Any]) -> str:
-    """The table, every line also as a multiple of the best dense loop or of the usual pipeline."""
-    if what == "input":
-        lines = [f"{'pipeline':<34} {'images/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}"]
-        for name, row in result["rows"].items():
-            speeds = f"{row['images_per_second']:10,.0f} {row['lowest']:10,.0f} {row['highest']:10,.0f}"
-            lines.append(f"{name:<34} {speeds} {row['ratio']:7.2f}")
-        return "\n".join(lines)
-    titles = f"{'ms':>9} {'min':>9} {'max':>9} {'ratio':>7} {'images/s':>9} {'active':>7} {'GiB':>7} {'J/image':>9}"
+def cell(value: float | None, spec: str) -> str:
+    """A figure, or a dash where there is none, as wide as its format."""
+    return "-".rjust(len(format(0, spec))) if value is None else format(value, spec)
+
+
+def show_input(result: dict[str, Any]) -> str:
+    """The table of the pipelines, every line also as a multiple of the usual one."""
+    lines = [f"{'pipeline':<34} {'images/s':>10} {'lowest':>10} {'highest':>10} {'ratio':>7}"]
+    for name, row in result["rows"].items():
+        speeds = f"{row['images_per_second']:10,.0f} {row['lowest']:10,.0f} {row['highest']:10,.0f}"
+        lines.append(f"{name:<34} {speeds} {row['ratio']:7.2f}")
+    return "\n".join(lines)
+
+
+STEP_COLUMNS = {  # title: (key of the row, format); the width is the format's
+    "ms": ("ms", "9.2f"),
+    "min": ("ms_min", "9.2f"),
+    "max": ("ms_max", "9.2f"),
+    "ratio": ("ratio", "7.3f"),
+    "images/s": ("images_per_second", "9,.0f"),
+    "active": ("activation", "7.3f"),
+    "GiB": ("peak_gib", "7.2f"),
+    "J/image": ("joules_per_sample", "9.4f"),
+}
+
+
+def show_steps(result: dict[str, Any]) -> str:
+    """The table of the steps, every line also as a multiple of the best dense loop; of several processes with the share
+    of their collectives, and the speed-up over a file of one process where there is one."""
+    columns = dict(STEP_COLUMNS)
+    if result["processes"] > 1:
+        columns["collectives"] = ("collective_share", "11.3f")
+    if any("speed_up" in row for row in result["rows"].values()):
+        columns["speed-up"] = ("speed_up", "8.2f")
+    titles = " ".join(title.rjust(len(format(0, spec))) for title, (_, spec) in columns.items())
     lines = [f"{'per considered batch':<44} {titles}"]
     for name, row in result["rows"].items():
-        cells = [f"{row['ms']:9.2f} {row['ms_min']:9.2f} {row['ms_max']:9.2f}"]
-        for key, spec in {
-            "ratio": "7.3f",
-            "images_per_second": "9,.0f",
-            "activation": "7.3f",
-            "peak_gib": "7.2f",
-            "joules_per_sample": "9.4f",
-        }.items():
-            cells.append("-".rjust(int(spec[0])) if row.get(key) is None else format(row[key], spec))
-        lines.append(f"{name:<44} {' '.join(cells)}")
+        lines.append(f"{name:<44} {' '.join(cell(row.get(key), spec) for key, spec in columns.values())}")
     for name, share in result["break_even"].items():
         lines.append(f"{name}: faster than dense below an activation of {share:.2f}")
     return "\n".join(lines)
@@ -410,23 +582,48 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     steps.add_argument("--no-compile", action="store_true", help="leave the compiled variants out")
     steps.add_argument("--only", nargs="+", metavar="TEXT", help="only variants with a TEXT in their name")
+    steps.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="as training.device")
+    steps.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one a GPU, by torchrun; 1: none")
+    steps.add_argument(
+        "--single", type=Path, metavar="FILE", help="the JSON of one process: also show the speed-up over its rows"
+    )
     inputs.add_argument("--folder", required=True, help="of classes, each a folder of images")
     inputs.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
     for kind, count in ((steps, 40), (inputs, 20)):
         kind.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
-        kind.add_argument("--batch-size", type=int, default=256, help="samples (default: 256)")
+        kind.add_argument("--batch-size", type=int, default=256, help="samples, of all processes (default: 256)")
         kind.add_argument("--steps", type=int, default=count, help=f"timed batches a repeat (default: {count})")
         kind.add_argument("--repeats", type=int, default=5, help="default: 5")
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
         kind.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart (png, svg, pdf)")
+    for kind in (steps, inputs):
+        kind.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     args = parser.parse_args(argv)
     if min(args.steps, args.repeats, args.batch_size, args.image_size) < 1:
         raise RequestError("--steps, --repeats, --batch-size and --image-size must be positive")
-    if args.what == "steps" and not 0 < args.activation <= 1:
-        raise RequestError("--activation must lie in (0, 1]")
-    if args.what == "steps" and args.score_resolution and not 0 < args.score_resolution <= args.image_size:
-        raise RequestError("--score-resolution must be positive and at most --image-size")
+    if args.what == "steps":
+        require_steps(args)
     return args
+
+
+def require_steps(args: argparse.Namespace) -> None:
+    """Raises RequestError where the options of `steps` do not fit together."""
+    if not 0 < args.activation <= 1:
+        raise RequestError("--activation must lie in (0, 1]")
+    if args.score_resolution and not 0 < args.score_resolution <= args.image_size:
+        raise RequestError("--score-resolution must be positive and at most --image-size")
+    processes = max(args.nproc, launched()[1])
+    if args.nproc < 1:
+        raise RequestError("--nproc: at least 1")
+    if args.batch_size % processes:
+        raise RequestError(f"--batch-size: {args.batch_size} is no multiple of {processes} processes")
+    if args.single is not None:
+        single = read_steps("--single", args.single)
+        if single.processes > 1:
+            raise RequestError(f"--single: {args.single} is of {single.processes} processes")
+        for key in ("model", "image_size"):
+            theirs, asked = getattr(single, key), getattr(args, key)
+            if theirs not in (None, asked):
+                raise RequestError(f"--single: {args.single} is of {key} {theirs}, not {asked}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -437,11 +634,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"{option}: cannot write to {path}: {error.strerror}") from None
-    result = benchmark_steps(args) if args.what == "steps" else benchmark_input(args)
-    print(show(args.what, result))
-    write(args.json, result)
-    if args.plot:
-        plot(args.what, result, args.plot)
+    if args.what == "steps" and args.nproc > 1 and launched()[1] == 1:
+        return launch(Path(__file__), args.nproc, 0, sys.argv[1:] if argv is None else argv)
+    kinds = {"steps": (benchmark_steps, show_steps), "input": (benchmark_input, show_input)}
+    work, show = kinds[args.what]
+    result = work(args)
+    if launched()[0] == 0:
+        print(show(result))
+        write(args.json, result)
+        if args.plot:
+            plot(args.what, result, args.plot)
     return 0
 
 

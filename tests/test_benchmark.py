@@ -1,10 +1,11 @@
 """The benchmarks on a CPU: real steps and real pictures, every variant, figures that belong together."""
 
 import json
+from pathlib import Path
 
 import benchmark
 import pytest
-from train_ast import run_cli
+from train_ast import Config, get_model, run_cli
 
 SMALL = ["--model", "test_resnet", "--classes", "10", "--image-size", "32", "--batch-size", "32"]
 SMALL += ["--steps", "2", "--repeats", "2"]
@@ -47,6 +48,87 @@ def test_break_even_is_the_cost_models():
     }
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """The JSON of two rows, measured by one process."""
+    path = tmp_path_factory.mktemp("one") / "steps.json"
+    options = ["--no-compile", "--only", "dense loop", "--json", str(path)]
+    assert benchmark.main(["steps", *SMALL, "--device", "cpu", *options]) == 0
+    return path
+
+
+def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, script, one_process, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    path, options = tmp_path / "steps.json", ["--no-compile", "--device", "cpu", "--score-resolution", "16"]
+    files = ["--json", path, "--plot", tmp_path / "steps.png", "--single", one_process]
+    done = script("benchmark", "steps", *SMALL, *options, "--steps", "4", "--nproc", "2", *files)
+    assert done.returncode == 0, done.stderr
+    saved, single = (json.loads(each.read_text()) for each in (path, one_process))
+    assert (saved["processes"], saved["batch_size"], single["processes"]) == (2, 32, 1)
+    assert list(saved["rows"]) == LOOPS[:6]  # the peers of one process are left out
+    assert set(single["rows"]) == set(LOOPS[:2])
+    for name, row in saved["rows"].items():
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+        assert row["images_per_second"] == pytest.approx(32_000 / row["ms"])  # of the whole batch
+        assert ("speed_up" in row) == (name in single["rows"])
+        assert ("collectives" in row) == (name != "hand-written dense loop")
+        kinds = row.get("collectives", {})
+        for each in kinds.values():
+            assert min(each["ms"], each["transfer_ms"]) > 0
+        if kinds:
+            spent = sum(each["calls"] * each["ms"] for each in kinds.values())
+            assert row["collective_share"] == pytest.approx(spent / row["ms"])
+    for name, row in single["rows"].items():
+        speed_up = saved["rows"][name]["images_per_second"] / row["images_per_second"]
+        assert saved["rows"][name]["speed_up"] == pytest.approx(speed_up)
+    config = Config(model={"name": "test_resnet"})
+    weights = sum(p.numel() for p in get_model(config.model, 10, 32).parameters())
+    dense, scored, ahead, _, drawn = [saved["rows"][name]["collectives"] for name in LOOPS[1:6]]
+    assert set(dense) == {"gradients", "agreement"}
+    assert dense["gradients"]["calls"] == 1
+    assert dense["gradients"]["bytes"] == 4 * weights + 8  # float32, and how many samples, and whether one was bad
+    assert dense["agreement"]["calls"] == 5 / 4  # one a step, and one as the epoch begins
+    assert drawn["gradients"]["calls"] == 1 / 4  # a quarter of the steps
+    assert {"scores", "agreement"} <= set(scored)
+    for each in (scored, ahead):
+        assert each["scores"]["calls"] == 1
+        assert each["scores"]["bytes"] == 2 * 4 * 16  # significance and hit of a process's 16 samples
+    header, *lines = done.stdout.splitlines()
+    assert header.split()[-2:] == ["collectives", "speed-up"]
+    assert [line[:44].rstrip() for line in lines[:6]] == LOOPS[:6]
+    assert lines[2].split()[-1] == "-"
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_process_shows_neither_collectives_nor_speed_up(one_process):
+    result = json.loads(one_process.read_text())
+    assert benchmark.show_steps(result).splitlines()[0].split()[-1] == "J/image"
+    assert not any("collectives" in row or "speed_up" in row for row in result["rows"].values())
+
+
+def test_what_goes_wrong_in_the_processes_is_said_once(script, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    done = script("benchmark", "steps", *SMALL, "--device", "cpu", "--nproc", "2", "--model", "resnt50")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: model.name: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"processes": 2}, "of 2 processes"), ({"model": "vit"}, "of model vit"), ({"image_size": 64}, "image_size 64"),
+     ({"rows": 1}, "no JSON of benchmark.py steps")],
+)  # fmt: skip
+def test_a_file_to_compare_with_is_of_one_process_and_the_same_model(tmp_path, one_process, changed, named, capsys):
+    path = tmp_path / "single.json"
+    path.write_text(json.dumps({**json.loads(one_process.read_text()), **changed}))
+    options = ["--nproc", "2", "--device", "cpu", "--single", str(path)]
+    assert run_cli(lambda: benchmark.main(["steps", *SMALL, *options])) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(f"error: --single: {path} is ")
+    assert named in found
+
+
 def test_every_input_pipeline_is_measured(tmp_path, capsys, image_folder):
     sizes = ["--image-size", "32", "--batch-size", "12", "--steps", "4", "--repeats", "2", "--workers", "1"]
     files = ["--json", str(tmp_path / "input.json"), "--plot", str(tmp_path / "input.svg")]
@@ -61,7 +143,8 @@ def test_every_input_pipeline_is_measured(tmp_path, capsys, image_folder):
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "0"], ["--activation", "0"], ["--model", "resnt50"],
-                                   ["--score-resolution", "64"], ["--json", "/proc/no/x.json"]])  # fmt: skip
+                                   ["--score-resolution", "64"], ["--json", "/proc/no/x.json"], ["--nproc", "0"],
+                                   ["--nproc", "3"], ["--single", "/proc/no/x.json"]])  # fmt: skip
 def test_wrong_sizes_are_refused(wrong, capsys):
     assert run_cli(lambda: benchmark.main(["steps", *SMALL, "--no-compile", *wrong])) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -43,6 +43,8 @@ ADDED = {
     "scripts/run_experiment.py --config configs/imagenette_hf_ast.yaml --epochs 10": f"{PARQUET} --epochs 3",
     "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model test_resnet --classes 10 "
     "--image-size 32 --batch-size 16 --steps 1 --repeats 1 --no-compile",
+    "scripts/benchmark.py steps --nproc 2 --batch-size 512 --json results/steps_2.json": "--model test_resnet "
+    "--classes 10 --image-size 32 --batch-size 16 --steps 8 --repeats 1 --no-compile --device cpu",
     "scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128": "--folder IMAGES/train "
     "--batch-size 8 --steps 2 --repeats 1 --workers 1",
 }
