@@ -4,6 +4,7 @@
     python scripts/benchmark.py steps --model resnet18 --small-stem --image-size 32 --compile reduce-overhead
     python scripts/benchmark.py steps --model test_resnet --image-size 32 --batch-size 32 --steps 4   # on a CPU
     python scripts/benchmark.py steps --model resnet50 --nproc 2 --batch-size 512 --json steps.json   # two GPUs
+    python scripts/benchmark.py scaling --steps steps.json --gpus 8 64 512
     python scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128
 
 steps: images are random and resident, so that nothing but the step is timed. Every figure is per considered batch, the
@@ -25,6 +26,10 @@ DistributedDataParallel, which sends gradients while the backward goes on; the o
 loops makes one more pass in which every collective is timed by itself: `collectives` is their share of a step. It is an
 upper bound, for nothing overlaps while they are timed, and waiting for a slower process counts too.
 
+scaling: on paper, what a step would take on more GPUs with as many samples each, from the JSON of `steps --nproc`. From
+there come a GPU's own work and the price of each collective; the host's choosing is measured while the table is made.
+The rest is assumed and stands above the table; the formulas are with `parts_at` and `step_ms`.
+
 input: images per second of each pipeline over a folder of classes, read again and again.
 """
 
@@ -39,7 +44,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,6 +84,7 @@ from train_ast import (
     quiet,
     resolve_device,
     run_cli,
+    select_active,
     significance,
     synchronize,
     train_one_epoch,
@@ -493,6 +499,109 @@ def read_steps(option: str, path: Path) -> StepsFile:
         raise RequestError(f"{option}: {path} is no JSON of benchmark.py steps: {where}: {first['msg']}") from None
 
 
+@cache
+def choosing_ms(samples: int, activation: float) -> float:
+    """Milliseconds the host takes to choose among so many scores, float32: the median of three, measured here."""
+    scores, times = torch.randn(samples, generator=torch.Generator().manual_seed(0)), []
+    threshold = scores.sort().values[min(samples - 1, round((1 - activation) * samples))].item()
+    for _ in range(4):
+        started = time.perf_counter()
+        select_active(scores, threshold)
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[1:])  # the first one warms up
+
+
+def parts_at(gpus: int, row: StepsRow, found: StepsFile, args: argparse.Namespace) -> dict[str, float]:
+    """What a considered batch costs on so many GPUs, each with as many samples as measured: milliseconds by part.
+
+    With N GPUs on M machines, n processes measured, and of each collective its bytes B and its transfer's time t:
+      device        the measured step less its collectives (calls x t): what a GPU computes; it does not change with N
+      gradients     ring all-reduce, 2 (N - 1) / N x B / pace, and 2 ceil(log2 M) hops between machines. The pace is the
+                    measured one, 2 (n - 1) / n x B / t, and with M > 1 at most --network-gb
+      scores        t as a fixed price, (N - 1) x B / pace, and ceil(log2 M) hops
+      evening out   t, with M > 1 at least B / --network-gb and a hop: what a GPU has too many does not grow with N
+      agreement     gloo's all_gather is a ring of N - 1 hops: t / (n - 1) each, with M > 1 at least --latency-us
+      choosing      `select_active` over the scores of all GPUs, measured here (`choosing_ms`)
+    All but the device's are of one call, and are multiplied by the calls a considered batch. Assumed: no GPU is slower
+    than those measured, the network is nobody else's, and what every process allocates for N others costs nothing.
+    """
+    nodes, n = math.ceil(gpus / args.gpus_per_node), found.processes
+    hops, hop = math.ceil(math.log2(nodes)), args.latency_us / 1000 if nodes > 1 else 0.0
+    network = args.network_gb * 1e6 if nodes > 1 else math.inf  # bytes a millisecond
+    gradients = row.collectives["gradients"]
+    pace = min(network, 2 * (n - 1) / n * gradients.bytes / gradients.transfer_ms)
+    a_call = {
+        "gradients": lambda c: 2 * (gpus - 1) / gpus * c.bytes / pace + 2 * hops * hop,
+        "scores": lambda c: c.transfer_ms + (gpus - 1) * c.bytes / pace + hops * hop,
+        "evening out": lambda c: max(c.transfer_ms, c.bytes / network + hop),
+        "agreement": lambda c: (gpus - 1) * max(c.transfer_ms / (n - 1), hop),
+    }
+    parts = {"device": row.ms - sum(each.per_batch() for each in row.collectives.values()), "choosing": 0.0}
+    for kind, price in a_call.items():
+        collective = row.collectives.get(kind)
+        parts[kind] = 0.0 if collective is None else collective.calls * price(collective)
+    if scores := row.collectives.get("scores"):
+        samples = gpus * found.batch_size // n
+        parts["choosing"] = scores.calls * choosing_ms(samples, row.activation or 0.0)
+    return parts
+
+
+def step_ms(parts: dict[str, float], ahead: bool) -> float:
+    """Milliseconds a considered batch. The host agrees and chooses while the GPU works, so that the longer of the two
+    counts; not scored ahead, the GPU waits for the host's choice, and they add up. Gradients overlap with nothing."""
+    device = parts["device"] + parts["scores"] + parts["evening out"]
+    host = parts["agreement"] + parts["choosing"]
+    return (max(device, host) if ahead else device + host) + parts["gradients"]
+
+
+LEAST_EFFICIENCY, MOST_GPUS = 0.9, 4096
+
+
+def breaks_first(at: Callable[[int], dict[str, float]], ahead: bool) -> tuple[str, int] | None:
+    """The part that takes the efficiency below LEAST_EFFICIENCY, and the first power of two of GPUs at which it does:
+    the one without which that step would be the shortest. None where nothing does up to MOST_GPUS."""
+    for gpus in (2**power for power in range(1, MOST_GPUS.bit_length())):
+        parts = at(gpus)
+        if parts["device"] < LEAST_EFFICIENCY * step_ms(parts, ahead):
+            others = [part for part in parts if part != "device"]
+            return min(others, key=lambda part: step_ms(parts | {part: 0.0}, ahead)), gpus
+    return None
+
+
+def scaling(args: argparse.Namespace) -> dict[str, Any]:
+    """The table on paper, from a `steps --nproc` run: for each loop of ours, compiled ones if there are any, what a
+    considered batch takes on each number of GPUs, its bytes, and what breaks first. Raises RequestError where the file
+    does not hold what it takes."""
+    found = read_steps("--steps", args.steps)
+    loops = {name: row for name, row in found.rows.items() if row.collectives}
+    if found.processes < 2 or found.batch_size is None or not loops:
+        raise RequestError(f"--steps: {args.steps} has no rows with collectives; make it by `steps --nproc N --json`")
+    fast = {name: row for name, row in loops.items() if "compiled" in name or "reduce" in name}
+    rows, verdicts = {}, {}
+    for name, row in (fast or loops).items():
+        if "gradients" not in row.collectives:
+            raise RequestError(f"--steps: {args.steps}: {name.strip()}: no optimizer step was timed, take more --steps")
+        if row.ms <= sum(each.per_batch() for each in row.collectives.values()):
+            raise RequestError(f"--steps: {args.steps}: {name.strip()}: its collectives take longer than its step")
+        at, ahead = partial(parts_at, row=row, found=found, args=args), "not scored ahead" not in name
+        gradients, scores = (row.collectives.get(kind) for kind in ("gradients", "scores"))
+        rows[name] = []
+        for gpus in args.gpus:
+            parts = at(gpus)
+            step = step_ms(parts, ahead)
+            sizes = {"gpus": gpus, "batch_size": gpus * found.batch_size // found.processes}
+            sizes["gradient_bytes"] = gradients.calls * 2 * (gpus - 1) / gpus * gradients.bytes  # sent by a GPU
+            sizes["score_bytes"] = scores.calls * gpus * scores.bytes if scores else 0.0  # gathered on a GPU
+            rows[name].append({**sizes, "ms": parts, "step_ms": step, "efficiency": parts["device"] / step})
+        first = breaks_first(at, ahead)
+        verdicts[name] = None if first is None else {"part": first[0], "gpus": first[1]}
+    measured = {"file": str(args.steps), "processes": found.processes, "batch_size": found.batch_size, "gpu": found.gpu}
+    measured["threads_choosing"] = torch.get_num_threads()
+    assumed = {key: getattr(args, key) for key in ("gpus_per_node", "network_gb", "latency_us")}
+    result = {"measured": measured, "assumed": assumed, "rows": rows, "breaks_first": verdicts}
+    return {**result, **environment(torch.device("cpu"))}
+
+
 def write(path: Path | None, result: dict[str, Any]) -> None:
     """The figures as JSON, with the command they came from; of several processes the first one writes."""
     if path is not None and launched()[0] == 0:
@@ -543,6 +652,38 @@ def show_steps(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+SCALING_PARTS = ("device", "gradients", "scores", "evening out", "agreement", "choosing")
+
+
+def show_scaling(result: dict[str, Any]) -> str:
+    """What is measured and what assumed, the table on paper, and a line a loop on what breaks first."""
+    measured, assumed = result["measured"], result["assumed"]
+    each = f"{measured['batch_size'] // measured['processes']} samples"
+    network = f"{assumed['network_gb']:g} GB/s a GPU and {assumed['latency_us']:g} us a hop"
+    columns = [part.rjust(11) for part in (*SCALING_PARTS, "step", "efficiency")]
+    lines = [
+        f"on paper, from {measured['file']}: {measured['processes']} x {measured['gpu'] or 'CPU'}, {each} each",
+        "measured there: the step and its collectives, and so the pace of gradients inside a machine",
+        f"measured here: choosing, on {measured['threads_choosing']} threads",
+        f"assumed: {assumed['gpus_per_node']} GPUs a machine, {network} between machines, {each} a GPU,",
+        "  gradients by a ring, overlapping with nothing; the host at work while the GPU is; efficiency: device / step",
+        "",
+        f"{'ms per considered batch':<44} {'GPUs':>5} {'batch':>9} {'grad. MB':>9} {'score KB':>9} {' '.join(columns)}",
+    ]
+    for name, row in result["rows"].items():
+        for at in row:
+            sizes = f"{at['gpus']:5} {at['batch_size']:9,}"
+            sizes += f" {at['gradient_bytes'] / 1e6:9.2f} {at['score_bytes'] / 1e3:9.1f}"
+            times = " ".join(f"{ms:11.3f}" for ms in (*(at["ms"][part] for part in SCALING_PARTS), at["step_ms"]))
+            lines.append(f"{name:<44} {sizes} {times} {at['efficiency']:11.3f}")
+    for name, first in result["breaks_first"].items():
+        verdict = f"nothing brings the efficiency below {LEAST_EFFICIENCY} up to {MOST_GPUS} GPUs"
+        if first is not None:
+            verdict = f"first to break: {first['part']}, efficiency below {LEAST_EFFICIENCY} at {first['gpus']} GPUs"
+        lines.append(f"{name.strip()}: {verdict}")
+    return "\n".join(lines)
+
+
 def plot(what: str, result: dict[str, Any], path: Path) -> None:
     """Bars of milliseconds a batch, or of images a second, with their spread."""
     import matplotlib
@@ -572,6 +713,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="what", required=True)
     steps, inputs = kinds.add_parser("steps", help="training steps"), kinds.add_parser("input", help="input pipelines")
+    paper = kinds.add_parser("scaling", help="steps on more GPUs, on paper")
     steps.add_argument("--model", default="resnet50", help="as model.name (default: resnet50)")
     steps.add_argument("--small-stem", action="store_true", help="as model.small_stem")
     steps.add_argument("--classes", type=int, default=1000, help="default: 1000")
@@ -595,9 +737,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         kind.add_argument("--steps", type=int, default=count, help=f"timed batches a repeat (default: {count})")
         kind.add_argument("--repeats", type=int, default=5, help="default: 5")
         kind.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart (png, svg, pdf)")
-    for kind in (steps, inputs):
+    paper.add_argument("--steps", type=Path, required=True, metavar="FILE", help="the JSON of a run of steps --nproc")
+    paper.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512], metavar="N", help="default: 8 64 512")
+    paper.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of one machine (default: 8)")
+    paper.add_argument("--network-gb", type=float, default=50, help="GB/s a GPU between machines (default: 50)")
+    paper.add_argument("--latency-us", type=float, default=30, help="microseconds a hop between them (default: 30)")
+    paper.set_defaults(plot=None)
+    for kind in (steps, inputs, paper):
         kind.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     args = parser.parse_args(argv)
+    if args.what == "scaling":
+        sizes = (*args.gpus, args.gpus_per_node, args.network_gb)
+        if not (all(0 < size < math.inf for size in sizes) and 0 <= args.latency_us < math.inf):
+            raise RequestError("--gpus, --gpus-per-node and --network-gb must be positive, --latency-us at least 0")
+        return args
     if min(args.steps, args.repeats, args.batch_size, args.image_size) < 1:
         raise RequestError("--steps, --repeats, --batch-size and --image-size must be positive")
     if args.what == "steps":
@@ -637,7 +790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.what == "steps" and args.nproc > 1 and launched()[1] == 1:
         return launch(Path(__file__), args.nproc, 0, sys.argv[1:] if argv is None else argv)
     kinds = {"steps": (benchmark_steps, show_steps), "input": (benchmark_input, show_input)}
-    work, show = kinds[args.what]
+    work, show = {**kinds, "scaling": (scaling, show_scaling)}[args.what]
     result = work(args)
     if launched()[0] == 0:
         print(show(result))

@@ -45,6 +45,7 @@ ADDED = {
     "--image-size 32 --batch-size 16 --steps 1 --repeats 1 --no-compile",
     "scripts/benchmark.py steps --nproc 2 --batch-size 512 --json results/steps_2.json": "--model test_resnet "
     "--classes 10 --image-size 32 --batch-size 16 --steps 8 --repeats 1 --no-compile --device cpu",
+    "scripts/benchmark.py scaling --steps results/steps_2.json --gpus 8 64 512": "",  # of the one above
     "scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128": "--folder IMAGES/train "
     "--batch-size 8 --steps 2 --repeats 1 --workers 1",
 }
