@@ -111,11 +111,12 @@ def launch(script: Path, processes: int, max_restarts: int, arguments: Sequence[
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: its name need not resolve
     options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
+    options.append("--")  # or torchrun takes the script's options for its own
     try:
-        torchrun.main(
-            [*options, "--", str(script), *arguments]
-        )  # -- or torchrun takes the script's options for its own
+        torchrun.main([*options, str(script), *arguments])
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from conftest import loaded, make_config
+from conftest import REPO, loaded, make_config
 from train_ast import (
     ModelConfig,
     Run,
     Stop,
     build_dataloaders,
+    checkpoint_folder,
     configure_backends,
     crop_resize,
     device_batches,
     get_model,
+    load_checkpoint,
+    load_config,
     train_one_epoch,
     uniform,
     warm_up,
@@ -83,3 +86,26 @@ def test_draws_and_crops_are_the_cpus():
     mirror = torch.arange(8) % 2 == 0
     ours = crop_resize(images.to(GPU), boxes.to(GPU), mirror.to(GPU), 48).cpu()
     assert (ours.int() - crop_resize(images, boxes, mirror, 48).int()).abs().max() <= 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("way", [["ast.mode=dense"], ["ast.target_activation=0.5"],
+                                 ["ast.scoring=history", "ast.target_activation=0.5"]])  # fmt: skip
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, cache, tmp_path, script):
+    """Digits in float32, 2 dense and 2 further epochs: BatchNorm's weights and statistics move as on one GPU."""
+    preset, ended = REPO / "configs" / "digits_smoke.yaml", {}
+    for processes in (1, 2):
+        overrides = ["training.device=cuda", "training.mixed_precision=false", "training.sync_batchnorm=true"]
+        overrides += ["training.optimizer=sgd", "training.lr=1e-3", "training.epochs=4", "ast.warmup_epochs=2"]
+        overrides += [*way, "ast.pack=false", f"dataset.cache={cache}", f"logging.output_dir={tmp_path}/{processes}"]
+        done = script("run_experiment", "--config", preset, "--nproc", processes, *overrides)
+        assert done.returncode == 0, done.stderr
+        config = load_config(preset, overrides)
+        ended[processes] = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
+    one, two = (state["model"] for state in ended.values())
+    assert ended[2]["ledger"]["steps"] == ended[1]["ledger"]["steps"]
+    for name, tensor in one.items():
+        if tensor.dim() == 1:  # BatchNorm's, which begin as ones and zeros
+            moved = tensor - float(name.endswith(("weight", "running_var")))
+            assert (two[name] - tensor).norm() <= 0.05 * moved.norm().clamp(min=1e-3), name
