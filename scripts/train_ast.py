@@ -906,14 +906,14 @@ def merge_gradients(run: Run) -> Tensor:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in parameters]
+    # as they lie in memory, channels_last or not: autograd gives a gradient its parameter's strides, on every rank
+    gradients = [p.grad.as_strided((p.numel(),), (1,)) for p in parameters]
     bad = torch.zeros((), device=run.device) if run.window_bad is None else run.window_bad.float()
     facts = torch.stack([torch.full((), float(run.window_samples), device=run.device), bad])
-    flat = torch.cat([facts, *(g.flatten() for g in gradients)])
-    flat[2:] *= run.window_divisor
-    samples, bad = run.dist.all_sum(flat)[:2]
-    parts = (flat[2:] / samples).split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    flat = torch.cat([*gradients, facts])
+    merged = flat[:-2].mul_(run.window_divisor)
+    samples, bad = run.dist.all_sum(flat)[-2:]
+    torch._foreach_copy_(gradients, merged.div_(samples).split([len(g) for g in gradients]))
     run.window_bad = bad > 0
     return samples
 

@@ -203,6 +203,29 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
         assert sorted(expected["queue"][1].tolist()) == sorted(got["queue"][1].tolist())
 
 
+def test_gradients_are_merged_as_they_lie_in_memory(tmp_path):
+    """A channels_last net, 5 samples on one rank, 3 on another, none on the third: the gradient of the mean of all."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels, parts = torch.arange(8), [slice(0, 5), slice(5, 8), slice(8, 8)]
+
+    def gradients(dist: Dist, part: slice) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+        run = train_ast.Run(make_config("ast.mode=dense"), net, torch.device("cpu"), planned_steps=9, dist=dist)
+        run.model.to(memory_format=torch.channels_last)
+        train_ast.train_step(run, images[part], labels[part])
+        if dist.world > 1:
+            assert int(train_ast.merge_gradients(run)) == 8
+        assert run.model[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
+        return [parameter.grad for parameter in run.model.parameters()]
+
+    merged = ranks(3, lambda rank: gradients(Dist.join(torch.device("cpu")), parts[rank]), tmp_path).results()
+    whole = gradients(Dist(), slice(0, 8))
+    for each in merged:
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(each, whole, strict=True))
+
+
 def test_packed_steps_on_resident_parts_train_as_much_as_one_process(tmp_path, monkeypatch):
     """In another order: the weights differ, and the ranks have them alike (else the run would end as failed)."""
     lab(monkeypatch)
