@@ -74,6 +74,7 @@ from train_ast import (
     Stop,
     View,
     as_is,
+    asking_interval,
     collate,
     configure_backends,
     device_batches,
@@ -124,8 +125,12 @@ class TimedDist(Dist):
         filled = len(facts) * size * facts.element_size()
         return self._timed("scores", filled, partial(super().join_columns, facts, size))
 
-    def gather(self, values: Sequence[float]) -> np.ndarray:
-        return self._timed("agreement", 8 * len(values), partial(super().gather, values))  # float64
+    def gather_later(self, values: Sequence[float]) -> Callable[[], np.ndarray]:
+        later = super().gather_later
+        if self.device is None:
+            return later(values)
+        rows = self._timed("agreement", 8 * len(values), lambda: later(values)())  # float64
+        return lambda: rows
 
     def exchange(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
         return self._timed("evening out", tensor.nbytes, partial(super().exchange, tensor, moves))
@@ -475,6 +480,11 @@ class StepsRow(BaseModel):
     activation: float | None = Field(None, ge=0, le=1)
     collectives: dict[str, Collective] | None = None
 
+    def computing_ms(self) -> float:
+        """Of a considered batch, without the collectives that the step waits for."""
+        waits = [each.per_batch() for kind, each in (self.collectives or {}).items() if kind != "agreement"]
+        return self.ms - sum(waits)
+
 
 class StepsFile(BaseModel):
     """What `steps` has written, as far as it is read again."""
@@ -515,12 +525,13 @@ def parts_at(gpus: int, row: StepsRow, found: StepsFile, args: argparse.Namespac
     """What a considered batch costs on so many GPUs, each with as many samples as measured: milliseconds by part.
 
     With N GPUs on M machines, n processes measured, and of each collective its bytes B and its transfer's time t:
-      device        the measured step less its collectives (calls x t): what a GPU computes; it does not change with N
+      device        the measured step less the collectives it waits for (calls x t): what a GPU computes, whatever N is
       gradients     ring all-reduce, 2 (N - 1) / N x B / pace, and 2 ceil(log2 M) hops between machines. The pace is the
                     measured one, 2 (n - 1) / n x B / t, and with M > 1 at most --network-gb
       scores        t as a fixed price, (N - 1) x B / pace, and ceil(log2 M) hops
       evening out   t, with M > 1 at least B / --network-gb and a hop: what a GPU has too many does not grow with N
-      agreement     gloo's all_gather is a ring of N - 1 hops: t / (n - 1) each, with M > 1 at least --latency-us
+      agreement     gloo's all_gather is a ring of N - 1 hops: t / (n - 1) each, with M > 1 at least --latency-us; once
+                    in `asking_interval` batches, while all else goes on
       choosing      `select_active` over the scores of all GPUs, measured here (`choosing_ms`)
     All but the device's are of one call, and are multiplied by the calls a considered batch. Assumed: no GPU is slower
     than those measured, the network is nobody else's, and what every process allocates for N others costs nothing.
@@ -534,9 +545,9 @@ def parts_at(gpus: int, row: StepsRow, found: StepsFile, args: argparse.Namespac
         "gradients": lambda c: 2 * (gpus - 1) / gpus * c.bytes / pace + 2 * hops * hop,
         "scores": lambda c: c.transfer_ms + (gpus - 1) * c.bytes / pace + hops * hop,
         "evening out": lambda c: max(c.transfer_ms, c.bytes / network + hop),
-        "agreement": lambda c: (gpus - 1) * max(c.transfer_ms / (n - 1), hop),
+        "agreement": lambda c: (gpus - 1) * max(c.transfer_ms / (n - 1), hop) / asking_interval(gpus),
     }
-    parts = {"device": row.ms - sum(each.per_batch() for each in row.collectives.values()), "choosing": 0.0}
+    parts = {"device": row.computing_ms(), "choosing": 0.0}
     for kind, price in a_call.items():
         collective = row.collectives.get(kind)
         parts[kind] = 0.0 if collective is None else collective.calls * price(collective)
@@ -547,11 +558,11 @@ def parts_at(gpus: int, row: StepsRow, found: StepsFile, args: argparse.Namespac
 
 
 def step_ms(parts: dict[str, float], ahead: bool) -> float:
-    """Milliseconds a considered batch. The host agrees and chooses while the GPU works, so that the longer of the two
-    counts; not scored ahead, the GPU waits for the host's choice, and they add up. Gradients overlap with nothing."""
-    device = parts["device"] + parts["scores"] + parts["evening out"]
-    host = parts["agreement"] + parts["choosing"]
-    return (max(device, host) if ahead else device + host) + parts["gradients"]
+    """Milliseconds a considered batch. The host chooses while the GPU works, so that the longer of the two counts; not
+    scored ahead, the GPU waits for the host's choice, and they add up. Gradients overlap with neither, and agreement
+    with all: it counts where it takes longer than the rest."""
+    device, host = parts["device"] + parts["scores"] + parts["evening out"], parts["choosing"]
+    return max((max(device, host) if ahead else device + host) + parts["gradients"], parts["agreement"])
 
 
 LEAST_EFFICIENCY, MOST_GPUS = 0.9, 4096
@@ -581,7 +592,7 @@ def scaling(args: argparse.Namespace) -> dict[str, Any]:
     for name, row in (fast or loops).items():
         if "gradients" not in row.collectives:
             raise RequestError(f"--steps: {args.steps}: {name.strip()}: no optimizer step was timed, take more --steps")
-        if row.ms <= sum(each.per_batch() for each in row.collectives.values()):
+        if row.computing_ms() <= 0:
             raise RequestError(f"--steps: {args.steps}: {name.strip()}: its collectives take longer than its step")
         at, ahead = partial(parts_at, row=row, found=found, args=args), "not scored ahead" not in name
         gradients, scores = (row.collectives.get(kind) for kind in ("gradients", "scores"))

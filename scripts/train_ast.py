@@ -255,7 +255,7 @@ class Config(Section):
         varying = t.compile != "off" and a.mode == "ast" and a.scoring == "batch" and not a.pack
         history = a.mode == "ast" and a.scoring == "history"
         crowded = history and a.rule == "pi" and a.explore >= a.target_activation
-        too_few = history and a.rule == "pi" and a.leave_out > 1 - a.target_activation
+        too_few = history and a.rule == "pi" and a.leave_out + a.target_activation > 1 + 1e-9
         biased = history and a.rule == "pi" and a.explore == 0 and a.explore_weight_cap > 1
         needs = {"topk": "batch", "infobatch": "history"}.get(a.rule, a.scoring)
         scored_at = a.score_resolution or d.image_size
@@ -1764,6 +1764,11 @@ def says_why(code: int, why: str) -> bool:
         return rank == 0
 
 
+def asking_interval(world: int) -> int:
+    """After how many steps so many processes ask each other whether to go on (`Run.agree`): up to 15 after each."""
+    return max(1, world // 8)
+
+
 class Dist:
     """The processes that work on a run together, and this one's rank among them; one alone does nothing here.
 
@@ -1841,13 +1846,23 @@ class Dist:
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
         """Every rank's numbers, float64 [world, n]."""
+        return self.gather_later(values)()
+
+    def gather_later(self, values: Sequence[float]) -> Callable[[], np.ndarray]:
+        """Start to `gather`, and go on. Returns what waits for the numbers."""
         own = torch.tensor([float(value) for value in values], dtype=torch.float64)
         if self.world == 1:
-            return own.numpy()[None]
+            return own.numpy()[None].copy
         rows = [torch.empty_like(own) for _ in range(self.world)]
         with self._contact():
-            distributed.all_gather(rows, own)
-        return torch.stack(rows).numpy()
+            work = distributed.all_gather(rows, own, async_op=True)
+
+        def wait() -> np.ndarray:
+            with self._contact():
+                work.wait()
+            return torch.stack(rows).numpy()
+
+        return wait
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """Every rank's `thing`, for what is asked once an epoch."""
@@ -2454,7 +2469,8 @@ class Run:
         self.saved_at: tuple[int, int] | None = None  # epoch and step of this session's newest checkpoint
         self.started, self.earlier_seconds = time.monotonic(), 0.0  # of this session, and all before it
         self.epoch_started: float | None = None  # time.monotonic() seconds, while an epoch trains
-        self.agreed_seconds = 0.0  # of training, at the last step's end: what several processes go by
+        self.agreed_seconds = 0.0  # of training, when last asked: what several processes go by
+        self.asked: Callable[[], np.ndarray] | None = None  # see `agree`
         self.energy_kj, self.energy_read = None if self.energy.read_kj() is None else 0.0, None
         self.lr_warmup = config.lr_warmup_share()
         self.lr = lr_at(0.0, training, self.lr_warmup)
@@ -2568,18 +2584,32 @@ class Run:
         """Whether a schedule over time has come to its end."""
         return self.config.training.lr_decay == "time" and self.progress() >= 1
 
-    def agree(self, stop: Stop) -> tuple[bool, bool, bool]:
-        """(end for a signal, end for the time, checkpoint now): alike on all ranks, yes where one of them says so."""
+    def agree(self, stop: Stop, last: bool) -> tuple[bool, bool, bool]:
+        """(end for a signal, end for the time, checkpoint now): alike on all ranks, yes where one of them says so.
+
+        Several processes ask after a step and go on; the answer counts when they ask the next time, a step later. After
+        the epoch's `last` step they wait for it. It takes the longer the more they are: so many ask more seldom.
+        """
         capped = self.out_of_time() or stop.status(self.reserve()) == "time_capped"
         due = capped or self.checkpoint_due()
         if self.dist.world == 1:
             return stop.signal is not None, capped, due
-        rows = self.dist.gather([stop.signal or 0, capped, due, self.training_seconds()])
-        number, capped, due, self.agreed_seconds = rows.max(0).tolist()
+        if not last and self.step % asking_interval(self.dist.world):
+            return False, False, False
+        asked, number, answers = [stop.signal or 0, capped, due, self.training_seconds()], 0, (0, 0)
+        if self.asked is not None:
+            number, *answers, self.agreed_seconds = self.asked().max(0).tolist()
+            asked[2] = due and not answers[1]  # it comes now
+            self.asked = None
+        if last:
+            more, *others, self.agreed_seconds = self.dist.gather(asked).max(0).tolist()
+            number, answers = max(number, more), [max(pair) for pair in zip(answers, others, strict=True)]
+        capped = answers[0] > 0 or self.out_of_time()
         if number:
             stop.signal = int(number)
-        capped = capped > 0 or self.out_of_time()
-        return number > 0, capped, capped or due > 0
+        elif not capped and not last:
+            self.asked = self.dist.gather_later(asked)
+        return number > 0, capped, capped or answers[1] > 0
 
     def average_statistics(self) -> None:
         """Give every rank the mean of all ranks' running statistics."""
@@ -2773,7 +2803,7 @@ def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int, stop: Stop)
             if window_full:
                 any_active_in_accum, run.window_forwards = False, 0
             heartbeat(len(batch.labels))
-            signalled, capped, due = run.agree(stop)
+            signalled, capped, due = run.agree(stop, last=run.step == steps)
             if due:
                 run.save()
             if capped or signalled:

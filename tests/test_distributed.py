@@ -244,14 +244,18 @@ def test_packed_steps_on_resident_parts_train_as_much_as_one_process(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("way", "before", "after"),
+    ("way", "before", "after", "interval"),
     [
-        *(("packed, accumulated", *pair) for pair in ((2, 3), (3, 1), (1, 2))),
-        *(("accumulated", 2, 1), ("accumulated", 1, 2), ("history", 2, 3), ("history", 3, 1), ("ast", 2, 2)),
+        *(("packed, accumulated", *pair, 1) for pair in ((2, 3), (3, 1), (1, 2))),
+        *(("accumulated", 2, 1, 1), ("accumulated", 1, 2, 1), ("history", 2, 3, 1), ("history", 3, 1, 1)),
+        *(("ast", 2, 2, 1), ("ast", 2, 1, 2)),
     ],
 )
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(way, before, after, tmp_path, monkeypatch):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(
+    way, before, after, interval, tmp_path, monkeypatch
+):
     lab(monkeypatch)
+    monkeypatch.setattr(train_ast, "asking_interval", lambda world: interval)
     one, many = (make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     whole, _ = train(one)
 
@@ -260,7 +264,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(way
 
     results = ranks(before, interrupted, tmp_path / "before").results()
     assert {result["status"] for result, _ in results} == {"interrupted"}
-    assert results[0][1] > 0  # in the middle of an epoch
+    (step,) = {step for _, step in results}
+    assert step > 0  # in the middle of an epoch
     resumed = ranks(after, lambda rank: train(many, resume="auto")[0], tmp_path / "after").results()[0]
     assert resumed["status"] == "completed"
     assert resumed["ledger"] == whole["ledger"]
@@ -269,6 +274,21 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(way
         assert torch.allclose(tensor, got["model"][name], atol=1e-5, rtol=0), name
     for key in ("samples_loaded", "samples_scored", "samples_trained", "optimizer_steps", "val_acc", "activation_rate"):
         assert resumed["training_history"][key] == whole["training_history"][key], key
+
+
+def test_a_checkpoint_that_is_due_is_written_once_by_all_a_step_later(tmp_path, monkeypatch):
+    lab(monkeypatch)
+    config = make_config(*TWENTY, "training.epochs=2", f"logging.output_dir={tmp_path}/out")
+
+    def work(rank: int) -> list[tuple[int, int]]:
+        saved, whole = [], train_ast.Run.save
+        train_ast.Run.checkpoint_due = lambda run: rank == 0 and run.step in (2, 3)  # until it is written
+        train_ast.Run.save = lambda run, **best: (saved.append((run.epoch, run.step)), whole(run, **best))
+        train(config)
+        return saved
+
+    for saved in ranks(2, work, tmp_path / "ranks").results():
+        assert saved == [(0, 3), (1, 0), (1, 3), (2, 0)]
 
 
 def children(parent: int) -> dict[int, int]:
