@@ -89,23 +89,22 @@ def test_draws_and_crops_are_the_cpus():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("way", [["ast.mode=dense"], ["ast.target_activation=0.5"],
-                                 ["ast.scoring=history", "ast.target_activation=0.5"]])  # fmt: skip
-@pytest.mark.parametrize("cache", ["none", "device"])
-def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, cache, tmp_path, script, monkeypatch):
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["ast.mode=dense", "dataset.cache=none"],
+        ["ast.target_activation=0.5", "dataset.cache=none"],
+        ["ast.scoring=history", "ast.target_activation=0.5", "dataset.cache=device"],
+    ],
+)
+def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, script, monkeypatch):
     """Digits in float32, 2 dense and 2 further epochs: BatchNorm's weights and statistics move as on one GPU."""
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     preset, ended = REPO / "configs" / "digits_smoke.yaml", {}
     for processes in (1, 2):
         overrides = ["training.device=cuda", "training.mixed_precision=false", "training.sync_batchnorm=true"]
         overrides += ["training.optimizer=sgd", "training.lr=1e-3", "training.epochs=4", "ast.warmup_epochs=2"]
-        overrides += [
-            *way,
-            "ast.pack=false",
-            "training.num_workers=0",
-            f"dataset.cache={cache}",
-            f"logging.output_dir={tmp_path}/{processes}",
-        ]
+        overrides += [*way, "ast.pack=false", "training.num_workers=0", f"logging.output_dir={tmp_path}/{processes}"]
         done = script("run_experiment", "--config", preset, "--nproc", processes, *overrides)
         assert done.returncode == 0, done.stderr
         config = load_config(preset, overrides)
