@@ -1779,6 +1779,8 @@ class Dist:
 
     def __init__(self, rank: int = 0, world: int = 1):
         self.rank, self.world = rank, world
+        # connections for what goes on beside other collectives; in torch 2.6 gloo can hang with both on the same
+        self.beside: distributed.ProcessGroup | None = None
 
     @classmethod
     def join(cls, device: torch.device) -> Dist:
@@ -1795,6 +1797,7 @@ class Dist:
                     world_size=world,
                     timeout=timedelta(seconds=CONTACT_SECONDS),
                 )
+                dist.beside = distributed.new_group(timeout=timedelta(seconds=CONTACT_SECONDS), backend="gloo")
         return dist
 
     def leave(self) -> None:
@@ -1855,7 +1858,7 @@ class Dist:
             return own.numpy()[None].copy
         rows = [torch.empty_like(own) for _ in range(self.world)]
         with self._contact():
-            work = distributed.all_gather(rows, own, async_op=True)
+            work = distributed.all_gather(rows, own, async_op=True, group=self.beside)
 
         def wait() -> np.ndarray:
             with self._contact():
