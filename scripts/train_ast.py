@@ -834,8 +834,9 @@ def train_step(run: Run, images: Tensor, labels: Tensor, indices: Tensor | None 
 
     With `ast.scoring: history` what each sample is worth is recorded under its `indices`, and explored ones weigh more.
 
-    The divisor of the summed loss is the first forward's sample count; `optimizer_step` corrects it to the
-    whole window's, so that the gradient is the mean over all samples of the window, whatever came when.
+    The divisor of the summed loss is the first forward's sample count (with synchronised BatchNorm a rank's part of
+    `training.batch_size`); `optimizer_step` corrects it to the whole window's, so that the gradient is the mean over
+    all samples of the window, whatever came when.
     """
     n = len(labels)
     if n == 0 and not run.synced:  # synchronised BatchNorm wants every rank, this one with nothing
@@ -846,7 +847,14 @@ def train_step(run: Run, images: Tensor, labels: Tensor, indices: Tensor | None 
     else:
         loss, hits, scores = run.forward(images, labels, run.past.weights(indices))
         run.past.record(indices, scores, run.epoch)
-    run.window_divisor = run.window_divisor or max(1, n)
+    divisor = run.window_divisor or max(1, n)
+    if run.synced:  # a sample's loss reaches the gradients of other ranks: all must count it alike
+        divisor = run.local_batch
+        if run.window_divisor not in (0, divisor):  # of a window that was open at a checkpoint
+            for parameter in run.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(run.window_divisor / divisor)
+    run.window_divisor = divisor
     run.scaler.scale(loss / run.window_divisor).backward()
     run.window_samples += n
     bad = run.meter.add_loss(loss.detach(), n, run.step)
@@ -980,6 +988,13 @@ def eval_view(model: nn.Module) -> nn.Module:
     """A second module tree over the same parameters and buffers, in eval mode: nothing to copy or to toggle."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared).eval()
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """The model with every BatchNorm over the samples of all ranks; timm's keep the activation that is part of them."""
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(model)
 
 
 def count_flops(model: nn.Module, image_size: int) -> float:
@@ -2424,7 +2439,7 @@ class Run:
         self.config, self.device, self.planned_steps = config, device, planned_steps
         self.base_flop = config.metrics.base_flop_per_sample or count_flops(model, config.dataset.image_size)
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.synced else model
+        model = synchronised(model) if self.synced else model
         self.model = model.to(device, memory_format=self.layout).train()
         self.amp_dtype = resolve_amp_dtype(training, device)
         published = getattr(model, "pretrained_cfg", None) or {}  # timm says how its weights were trained

@@ -226,6 +226,41 @@ def test_gradients_are_merged_as_they_lie_in_memory(tmp_path):
         assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(each, whole, strict=True))
 
 
+def test_windows_of_synchronised_ranks_have_one_divisor(tmp_path, monkeypatch):
+    """Else BatchNorm's backward would mix losses of different scale. A checkpoint moves an open window to rank 0."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels, parts = torch.arange(12) % 10, [(slice(0, 5), slice(8, 9)), (slice(5, 8), slice(9, 12))]
+
+    def gradients(dist: Dist, *windows: slice) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        run = train_ast.Run(make_config("ast.mode=dense"), LayerNormNet(), torch.device("cpu"), 9, dist=dist)
+        run.synced = dist.world > 1
+        for part in windows:
+            train_ast.train_step(run, images[part], labels[part])
+            if dist.world > 1:
+                assert run.window_divisor == 8
+                run.pool_window()
+        return [parameter.grad for parameter in run.model.parameters()]
+
+    merged = ranks(2, lambda rank: gradients(Dist.join(torch.device("cpu")), *parts[rank]), tmp_path).results()
+    whole = gradients(Dist(), slice(0, 12))
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(merged[0], whole, strict=True))
+    assert not any(each.any() for each in merged[1])
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+def test_synchronised_batchnorm_keeps_what_a_model_computes(name):
+    """In eval mode, for on a CPU torch has no more of it; test_gpu.py trains with it."""
+    config = make_config("training.sync_batchnorm=true", f"model.name={name}", "dataset.image_size=64")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = train_ast.get_model(config.model, 10, 64)
+    before = model.eval()(images)
+    run = train_ast.Run(config, model, torch.device("cpu"), 9, dist=Dist(0, 2))
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in run.model.modules())
+    assert torch.equal(run.model.eval()(images), before)
+
+
 def test_packed_steps_on_resident_parts_train_as_much_as_one_process(tmp_path, monkeypatch):
     """In another order: the weights differ, and the ranks have them alike (else the run would end as failed)."""
     lab(monkeypatch)
