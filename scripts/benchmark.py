@@ -360,7 +360,7 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
     images, labels = (dist.part(each).to(device) for each in (images, labels))
     rows = {}
     result = {"processes": dist.world, "batch_size": args.batch_size, "model": args.model}
-    result |= {"image_size": args.image_size, "rows": rows}
+    result |= {"image_size": args.image_size, **environment(device), "rows": rows}
     single = {} if args.single is None else read_steps("--single", args.single).rows
     for name, build in tqdm(step_variants(args, config, images, labels, dist).items(), unit="variant", disable=quiet()):
         built = build()
@@ -378,7 +378,7 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
         if name in single:
             row["speed_up"] = row["images_per_second"] / single[name].images_per_second
         del steps, run, built
-        write(args.json, {**result, **environment(device)})  # a benchmark that is cut short keeps what it measured
+        write(args.json, result)  # a benchmark that is cut short keeps what it measured
         torch.compiler.reset()  # or dynamo, after eight functions of the same code, would compile no more
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -386,7 +386,7 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
     dense = min((row["ms"] for name, row in rows.items() if "dense loop" in name), default=None)
     for row in rows.values():
         row["ratio"] = None if dense is None else row["ms"] / dense
-    return {**result, "break_even": break_even(rows, args.activation), **environment(device)}
+    return {**result, "break_even": break_even(rows, args.activation)}
 
 
 def break_even(rows: dict[str, dict], activation: float) -> dict[str, float]:
@@ -800,8 +800,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RequestError(f"{option}: cannot write to {path}: {error.strerror}") from None
     if args.what == "steps" and args.nproc > 1 and launched()[1] == 1:
         return launch(Path(__file__), args.nproc, 0, sys.argv[1:] if argv is None else argv)
-    kinds = {"steps": (benchmark_steps, show_steps), "input": (benchmark_input, show_input)}
-    work, show = {**kinds, "scaling": (scaling, show_scaling)}[args.what]
+    work, show = {
+        "steps": (benchmark_steps, show_steps),
+        "input": (benchmark_input, show_input),
+        "scaling": (scaling, show_scaling),
+    }[args.what]
     result = work(args)
     if launched()[0] == 0:
         print(show(result))

@@ -847,14 +847,8 @@ def train_step(run: Run, images: Tensor, labels: Tensor, indices: Tensor | None 
     else:
         loss, hits, scores = run.forward(images, labels, run.past.weights(indices))
         run.past.record(indices, scores, run.epoch)
-    divisor = run.window_divisor or max(1, n)
-    if run.synced:  # a sample's loss reaches the gradients of other ranks: all must count it alike
-        divisor = run.local_batch
-        if run.window_divisor not in (0, divisor):  # of a window that was open at a checkpoint
-            for parameter in run.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(run.window_divisor / divisor)
-    run.window_divisor = divisor
+    # synchronised, a sample's loss reaches the gradients of other ranks: all must count it alike
+    change_divisor(run, run.local_batch if run.synced else run.window_divisor or max(1, n))
     run.scaler.scale(loss / run.window_divisor).backward()
     run.window_samples += n
     bad = run.meter.add_loss(loss.detach(), n, run.step)
@@ -864,6 +858,15 @@ def train_step(run: Run, images: Tensor, labels: Tensor, indices: Tensor | None 
     if not run.scoring:  # scoring has counted the predictions of this step already
         run.meter.add_hits(hits, n)
     return n
+
+
+def change_divisor(run: Run, divisor: int) -> None:
+    """Let the window's gradient so far be the summed loss's over `divisor`."""
+    if run.window_divisor not in (0, divisor):
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(run.window_divisor / divisor)
+    run.window_divisor = divisor
 
 
 def optimizer_step(run: Run) -> None:
@@ -876,10 +879,8 @@ def optimizer_step(run: Run) -> None:
     forgiving = training.max_nonfinite_steps > 0 and not run.scaler.is_enabled()
     if run.dist.world > 1:
         merge_gradients(run)
-    elif run.window_samples != run.window_divisor:
-        for parameter in run.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(run.window_divisor / run.window_samples)
+    else:
+        change_divisor(run, run.window_samples)
     if forgiving:
         run.meter.add_skipped(run.window_bad, run.window_samples)
     run.lr = lr_at(run.progress(), training, run.lr_warmup)
@@ -1870,7 +1871,7 @@ class Dist:
         """Start to `gather`, and go on. Returns what waits for the numbers."""
         own = torch.tensor([float(value) for value in values], dtype=torch.float64)
         if self.world == 1:
-            return own.numpy()[None].copy
+            return lambda: own.numpy()[None]
         rows = [torch.empty_like(own) for _ in range(self.world)]
         with self._contact():
             work = distributed.all_gather(rows, own, async_op=True, group=self.beside)
@@ -2614,20 +2615,19 @@ class Run:
             return stop.signal is not None, capped, due
         if not last and self.step % asking_interval(self.dist.world):
             return False, False, False
-        asked, number, answers = [stop.signal or 0, capped, due, self.training_seconds()], 0, (0, 0)
+        answers = [np.array([[0, 0, 0, self.agreed_seconds]])]
         if self.asked is not None:
-            number, *answers, self.agreed_seconds = self.asked().max(0).tolist()
-            asked[2] = due and not answers[1]  # it comes now
-            self.asked = None
+            answers.append(self.asked())
+        due = due and not answers[-1][:, 2].any()  # it comes now
+        question = [stop.signal or 0, capped, due, self.training_seconds()]
         if last:
-            more, *others, self.agreed_seconds = self.dist.gather(asked).max(0).tolist()
-            number, answers = max(number, more), [max(pair) for pair in zip(answers, others, strict=True)]
-        capped = answers[0] > 0 or self.out_of_time()
+            answers.append(self.dist.gather(question))
+        number, capped, due, self.agreed_seconds = np.concatenate(answers).max(0).tolist()
+        capped = capped > 0 or self.out_of_time()
         if number:
             stop.signal = int(number)
-        elif not capped and not last:
-            self.asked = self.dist.gather_later(asked)
-        return number > 0, capped, capped or answers[1] > 0
+        self.asked = None if number or capped or last else self.dist.gather_later(question)
+        return number > 0, capped, capped or due > 0
 
     def average_statistics(self) -> None:
         """Give every rank the mean of all ranks' running statistics."""

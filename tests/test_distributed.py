@@ -226,7 +226,7 @@ def test_gradients_are_merged_as_they_lie_in_memory(tmp_path):
         assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(each, whole, strict=True))
 
 
-def test_windows_of_synchronised_ranks_have_one_divisor(tmp_path, monkeypatch):
+def test_windows_of_synchronised_ranks_have_one_divisor(tmp_path):
     """Else BatchNorm's backward would mix losses of different scale. A checkpoint moves an open window to rank 0."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=generator)
