@@ -39,6 +39,7 @@ import argparse
 import inspect
 import json
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -314,7 +315,7 @@ def step_variants(
     by_hand = partial(hand_written_steps, config, images, labels, dist.world)
 
     def wanted(name: str) -> bool:
-        return not args.only or any(text in name for text in args.only)
+        return not args.only or any(re.search(pattern, name) for pattern in args.only)
 
     low, a = args.score_resolution, f"a={args.activation:g}"
     variants: dict[str, Callable[[], Any]] = {}
@@ -734,7 +735,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compile", choices=["default", "reduce-overhead"], default="default", help="torch.compile mode"
     )
     steps.add_argument("--no-compile", action="store_true", help="leave the compiled variants out")
-    steps.add_argument("--only", nargs="+", metavar="TEXT", help="only variants with a TEXT in their name")
+    steps.add_argument(
+        "--only", nargs="+", metavar="PATTERN", help="only variants whose name has a match (Python's re)"
+    )
     steps.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="as training.device")
     steps.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one a GPU, by torchrun; 1: none")
     steps.add_argument(
@@ -775,6 +778,11 @@ def require_steps(args: argparse.Namespace) -> None:
         raise RequestError("--activation must lie in (0, 1]")
     if args.score_resolution and not 0 < args.score_resolution <= args.image_size:
         raise RequestError("--score-resolution must be positive and at most --image-size")
+    for pattern in args.only or []:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RequestError(f"--only: {pattern!r} is no regular expression: {error}") from None
     processes = max(args.nproc, launched()[1])
     if args.nproc < 1:
         raise RequestError("--nproc: at least 1")

@@ -53,7 +53,7 @@ def test_break_even_is_the_cost_models():
 def one_process(tmp_path_factory) -> Path:
     """The JSON of two rows, measured by one process."""
     path = tmp_path_factory.mktemp("one") / "steps.json"
-    options = ["--no-compile", "--only", "dense loop", "--json", str(path)]
+    options = ["--no-compile", "--only", "dense loop$", "--json", str(path)]
     assert benchmark.main(["steps", *SMALL, "--device", "cpu", *options]) == 0
     return path
 
@@ -273,7 +273,8 @@ def test_every_input_pipeline_is_measured(tmp_path, capsys, image_folder):
 
 @pytest.mark.parametrize("wrong", [["--steps", "0"], ["--activation", "0"], ["--model", "resnt50"],
                                    ["--score-resolution", "64"], ["--json", "/proc/no/x.json"], ["--nproc", "0"],
-                                   ["--nproc", "3"], ["--single", "/proc/no/x.json"]])  # fmt: skip
+                                   ["--nproc", "3"], ["--single", "/proc/no/x.json"],
+                                   ["--only", "(dense"]])  # fmt: skip
 def test_wrong_sizes_are_refused(wrong, capsys):
     assert run_cli(lambda: benchmark.main(["steps", *SMALL, "--no-compile", *wrong])) == 2
     assert capsys.readouterr().err.startswith("error: ")

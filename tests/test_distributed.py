@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import run_experiment
 import torch
+import torch.distributed.nn.functional
 import train_ast
 from conftest import BatchNormNet, LayerNormNet, make_config
 from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
@@ -247,6 +248,49 @@ def test_windows_of_synchronised_ranks_have_one_divisor(tmp_path):
     whole = gradients(Dist(), slice(0, 12))
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(merged[0], whole, strict=True))
     assert not any(each.any() for each in merged[1])
+
+
+class SummedBatchNorm(torch.nn.BatchNorm2d):
+    """Over the samples of all ranks, by autograd's own collectives: torch's synchronised one wants GPUs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sums = torch.stack(
+            [torch.full_like(x[:0].sum((0, 2, 3)), x[:, 0].numel()), x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]
+        )
+        if torch.distributed.is_initialized():
+            sums = torch.distributed.nn.functional.all_reduce(sums)
+        mean, square = (sums[1:] / sums[0])[..., None, None]
+        return (x - mean) / (square - mean**2 + self.eps).sqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize("windows", [[[5, 3, 0]], [[5, 3, 0], [0, 1, 3]]])
+def test_the_gradient_through_synchronised_batchnorm_is_that_of_one_process(windows, tmp_path, monkeypatch):
+    """Unequal counts, a rank without any, one and two forwards a step."""
+    monkeypatch.setattr(train_ast, "synchronised", lambda model: model)
+    generator, ends = torch.Generator().manual_seed(0), [0, *itertools.accumulate(chain(*windows))]
+    images = torch.randint(0, 256, (ends[-1], 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(ends[-1]) % 10
+
+    def gradients(dist: Dist, parts: list[slice]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = BatchNormNet()
+        net.body[1] = SummedBatchNorm(8)
+        config = make_config("ast.mode=dense", "training.sync_batchnorm=true", "training.batch_size=9")
+        run = train_ast.Run(config, net, torch.device("cpu"), 9, dist=dist)
+        for part in parts:
+            train_ast.train_step(run, images[part], labels[part])
+        if dist.world > 1:
+            assert int(train_ast.merge_gradients(run)) == ends[-1]
+        else:
+            train_ast.change_divisor(run, run.window_samples)
+        return [parameter.grad for parameter in run.model.parameters()]
+
+    bounds = list(itertools.starmap(slice, itertools.pairwise(ends)))
+    merged = ranks(3, lambda rank: gradients(Dist.join(torch.device("cpu")), bounds[rank::3]), tmp_path).results()
+    whole = gradients(Dist(), [slice(ends[at], ends[at + 3]) for at in range(0, len(ends) - 1, 3)])
+    assert whole[0].abs().max() > 1e-3
+    for each in merged:
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(each, whole, strict=True))
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])

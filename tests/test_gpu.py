@@ -98,14 +98,18 @@ def test_draws_and_crops_are_the_cpus():
     ],
 )
 def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, script, monkeypatch):
-    """Digits in float32, 2 dense and 2 further epochs: BatchNorm's weights and statistics move as on one GPU."""
+    """Digits in float32, 2 dense and 2 further epochs: BatchNorm's weights and statistics move as on one GPU.
+
+    The rate is small for the reason above. From weights that differ by 1e-6, moves then differ by 0.07 (one sample
+    chosen for another); with statistics of each rank's own samples by 0.27 and more.
+    """
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     preset, ended = REPO / "configs" / "digits_smoke.yaml", {}
     for processes in (1, 2):
         overrides = ["training.device=cuda", "training.mixed_precision=false", "training.sync_batchnorm=true"]
-        overrides += ["training.optimizer=sgd", "training.lr=1e-3", "training.epochs=4", "ast.warmup_epochs=2"]
+        overrides += ["training.optimizer=sgd", "training.lr=3e-5", "training.epochs=4", "ast.warmup_epochs=2"]
         overrides += [*way, "ast.pack=false", "training.num_workers=0", f"logging.output_dir={tmp_path}/{processes}"]
-        done = script("run_experiment", "--config", preset, "--nproc", processes, *overrides)
+        done = script("run_experiment", "--config", preset, "--nproc", processes, *overrides, timeout=300)
         assert done.returncode == 0, done.stderr
         config = load_config(preset, overrides)
         ended[processes] = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
@@ -114,4 +118,4 @@ def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, s
     for name, tensor in one.items():
         if tensor.dim() == 1:  # BatchNorm's, which begin as ones and zeros
             moved = tensor - float(name.endswith(("weight", "running_var")))
-            assert (two[name] - tensor).norm() <= 0.1 * moved.norm().clamp(min=1e-3), name
+            assert (two[name] - tensor).norm() <= 0.15 * moved.norm().clamp(min=1e-3), name
