@@ -28,9 +28,11 @@ from train_ast import (
     RequestError,
     Stop,
     execute,
+    launched,
     load_config,
     options_help,
     run_cli,
+    tell,
     train,
     write_result,
 )
@@ -83,9 +85,10 @@ def execute_with_twin(config: Config, resume: str | None = None) -> int:
     twin, twin_path = train(dense_twin(config, result["train_seconds"]), stop, resume and "auto")
     if twin["status"] == "interrupted":
         return 128 + stop.signal
-    write_result(twin | {"twin": path.name}, twin_path)
-    write_result(result | {"twin": twin_path.name}, path)
-    print(twin_verdict(result, twin))
+    if launched()[0] == 0:
+        write_result(twin | {"twin": path.name}, twin_path)
+        write_result(result | {"twin": twin_path.name}, path)
+        tell(twin_verdict(result, twin))
     return 0
 
 
@@ -152,12 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RequestError("--nproc: at least 1, and --max-restarts: at least 0")
     if args.nproc == 1 and not args.max_restarts:
         return (execute_with_twin if args.dense_twin else execute)(config, args.resume)
-    if args.dense_twin:
-        raise RequestError("--dense-twin: of one process alone; leave out --nproc and --max-restarts")
     resume = args.resume or ("auto" if args.max_restarts else None)
     resuming = [] if resume is None else ["--resume", resume]
-    arguments = ["--config", args.config, *resuming, *args.overrides, *flags]
-    return launch(Path(__file__).with_name("train_ast.py"), args.nproc, args.max_restarts, arguments)
+    twin = ["--dense-twin"] if args.dense_twin else []
+    arguments = ["--config", args.config, *resuming, *twin, *args.overrides, *flags]
+    return launch(Path(__file__), args.nproc, args.max_restarts, arguments)
 
 
 if __name__ == "__main__":

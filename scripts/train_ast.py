@@ -1720,6 +1720,7 @@ def _arrived(batch: Loaded, copied: torch.cuda.Event) -> Loaded:
 # ------------------------------------------------------------------------------------------- Distributed
 
 CONTACT_SECONDS = 300.0  # how long a process waits for the others before it gives the run up
+MEETINGS = count()  # of these processes: a run may follow another, and each has a name of its own in the store
 
 
 def launched() -> tuple[int, int, int]:
@@ -1808,7 +1809,7 @@ class Dist:
             with dist._contact():
                 distributed.init_process_group(
                     backend,
-                    store=connect(CONTACT_SECONDS, host=True),
+                    store=distributed.PrefixStore(str(next(MEETINGS)), connect(CONTACT_SECONDS, host=True)),
                     rank=rank,
                     world_size=world,
                     timeout=timedelta(seconds=CONTACT_SECONDS),
@@ -1817,9 +1818,15 @@ class Dist:
         return dist
 
     def leave(self) -> None:
+        """Close the connections, once all ranks are here.
+
+        torch 2.6 joins gloo's threads while it holds the GIL, which a thread wants to let go of its last tensors: they
+        get the time for it.
+        """
         if self.world > 1:
             self.gather([0])
-            time.sleep(0.02 * self.rank)  # in torch 2.6 two that close a connection at once can both hang
+            self.beside = None
+            time.sleep(0.1)
             distributed.destroy_process_group()
 
     @contextlib.contextmanager
@@ -1906,10 +1913,10 @@ class Dist:
         if self.world == 1:
             return facts
         facts = F.pad(facts, (0, size - facts.shape[1]), value=-math.inf).contiguous()
-        parts = [torch.empty_like(facts) for _ in range(self.world)]
+        parts = facts.new_empty(self.world, *facts.shape)
         with self._contact():
-            distributed.all_gather(parts, facts)
-        return torch.cat(parts, 1)
+            distributed.all_gather_into_tensor(parts.flatten(0, 1), facts)
+        return parts.transpose(0, 1).flatten(1)
 
     def exchange(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
         """Send rows of this rank's `tensor` to the others, and get theirs, in the order of the ranks.
@@ -2673,11 +2680,16 @@ class Run:
 
     def pool_window(self) -> None:
         """Move the open window's gradient to rank 0; on the others the window is open and empty."""
-        samples, first = int(merge_gradients(self)), self.dist.rank == 0
+        self.window_samples = self.window_divisor = int(merge_gradients(self))
+        if self.dist.rank:
+            self.empty_window()
+
+    def empty_window(self) -> None:
+        """Forget the open window's gradient; its memory stays."""
+        self.window_samples = self.window_divisor = 0
         for parameter in self.model.parameters():
-            if parameter.grad is not None and not first:
+            if parameter.grad is not None:
                 parameter.grad.zero_()
-        self.window_samples = self.window_divisor = samples * first
 
     def random_states(self) -> list[Tensor | None]:
         """Of the generators that dropout draws from: the host's, and the device's."""
@@ -2759,10 +2771,7 @@ class Run:
         """What a rank other than 0 does with a checkpoint: rank 0 has what was counted until then."""
         self.ledger.loaded = self.ledger.scored = self.ledger.trained = 0
         self.meter, self.energy_kj = self.new_meter(), None if self.energy_kj is None else 0.0
-        self.window_samples = self.window_divisor = 0
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        self.empty_window()
         if other_world:
             torch.manual_seed(self.config.training.seed + 1000003 * self.dist.rank + self.epoch)
 

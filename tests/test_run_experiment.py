@@ -92,10 +92,13 @@ def test_secrets_of_the_environment_stay_out_of_the_results(script, monkeypatch,
 SMALL = ["dataset.max_train_samples=512", "training.epochs=4", "ast.warmup_epochs=1", "training.lr_warmup_epochs=1"]
 
 
-def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(tmp_path, capsys):
-    log = ["--output-dir", str(tmp_path), f"logging.jsonl_path={tmp_path}/log.jsonl"]
-    assert run_cli(lambda: run_experiment.main(["--config", CONFIG, "--dense-twin", *SMALL, *log])) == 0
-    printed = capsys.readouterr().out
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processes, tmp_path, script):
+    options = ["--output-dir", tmp_path, f"logging.jsonl_path={tmp_path}/log.jsonl", "training.device=cpu"]
+    done = script("run_experiment", "--config", CONFIG, "--nproc", processes, "--dense-twin", *SMALL, *options)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
+    assert printed.count("verdict: ") == 1
     names = [Path(line.removeprefix("results: ")).name for line in printed.splitlines() if line.startswith("results: ")]
     sparse, dense = (json.loads((tmp_path / name).read_text()) for name in names)
     assert [sparse["twin"], dense["twin"]] == names[::-1]
@@ -154,12 +157,7 @@ def test_a_dense_twin_needs_a_sparse_run_that_ended(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--nproc", "0"], "--nproc"),
-        (["--nproc", "2", "--max-restarts", "-1"], "--max-restarts"),
-        (["--nproc", "2", "--dense-twin"], "--dense-twin"),
-    ],
+    ("flags", "named"), [(["--nproc", "0"], "--nproc"), (["--nproc", "2", "--max-restarts", "-1"], "--max-restarts")]
 )
 def test_processes_that_cannot_be_started_are_refused(flags, named):
     with pytest.raises(RequestError, match=named):
@@ -173,10 +171,10 @@ def test_processes_get_the_config_its_overrides_and_what_to_resume(monkeypatch):
     flags = ["--epochs", "5", "--nproc", "2"]
     assert run_experiment.main(["--config", config, *flags, "training.lr=0.1"]) == 0
     assert run_experiment.main(["--config", config, *flags, "--max-restarts", "3"]) == 0
-    assert run_experiment.main(["--config", config, *flags, "--max-restarts", "3", "--resume", "x.pt"]) == 0
-    script = REPO / "scripts" / "train_ast.py"
+    assert run_experiment.main(["--config", config, *flags, "--dense-twin", "--resume", "x.pt"]) == 0
+    script = REPO / "scripts" / "run_experiment.py"
     assert got == [
         (script, 2, 0, ["--config", config, "training.lr=0.1", "training.epochs=5"]),
         (script, 2, 3, ["--config", config, "--resume", "auto", "training.epochs=5"]),
-        (script, 2, 3, ["--config", config, "--resume", "x.pt", "training.epochs=5"]),
+        (script, 2, 0, ["--config", config, "--resume", "x.pt", "--dense-twin", "training.epochs=5"]),
     ]
