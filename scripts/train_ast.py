@@ -646,22 +646,24 @@ class ActiveQueue:
         self.labels: Tensor | None = None
         self.pending = [0] * self.dist.world  # samples that each rank keeps
 
-    def put(self, images: Tensor | None, labels: Tensor | None) -> None:
-        """Fill an empty queue with this rank's part of the samples (at most batch_size) that all have together."""
+    def put(self, images: Tensor | None, labels: Tensor | None, pending: Sequence[int] = ()) -> None:
+        """Fill an empty queue with this rank's part of the samples (at most batch_size) that all have together: each
+        keeps its number of `pending` where those are of as many ranks, else they share evenly."""
         self.clear()
         if labels is not None:
-            edges = self.dist.edges(len(labels))
-            self.pending = np.diff(edges).tolist()
-            own = slice(edges[self.dist.rank], edges[self.dist.rank + 1])
+            even = np.diff(self.dist.edges(len(labels))).tolist()
+            self.pending = list(pending) if len(pending) == self.dist.world else even
+            start = sum(self.pending[: self.dist.rank])
+            own = slice(start, start + self.pending[self.dist.rank])
             self.images, self.labels = images[own], labels[own]
 
-    def contents(self) -> list[Tensor | None]:
-        """[images, labels] of all that waits on any rank, for each of them."""
-        own = [self.images, self.labels]
-        if self.dist.world == 1 or not sum(self.pending):
-            return own
-        parts = self.dist.gather_objects([None if each is None else each.cpu() for each in own])
-        return [torch.cat(each) for each in zip(*(part for part in parts if part[1] is not None), strict=True)]
+    def contents(self) -> tuple[Tensor | None, Tensor | None, list[int]]:
+        """(images, labels, how many are each rank's) of all that waits on any rank, for each of them."""
+        own = self.images, self.labels
+        if self.dist.world > 1 and sum(self.pending):
+            parts = self.dist.gather_objects([None if each is None else each.cpu() for each in own])
+            own = (torch.cat(each) for each in zip(*(part for part in parts if part[1] is not None), strict=True))
+        return *own, self.pending
 
     def push(self, images: Tensor, labels: Tensor, counts: Sequence[int] = ()) -> tuple[Tensor, Tensor] | None:
         """Add samples, at most batch_size on all ranks together; the oldest batch_size ones once they are there, else
@@ -1913,10 +1915,10 @@ class Dist:
         if self.world == 1:
             return facts
         facts = F.pad(facts, (0, size - facts.shape[1]), value=-math.inf).contiguous()
-        parts = facts.new_empty(self.world, *facts.shape)
+        parts = [torch.empty_like(facts) for _ in range(self.world)]
         with self._contact():
-            distributed.all_gather_into_tensor(parts.flatten(0, 1), facts)
-        return parts.transpose(0, 1).flatten(1)
+            distributed.all_gather(parts, facts)
+        return torch.cat(parts, 1)
 
     def exchange(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
         """Send rows of this rank's `tensor` to the others, and get theirs, in the order of the ranks.
@@ -2744,9 +2746,10 @@ class Run:
         self.ledger, self.ledger_before = Ledger(**state["ledger"]), Ledger(**state["ledger_before"])
         if self.past is not None:
             self.past.load_state_dict(state["past"])
-        tensors = *state["queue"], state["window_bad"]
+        *waiting, pending = state["queue"]
+        tensors = *waiting, state["window_bad"]
         images, labels, self.window_bad = (t if t is None else t.to(self.device) for t in tensors)
-        self.queue.put(images, labels)
+        self.queue.put(images, labels, pending)
         for parameter, gradient in zip(self.model.parameters(), state["gradients"] or []):  # noqa: B905
             if parameter.grad is None:
                 parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)

@@ -355,6 +355,20 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(
         assert resumed["training_history"][key] == whole["training_history"][key], key
 
 
+def test_what_waits_on_each_rank_is_its_own_after_a_resumption(tmp_path, monkeypatch):
+    """Else BatchNorm would see other batches, and the run would end another way than one left alone."""
+    monkeypatch.setattr(train_ast, "get_model", lambda *_: BatchNormNet())
+    keys = [*TWENTY, *WAYS["packed"]]
+    one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
+    whole = ranks(2, lambda rank: train(one)[0], tmp_path / "whole").results()[0]
+    ranks(2, lambda rank: train(many, StopAfter(13) if rank else Stop()), tmp_path / "before").results()
+    waiting = last(many)["queue"][2]
+    assert abs(waiting[0] - waiting[1]) > 1
+    resumed = ranks(2, lambda rank: train(many, resume="auto")[0], tmp_path / "after").results()[0]
+    assert untimed(resumed) == untimed(whole)
+    assert same(final_state(many), final_state(one))
+
+
 def test_a_checkpoint_that_is_due_is_written_once_by_all_a_step_later(tmp_path, monkeypatch):
     lab(monkeypatch)
     config = make_config(*TWENTY, "training.epochs=2", f"logging.output_dir={tmp_path}/out")
