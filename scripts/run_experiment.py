@@ -88,7 +88,7 @@ def execute_with_twin(config: Config, resume: str | None = None) -> int:
     if launched()[0] == 0:
         write_result(twin | {"twin": path.name}, twin_path)
         write_result(result | {"twin": twin_path.name}, path)
-        tell(twin_verdict(result, twin))
+    tell(twin_verdict(result, twin))
     return 0
 
 

@@ -2746,8 +2746,8 @@ class Run:
         self.ledger, self.ledger_before = Ledger(**state["ledger"]), Ledger(**state["ledger_before"])
         if self.past is not None:
             self.past.load_state_dict(state["past"])
-        *waiting, pending = state["queue"]
-        tensors = *waiting, state["window_bad"]
+        images, labels, pending = state["queue"]
+        tensors = images, labels, state["window_bad"]
         images, labels, self.window_bad = (t if t is None else t.to(self.device) for t in tensors)
         self.queue.put(images, labels, pending)
         for parameter, gradient in zip(self.model.parameters(), state["gradients"] or []):  # noqa: B905

@@ -254,9 +254,8 @@ class SummedBatchNorm(torch.nn.BatchNorm2d):
     """Over the samples of all ranks, by autograd's own collectives: torch's synchronised one wants GPUs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        sums = torch.stack(
-            [torch.full_like(x[:0].sum((0, 2, 3)), x[:, 0].numel()), x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]
-        )
+        count = x.new_full((x.shape[1],), x[:, 0].numel())
+        sums = torch.stack([count, x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))])
         if torch.distributed.is_initialized():
             sums = torch.distributed.nn.functional.all_reduce(sums)
         mean, square = (sums[1:] / sums[0])[..., None, None]
@@ -405,7 +404,6 @@ def test_a_killed_rank_ends_the_run_which_restarts_and_ends_as_if_undisturbed(tm
     killed = make_config(*keys, f"logging.output_dir={tmp_path}/killed")
     flags = ["--config", str(tmp_path / "empty.yaml"), "--nproc", "2", "--max-restarts", "1"]
     flags += ["metrics.base_flop_per_sample=1e6", *keys, f"logging.output_dir={tmp_path}/killed"]
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with running(lambda: run_cli(lambda: run_experiment.main(flags)), tmp_path / "output") as child:
         wait_until((checkpoint_folder(killed) / "last.pt").exists)
