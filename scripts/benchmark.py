@@ -54,43 +54,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field, ValidationError
-from run_experiment import launch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
-from tqdm import tqdm
-from train_ast import (
+
+from lab.cli import command_parser, run_cli
+from lab.config import Config
+from lab.console import progress_bar
+from lab.data.cache import ResidentLoader
+from lab.data.datasets import collate, folder_dataset
+from lab.data.images import View
+from lab.data.loading import EpochPlan, Loaded, as_is, device_batches
+from lab.errors import RequestError
+from lab.runtime.clock import Stop
+from lab.runtime.devices import (
     IMAGENET_MOMENTS,
-    Config,
-    Dist,
-    EnergyMeter,
-    EpochPlan,
-    Loaded,
     Normalise,
-    RequestError,
-    ResidentLoader,
-    Run,
-    Stop,
-    View,
-    as_is,
-    asking_interval,
-    collate,
     configure_backends,
-    device_batches,
     environment,
-    folder_dataset,
-    get_model,
-    launched,
-    quiet,
     resolve_device,
-    run_cli,
-    select_active,
-    significance,
     synchronize,
-    train_one_epoch,
 )
+from lab.runtime.distributed import Dist, asking_interval
+from lab.runtime.launch import launch, launched
+from lab.runtime.meters import EnergyMeter
+from train_ast import Run, get_model, select_active, significance, train_one_epoch
 
 Step = Callable[[int], None]  # considers so many batches
 
@@ -363,7 +353,7 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
     result = {"processes": dist.world, "batch_size": args.batch_size, "model": args.model}
     result |= {"image_size": args.image_size, **environment(device), "rows": rows}
     single = {} if args.single is None else read_steps("--single", args.single).rows
-    for name, build in tqdm(step_variants(args, config, images, labels, dist).items(), unit="variant", disable=quiet()):
+    for name, build in progress_bar(step_variants(args, config, images, labels, dist).items(), unit="variant"):
         built = build()
         steps, run = built if isinstance(built, tuple) else (built, None)
         row = rows[name] = measure(steps, device, args.steps, args.repeats, dist)
@@ -442,7 +432,7 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
         "dataset.cache=device": by_residence(),
     }
     rows = {}
-    for name, source in tqdm(sources.items(), unit="pipeline", disable=None):
+    for name, source in progress_bar(sources.items(), unit="pipeline"):
         speeds = []
         for _ in islice(source, lead):
             pass
@@ -722,7 +712,7 @@ def plot(what: str, result: dict[str, Any], path: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     kinds = parser.add_subparsers(dest="what", required=True)
     steps, inputs = kinds.add_parser("steps", help="training steps"), kinds.add_parser("input", help="input pipelines")
     paper = kinds.add_parser("scaling", help="steps on more GPUs, on paper")

@@ -9,7 +9,6 @@ archive's checksum verified; does nothing where that folder is there already.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -17,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torchvision
-from train_ast import RequestError, run_cli
+
+from lab.cli import command_parser, run_cli
+from lab.errors import RequestError
 
 
 def download(size: str, dest: Path) -> Path:
@@ -41,7 +42,7 @@ def download(size: str, dest: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--size", choices=("160px", "320px", "full"), default="160px", help="shorter side of the images"
     )

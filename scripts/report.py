@@ -18,11 +18,12 @@ import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
-from analyze_results import ACTIVATION_BAND, Study, dense_frontiers
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from analyze_results import ACTIVATION_BAND, Study, dense_frontiers
 
 WONG = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Wong 2011, safe for the colour-blind
 DASHES = {  # line: its SVG dash array and its marker

@@ -12,30 +12,22 @@ Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interr
 
 from __future__ import annotations
 
-import argparse
-import logging
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from train_ast import (
-    RESUME_HELP,
-    Config,
-    RequestError,
-    Stop,
-    execute,
-    launched,
-    load_config,
-    options_help,
-    run_cli,
-    tell,
-    train,
-    write_result,
-)
+
+from lab.cli import RESUME_HELP, command_parser, run_cli
+from lab.config import Config, load_config
+from lab.console import print_rank0
+from lab.errors import RequestError
+from lab.files import write_result
+from lab.runtime.clock import Stop
+from lab.runtime.launch import launch, launched
+from train_ast import execute, train
 
 FLAGS = {
     "--epochs": "training.epochs",
@@ -88,7 +80,7 @@ def execute_with_twin(config: Config, resume: str | None = None) -> int:
     if launched()[0] == 0:
         write_result(twin | {"twin": path.name}, twin_path)
         write_result(result | {"twin": twin_path.name}, path)
-    tell(twin_verdict(result, twin))
+    print_rank0(twin_verdict(result, twin))
     return 0
 
 
@@ -100,40 +92,8 @@ def twin_verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
     return f"verdict: {winner}: {mode} {texts[0]}, its dense twin {texts[1]} of training"
 
 
-def launch(script: Path, processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
-    """Run `script` with `arguments` in so many processes of this machine, by torchrun. Returns the exit code: of the
-    process that failed first, 1 for one that was killed.
-
-    A run of which a process dies is started again, up to `max_restarts` times.
-    """
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    for name in [*logging.root.manager.loggerDict]:  # the processes say themselves what went wrong
-        if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: its name need not resolve
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
-    options.append("--")  # or torchrun takes the script's options for its own
-    try:
-        torchrun.main([*options, str(script), *arguments])
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 1
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="config keys:\n" + options_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, config_help=True)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
     for flag, key in FLAGS.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"short for {key}=VALUE")

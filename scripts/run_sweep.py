@@ -36,22 +36,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import run_experiment
 import torch
-import train_ast
+
+import run_experiment
 from analyze_results import one_line, read_run
-from train_ast import (
-    Config,
-    LoggingConfig,
-    RequestError,
-    append_jsonl,
-    config_keys,
-    load_config,
-    prepare_outputs,
-    replace_file,
-    run_cli,
-    run_id,
-)
+from lab.cli import command_parser, run_cli
+from lab.config import Config, LoggingConfig, config_keys, load_config, run_id
+from lab.data import cache
+from lab.errors import RequestError
+from lab.files import append_jsonl, replace_text
+from lab.runtime.outputs import prepare_outputs
 
 RUNNER = Path(__file__).with_name("run_experiment.py")
 RESULTS = "final_results_*.json"
@@ -229,7 +223,7 @@ def open_summary(folder: Path, resume: bool, rows: Sequence[Mapping[str, Any]], 
     others = [row for key, row in read_rows(path).items() if key not in planned] if path is not None else []
     path = path or folder / f"sweep_summary_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
     text = "".join(json.dumps(row) + "\n" for row in [*others, *rows])
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    replace_text(path, text)
     return path
 
 
@@ -346,7 +340,7 @@ def work_off_here(
     plans: Sequence[Planned], logs: Path, halt: Halt, record: Callable[[dict[str, Any], Sequence[Planned]], None]
 ) -> None:
     """Run `plans` in order in this process. Decoded pictures stay on the device, compiled code in the process."""
-    train_ast.SHARED_PICTURES = {}
+    cache.SHARED_PICTURES = {}
     for number, plan in enumerate(plans):
         if halt.signals:
             break
@@ -364,7 +358,7 @@ def work_off_here(
         record(ended_row(plan, code, log, started) | {"device": None}, plans[number + 1 :])
         gc.collect()  # a run's tensors hang in cycles
         torch.cuda.empty_cache()
-    train_ast.SHARED_PICTURES = None
+    cache.SHARED_PICTURES = None
 
 
 def run_here(plan: Planned) -> int:
@@ -380,7 +374,7 @@ def run_here(plan: Planned) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--configs", required=True, nargs="+", metavar="FILE", help="configs, run in this order")
     parser.add_argument("--grid", default=[], nargs="+", metavar="KEY=V1,V2", help="run every combination of these")
     parser.add_argument(

@@ -16,393 +16,71 @@ bit for bit after an interruption (`run_experiment.py --resume auto`) is in <out
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import difflib
-import errno
-import hashlib
-import io
 import json
-import logging
 import math
 import os
-import platform
-import re
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-import yaml
-from dotenv import load_dotenv
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import v2
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
-class RequestError(Exception):
-    """What was asked for cannot be done: shown as one line, exit code 2."""
-
-
-class TrainingFailed(Exception):
-    """The run itself went wrong: shown as one line, exit code 1."""
-
-
-class PeerLost(TrainingFailed):
-    """Another process of the run has ended, or does not answer. `code`: the exit code it gave, if it said why."""
-
-    def __init__(self, why: str, code: int = 1):
-        super().__init__(why)
-        self.code = code
-
+from lab.cli import RESUME_HELP, command_parser, run_cli
+from lab.config import Config, DatasetConfig, ModelConfig, TrainingConfig, checkpoint_folder, load_config
+from lab.console import epoch_line, print_rank0, progress_bar, summary
+from lab.data.cache import SHARED_PICTURES, ResidentLoader, require_memory
+from lab.data.datasets import (
+    BadImages,
+    Batch,
+    ImageDataset,
+    collate,
+    digits_dataset,
+    find_column,
+    folder_dataset,
+    load_hub_split,
+)
+from lab.data.images import View, axis_weights, kept_side
+from lab.data.loading import EpochPlan, Loaded, Loader, as_is, device_batches, ignore_signals
+from lab.data.randomness import DRAWS, label_shifts, random_subset
+from lab.errors import RequestError, TrainingFailed, one_line
+from lab.files import align_jsonl, append_jsonl, replace_text
+from lab.runtime.checkpoint import CAPPED, Checkpoints, claimed, find_checkpoint, load_checkpoint
+from lab.runtime.clock import Stop, explained
+from lab.runtime.devices import (
+    IMAGENET_MOMENTS,
+    Normalise,
+    check_resolution,
+    compiled,
+    configure_backends,
+    count_flops,
+    environment,
+    eval_view,
+    resolve_amp_dtype,
+    resolve_device,
+    synchronised,
+    synchronize,
+    to_device,
+)
+from lab.runtime.distributed import Dist, asking_interval, meet
+from lab.runtime.meters import EnergyMeter, Ledger, Meter
+from lab.runtime.outputs import add_scalars, open_tensorboard, prepare_outputs, save_results
+from lab.runtime.sample_store import History
 
 # ------------------------------------------------------------------------------------------------ Config
-
-
-Compile = Literal["off", "default", "reduce-overhead"]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys, wrong types, NaN and infinity are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelConfig(Section):
-    name: str = Field("resnet18", description="resnet18, resnet50, vit_b_16 (torchvision) or any timm model")
-    pretrained: bool = Field(False, description="start from published ImageNet weights (downloads them)")
-    small_stem: bool = Field(False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool")
-
-
-class DatasetConfig(Section):
-    type: Literal["digits", "folder", "hf"] = Field("digits", description="embedded digits, ImageFolder, datasets")
-    train_dir: str | None = Field(None, description="folder: one sub-folder of images a class")
-    val_dir: str | None = Field(None, description="folder: the same classes, for validation")
-    name: str | None = Field(None, description="hf: hub id, or a local folder of parquet files")
-    subset: str | None = Field(None, description="hf: configuration of the dataset, where it has several")
-    revision: str | None = Field(None, description="hf: branch, tag or commit on the hub")
-    split_train: str = Field("train", description="hf: split to train on")
-    split_val: str = Field("validation", description="hf: split to validate on")
-    image_key: str | None = Field(None, description="hf: image column; null: the only column of images")
-    label_key: str | None = Field(None, description="hf: label column; null: the only class label column")
-    cache_dir: str | None = Field(None, description="hf: where downloads are kept; null: the library's own")
-    num_classes: int | None = Field(None, ge=2, description="checked against the data; null: taken from it")
-    image_size: int = Field(32, ge=1, description="side of the square model input, pixels")
-    augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
-        "auto", description="auto: none for digits, pad_crop up to 64 px, random_resized_crop above"
-    )
-    cache: Literal["none", "device"] = Field(
-        "none", description="device: decode once, keep the pixels on the training device, crop and flip there"
-    )
-    cache_resolution: int | None = Field(
-        None, ge=1, description="side of the kept pictures, pixels; null: image_size, or 8/7 of it to crop from"
-    )
-    max_bad_images: int = Field(
-        0, ge=0, description="images that may be unreadable: the next sample stands in, the results list them"
-    )
-    max_train_samples: int | None = Field(None, ge=1, description="train on a fixed random subset of this size")
-    repeat: int = Field(1, ge=1, description="every training image so many times in the set: redundant data, to study")
-    label_noise: float = Field(
-        0.0, ge=0, lt=1, description="share of the training labels replaced by another class at random, to study"
-    )
-    max_val_samples: int | None = Field(None, ge=1, description="validate on a fixed random subset of this size")
-
-    def resolved_augment(self) -> str:
-        """What `augment: auto` stands for."""
-        by_size = "pad_crop" if self.image_size <= 64 else "random_resized_crop"
-        return self.augment if self.augment != "auto" else "none" if self.type == "digits" else by_size
-
-
-class ASTConfig(Section):
-    mode: Literal["ast", "dense", "random"] = Field("ast", description="sparse, the baseline, or the control")
-    scoring: Literal["batch", "history"] = Field(
-        "batch", description="batch: score every loaded sample by a forward; history: by its loss when last trained on"
-    )
-    rule: Literal["pi", "topk", "infobatch"] = Field(
-        "pi",
-        description="who is active: over the controlled threshold, or by a rule: topk (batch), infobatch (history)",
-    )
-    leave_out: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="history: share of the samples, of highest significance, left out: mislabelled ones",
-    )
-    explore: float = Field(
-        0.1, ge=0, lt=1, description="history: chance of a sample below the threshold to be trained on all the same"
-    )
-    explore_weight_cap: float = Field(
-        1.0, ge=1, description="history: weight of such a sample is 1 / explore, at most this; 1: none"
-    )
-    score_resolution: int | None = Field(
-        None, ge=1, description="side at which the same view is scored, pixels; null: dataset.image_size"
-    )
-    score_ahead: bool = Field(
-        True, description="score a batch before the one before it is trained on: the GPU never waits for the host"
-    )
-    pack: bool = Field(False, description="collect active samples into full batches before a training step")
-    target_activation: float = Field(0.25, gt=0, le=1, description="share of samples to be active, 0 to 1")
-    kp: float = Field(0.1, ge=0, description="proportional gain, threshold units per unit of activation error")
-    ki: float = Field(0.01, ge=0, description="integral gain, threshold units per unit of summed error")
-    kp_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which kp rises from 0")
-    ki_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which ki rises from 0")
-    initial_threshold: float | Literal["auto"] = Field(
-        "auto", description="nats; auto: the (1 - target) quantile of the first scored batch"
-    )
-    min_threshold: float = Field(0.0, description="lower bound of the threshold, nats")
-    threshold_unit: Literal["iqr", "raw"] = Field(
-        "iqr", description="what the gains move: running inter-quartile ranges of the significance, or nats"
-    )
-    entropy_weight: float = Field(1.0, ge=0, description="weight of the entropy in loss + weight * entropy")
-    min_active: int = Field(2, ge=0, description="train on at least this many samples of a batch, the top ones")
-    warmup_epochs: int = Field(1, ge=0, description="dense epochs before the sparse (or random) ones")
-    anneal_epochs: int = Field(0, ge=0, description="dense epochs after them")
-
-
-class TrainingConfig(Section):
-    epochs: int = Field(10, ge=1, description="passes over the training set")
-    batch_size: int = Field(128, ge=1, description="samples a step, of all processes together")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="norms and biases are not decayed")
-    lr: float = Field(0.1, gt=0, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine decay")
-    lr_warmup_epochs: float = Field(0, ge=0, description="epochs over which the rate rises from 0")
-    lr_decay: Literal["epochs", "time"] = Field(
-        "epochs", description="time: the schedule and the run end after max_minutes of training, validation left out"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
-    nesterov: bool = Field(False, description="SGD: Nesterov's form of momentum")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss, not of the significance")
-    grad_clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
-    grad_accum_steps: int = Field(1, ge=1, description="forward passes an optimizer step")
-    mixed_precision: bool = Field(True, description="autocast and, for float16, a GradScaler")
-    amp_dtype: Literal["auto", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the GPU has it, else float16; float32 on a CPU"
-    )
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: a GPU where there is one")
-    compile: Compile = Field(
-        "off", description="torch.compile mode of the training step; reduce-overhead: CUDA graphs; needs one shape"
-    )
-    compile_scoring: Compile | None = Field(
-        None, description="the same for scoring and validation; null: as training.compile"
-    )
-    sync_batchnorm: bool = Field(
-        False, description="several GPUs: BatchNorm over the samples of all of them, not each GPU's own"
-    )
-    num_workers: int | None = Field(None, ge=0, description="loader processes; null: one a core, at most 16")
-    max_minutes: float | None = Field(
-        None, gt=0, description="cap on wall time from start or resumption to the results, minutes; see lr_decay"
-    )
-    max_nonfinite_steps: int = Field(
-        0, ge=0, description="steps with a loss that is not finite to leave out before the run is given up"
-    )
-    early_stop_patience: int | None = Field(None, ge=1, description="stop after so many epochs without a new best")
-    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and random selection")
-
-
-class MetricsConfig(Section):
-    base_flop_per_sample: float | None = Field(
-        None, gt=0, description="forward + backward FLOP of one sample; null: counted from the model"
-    )
-    gpu_tdp_watts: float = Field(250.0, gt=0, description="for the energy proxy, watts")
-
-
-class LoggingConfig(Section):
-    output_dir: str = Field("results", description="where final_results_<timestamp>.json goes")
-    jsonl_path: str | None = Field(None, description="append one JSON line an epoch to this file")
-    checkpoint_minutes: float | None = Field(
-        None, gt=0, description="checkpoint so often within an epoch too, minutes; null: at epoch ends alone"
-    )
-    tensorboard: bool = Field(False, description="write the same as scalars to <output_dir>/tensorboard/<timestamp>")
-
-
-class Config(Section):
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    dataset: DatasetConfig = Field(default_factory=DatasetConfig)
-    ast: ASTConfig = Field(default_factory=ASTConfig)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
-
-    @model_validator(mode="after")
-    def _fields_fit_together(self) -> Config:
-        d, a, t = self.dataset, self.ast, self.training
-        no_sparse = a.mode != "dense" and a.warmup_epochs + self.dense_end() >= t.epochs
-        varying = t.compile != "off" and a.mode == "ast" and a.scoring == "batch" and not a.pack
-        history = a.mode == "ast" and a.scoring == "history"
-        crowded = history and a.rule == "pi" and a.explore >= a.target_activation
-        too_few = history and a.rule == "pi" and a.leave_out + a.target_activation > 1 + 1e-9
-        biased = history and a.rule == "pi" and a.explore == 0 and a.explore_weight_cap > 1
-        needs = {"topk": "batch", "infobatch": "history"}.get(a.rule, a.scoring)
-        scored_at = a.score_resolution or d.image_size
-        cropped = d.resolved_augment() == "random_resized_crop"
-        start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
-        for wrong, complaint in (
-            (d.type == "folder" and not d.train_dir, "dataset.train_dir: needed with dataset.type=folder"),
-            (d.type == "folder" and not d.val_dir, "dataset.val_dir: needed with dataset.type=folder"),
-            (d.type == "hf" and not d.name, "dataset.name: dataset.type=hf needs a hub id or a local folder"),
-            (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
-            (varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"),
-            (scored_at > d.image_size, f"ast.score_resolution: larger than dataset.image_size={d.image_size}"),
-            (d.cache_resolution and d.cache == "none", "dataset.cache_resolution: needs dataset.cache=device"),
-            (d.cache_resolution and not cropped, "dataset.cache_resolution: only with augment=random_resized_crop"),
-            (t.lr_decay == "time" and not t.max_minutes, "training.max_minutes: needed with training.lr_decay=time"),
-            (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
-            (a.scoring != needs, f"ast.rule: {a.rule} needs ast.scoring={needs}"),
-            (
-                a.rule == "infobatch" and a.entropy_weight,
-                "ast.entropy_weight: 0 for ast.rule=infobatch, the loss alone",
-            ),
-            (
-                a.rule == "infobatch" and a.anneal_epochs,
-                "ast.anneal_epochs: 0 for ast.rule=infobatch, its own is an eighth",
-            ),
-            (crowded, f"ast.explore: {a.explore:g} or more of all samples, and ast.target_activation is no larger"),
-            (too_few, f"ast.leave_out: leaves fewer than ast.target_activation={a.target_activation:g} of the samples"),
-            (biased, "ast.explore_weight_cap: with ast.explore=0 no weight makes up for the samples left out"),
-            (history and a.score_resolution, "ast.score_resolution: ast.scoring=history makes no forward to score"),
-            (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
-            (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
-            (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
-            (t.lr_warmup_epochs > t.epochs, "training.lr_warmup_epochs: more than training.epochs"),
-        ):
-            if wrong:
-                raise ValueError(complaint)
-        return self
-
-    def is_sparse(self, epoch: int) -> bool:
-        """Whether `epoch` (from 0) trains on a selection rather than on everything."""
-        first, end = self.ast.warmup_epochs, self.training.epochs - self.dense_end()
-        return self.ast.mode != "dense" and first <= epoch < end
-
-    def share(self, epoch: int) -> float:
-        """Which share of the samples `epoch` is planned to load."""
-        chosen_before = self.ast.mode == "random" or self.ast.scoring == "history"
-        return self.ast.target_activation if chosen_before and self.is_sparse(epoch) else 1.0
-
-    def lr_warmup_share(self) -> float:
-        """Which share of the planned steps training.lr_warmup_epochs are."""
-        before = np.cumsum([0.0, *(self.share(epoch) for epoch in range(self.training.epochs))])
-        return float(np.interp(self.training.lr_warmup_epochs, np.arange(len(before)), before / before[-1]))
-
-    def dense_end(self) -> int:
-        """How many epochs at the end are dense; InfoBatch (see `choose_by_mean`) says an eighth."""
-        return math.ceil(self.training.epochs / 8) if self.ast.rule == "infobatch" else self.ast.anneal_epochs
-
-
-def config_keys() -> dict[str, tuple[str, Any]]:
-    """Every dotted key with its (description, default)."""
-    return {
-        f"{section}.{name}": (info.description or "", info.default)
-        for section, part in Config.model_fields.items()
-        for name, info in part.annotation.model_fields.items()
-    }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that as in YAML 1.2 1e-3 is a number and `off` a word, and no key comes twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if first in "tTfF" or not tag.endswith("bool")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-# What a wrong tag such as `!!bool x` raises is of no kind of YAML's own
-BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-
-
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05") over it.
-
-    Raises RequestError, one line naming the file or the key, for a file that is missing or no mapping, an
-    unknown key (with the nearest known one) and a value of the wrong type or range.
-    """
-    raw: dict = {}
-    try:
-        raw = (yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) if path else None) or {}
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the config: {error.strerror}") from None
-    except BAD_YAML as error:
-        raise RequestError(f"{path}: not valid YAML or JSON: {_one_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise RequestError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        section, dot, name = key.partition(".")
-        if not (equals and dot and name):
-            raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except BAD_YAML as error:
-            raise RequestError(f"override {override!r}: not a valid value: {_one_line(error)}") from None
-        part = raw[section] = {} if raw.get(section) is None else raw[section]
-        if isinstance(part, dict):  # otherwise the validation below names the section
-            part[name] = value
-    try:
-        return Config.model_validate({k: {} if v is None else v for k, v in raw.items()})
-    except ValidationError as error:
-        raise RequestError(f"{path or 'config'}: {_explain(error)}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one line: key, what was expected, nearest key."""
-    first = error.errors()[0]
-    if first["type"] == "value_error":
-        return _one_line(first["ctx"]["error"])
-    key = ".".join(str(part) for part in first["loc"][:2])
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(key)}"
-    wrong = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
-    expected = " or ".join(e["msg"].replace("Input should be ", "").replace("Input should", "") for e in wrong)
-    return f"{key}: expected {_one_line(expected)}, got {_one_line(repr(first['input']))[:80]}"
-
-
-def _nearest(key: str) -> str:
-    known = [*config_keys(), *Config.model_fields]
-    leaves = {name.rpartition(".")[2]: name for name in known}
-    leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, 1, 0.6)
-    near = difflib.get_close_matches(key, known, 1, 0.75) or [leaves[name] for name in leaf]
-    near = near or difflib.get_close_matches(key, known, 1, 0.0)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------ Control
@@ -498,80 +176,6 @@ def select_active(scores: Tensor, threshold: float, min_active: int = 0) -> Sele
     count, upper, lower, finite = facts.tolist()
     k = min(max(int(count), min_active), n)
     return Selection(order[:k].sort().values, count / n, upper - lower, bool(finite))
-
-
-class History:
-    """What each sample of the training set was worth when it was last trained on (`ast.scoring: history`).
-
-    Filled for nothing by the training forward, kept on the device: float32 significance, nats, infinite for a sample
-    never seen or without a finite loss; int16 epoch of the last visit, -1 for never; uint8 what the running epoch
-    makes of it: 0 left out, 1 active, 2 explored. 7 bytes a sample, indexed by the data set's own index.
-
-    Of several processes each keeps a range of the indices, and what the epoch makes of all: 1 + 6 / world bytes a
-    sample. What a process records it sends at the epoch's end, and before a checkpoint, to whom it belongs (`merge`).
-    """
-
-    def __init__(self, samples: int, explored_weight: float, device: torch.device, dist: Dist | None = None):
-        self.explored_weight, self.dist = explored_weight, dist or Dist()
-        self.edges = self.dist.edges(samples)
-        self.own = slice(self.edges[self.dist.rank], self.edges[self.dist.rank + 1])
-        self.significance = torch.full((self.own.stop - self.own.start,), math.inf, device=device)
-        self.seen = torch.full_like(self.significance, -1, dtype=torch.int16)
-        self.kinds = torch.ones(samples, dtype=torch.uint8, device=device)
-        self.to_send: list[tuple[Tensor, Tensor]] = []  # indices and significance, where there are several processes
-
-    def weights(self, indices: Tensor) -> Tensor:
-        """Of the loss of each sample, float32 [batch]."""
-        return torch.where(self.kinds[indices] == 2, self.explored_weight, 1.0)
-
-    def record(self, indices: Tensor, significance: Tensor, epoch: int) -> None:
-        """Keep the batch's significance, [batch], nats."""
-        significance = torch.nan_to_num(significance, nan=math.inf, posinf=math.inf)
-        if self.dist.world > 1:
-            self.to_send.append((indices, significance))
-        else:
-            self._keep(indices, significance, epoch)
-
-    def _keep(self, indices: Tensor, significance: Tensor, epoch: int) -> None:
-        self.significance.index_copy_(0, indices, significance)
-        self.seen.index_fill_(0, indices, epoch)  # where `seen[indices] = epoch` would wait for the device
-
-    def merge(self, epoch: int) -> None:
-        """Send what was recorded in `epoch`, 12 bytes a sample, to the ranks that keep it. Collective."""
-        nothing = self.significance[:0].long(), self.significance[:0]
-        indices, significance = (torch.cat(each) for each in zip(nothing, *self.to_send, strict=True))
-        self.to_send = []
-        owners = torch.searchsorted(torch.tensor(self.edges[1:], device=indices.device), indices, right=True)
-        moves = self.dist.gather(owners.bincount(minlength=self.dist.world).tolist()).astype(int)
-        order = owners.argsort()
-        indices, significance = (self.dist.exchange(each[order], moves) for each in (indices, significance))
-        self._keep(indices - self.own.start, significance, epoch)
-
-    def scores(self, order: np.ndarray) -> np.ndarray:
-        """The significance of all samples in this `order` of their indices, float32 on the host. Collective."""
-        own = self.significance.cpu().numpy()
-        if self.dist.world == 1:
-            return own[order]
-        scores = np.full(len(order), -math.inf, dtype=np.float32)
-        at = np.flatnonzero((order >= self.own.start) & (order < self.own.stop))
-        scores[at] = own[order[at] - self.own.start]
-        return self.dist.all_max(torch.from_numpy(scores)).numpy()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The store, the whole of it on rank 0. Collective."""
-        significance, seen = self.significance, self.seen
-        if self.dist.world > 1:
-            moves = np.zeros((self.dist.world, self.dist.world), dtype=int)
-            moves[:, 0] = np.diff(self.edges)
-            significance = self.dist.exchange(significance, moves)
-            seen = self.dist.exchange(seen[:, None].view(torch.uint8), moves).view(torch.int16)[:, 0]  # no int16 there
-        return {"significance": significance, "seen": seen, "kinds": self.kinds}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take a whole store, or this rank's part of it."""
-        self.kinds.copy_(state["kinds"])
-        self.significance.copy_(state["significance"][self.own])
-        self.seen.copy_(state["seen"][self.own])
 
 
 class Choice(NamedTuple):
@@ -718,19 +322,6 @@ def scoring_forward(model: nn.Module, normalise: Normalise, entropy_weight: floa
         return torch.stack([significance(logits, labels, entropy_weight), hits.float()])
 
     return forward
-
-
-def compiled(function: Callable, mode: str) -> Callable:
-    """torch.compile for calls of one shape. With reduce-overhead (CUDA graphs) a result lives until the next call."""
-    if mode == "off":
-        return function
-    fast = torch.compile(function, dynamic=False, mode=mode)
-
-    def call(*inputs: Tensor) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        return fast(*inputs)
-
-    return call if mode == "reduce-overhead" else fast
 
 
 class Scores(NamedTuple):
@@ -947,9 +538,9 @@ def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Modu
         return build(config, num_classes, image_size)
     except OSError as error:  # URLError and the hub's errors are OSErrors
         hint = "check the network or set model.pretrained=false"
-        raise RequestError(f"model.pretrained: no weights of {config.name}: {_one_line(error)}; {hint}") from None
+        raise RequestError(f"model.pretrained: no weights of {config.name}: {one_line(error)}; {hint}") from None
     except (ValueError, AssertionError) as error:
-        raise RequestError(f"model.name: {config.name} at {image_size} px: {_one_line(error)}") from None
+        raise RequestError(f"model.name: {config.name} at {image_size} px: {one_line(error)}") from None
 
 
 def _torchvision_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -978,202 +569,7 @@ def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **size)
 
 
-def check_resolution(model: nn.Module, config: ModelConfig, resolution: int) -> None:
-    """Raises RequestError where the network takes no images of `resolution` px; tried on shapes alone."""
-    twin = copy.deepcopy(model).to("meta").eval()
-    try:
-        twin(torch.empty(1, 3, resolution, resolution, device="meta"))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise RequestError(f"ast.score_resolution: {config.name} at {resolution} px: {_one_line(error)}") from None
-
-
-def eval_view(model: nn.Module) -> nn.Module:
-    """A second module tree over the same parameters and buffers, in eval mode: nothing to copy or to toggle."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared).eval()
-
-
-def synchronised(model: nn.Module) -> nn.Module:
-    """The model with every BatchNorm over the samples of all ranks; timm's keep the activation that is part of them."""
-    from timm.layers import convert_sync_batchnorm
-
-    return convert_sync_batchnorm(model)
-
-
-def count_flops(model: nn.Module, image_size: int) -> float:
-    """Forward + backward FLOP of one sample, counted on shapes alone (torch.utils.flop_counter)."""
-    twin = copy.deepcopy(model).to("meta").train()
-    with FlopCounterMode(display=False) as counter:  # two samples: BatchNorm refuses one
-        twin(torch.empty(2, 3, image_size, image_size, device="meta")).sum().backward()
-    return counter.get_total_flops() / 2
-
-
 # ------------------------------------------------------------------------------------------------ Data
-
-
-class Batch(NamedTuple):
-    images: Tensor  # uint8 [batch, 3, H, W]
-    labels: Tensor  # int64 [batch]
-    unreadable: list[str]  # what could not be decoded, by name, with the reason; other samples stand in for it
-    indices: Tensor  # int64 [batch], of the samples asked for
-
-
-class Loaded(NamedTuple):
-    """A batch on the device."""
-
-    images: Tensor  # uint8 [batch, 3, H, W]
-    labels: Tensor  # int64 [batch]
-    indices: Tensor  # int64 [batch], which samples of the data set
-
-
-Loader = Iterable[Batch]
-
-
-class BadImages:
-    """The images that could not be read, each counted once, in the order they were met."""
-
-    def __init__(self, limit: int):
-        self.limit, self.found = limit, []
-
-    def add(self, unreadable: Iterable[str]) -> None:
-        """Raises RequestError naming the first image beyond `limit`."""
-        known = {text.partition(": ")[0]: text for text in [*unreadable, *self.found]}  # reasons may change
-        self.found += [text for name, text in known.items() if not any(t.startswith(f"{name}: ") for t in self.found)]
-        if len(self.found) > self.limit:
-            allowed = f"; dataset.max_bad_images={self.limit} allows no more" if self.limit else ""
-            raise RequestError(f"dataset: {self.found[self.limit]}{allowed}")
-
-
-def decode_image(data: bytes) -> Tensor:
-    """uint8 [3, H, W] from the bytes of an image file: torchvision.io for JPEG, Pillow for the rest, because
-    torchvision's PNG decoder ends the whole process on some damaged files.
-
-    Raises ValueError where neither can read it.
-    """
-    if data[:3] == b"\xff\xd8\xff":
-        with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # AttributeError: it is to be given up
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.mode.startswith("I"):  # 16 bits a pixel, which conversion would clip
-                opened = Image.fromarray((np.asarray(opened) // 256).astype(np.uint8))
-            return v2.functional.pil_to_tensor(opened.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        why = re.sub(r" <_io\.BytesIO.*?>", "", _one_line(error))  # an address, another one every time
-        raise ValueError(f"not a readable image ({why})") from None
-
-
-class Sample(NamedTuple):
-    image: Tensor | None  # uint8 [3, H, W]; None where nothing could be read
-    label: int
-    unreadable: list[str]  # what this one stands in for, by name, with the reason
-    index: int  # as it was asked for
-
-
-class ImageDataset(Dataset):
-    """Item (index, draws) is a Sample of side `size`: the index's own or, where that cannot be read, a later one.
-
-    `samples[index]` is (what holds the image: a path, bytes or a uint8 tensor [3, H, W]; label); `draws` are the
-    random numbers of its augmentation, see `EpochPlan`.
-    """
-
-    def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
-        self.samples, self.classes = samples, classes
-        self.view: View | None = None  # what `build_datasets` adds
-        self.stand_ins = 0  # and this: dataset.max_bad_images
-        self.shifts: np.ndarray | None = None  # by how many classes `dataset.label_noise` moves each label
-        self.origin = ""  # what a sample that is no file is named after
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, index: int) -> tuple[Path | bytes | Tensor, int]:
-        return self.samples[index]
-
-    def load(self, index: int) -> Sample:
-        """The picture as it is, or the first readable one of the `stand_ins` after it. Beyond the last index it goes
-        on with the first (`dataset.repeat`)."""
-        unreadable = []
-        for at in range(index, index + self.stand_ins + 1):
-            at, source = at % len(self), None
-            try:
-                source, label = self.read(at)
-                data = source.read_bytes() if isinstance(source, Path) else source
-                image = data if isinstance(data, Tensor) else decode_image(data)
-                return Sample(image, label, unreadable, index)
-            except (OSError, ValueError) as error:
-                name = source if isinstance(source, Path) else f"{self.origin}sample {at}"
-                unreadable.append(f"{name}: {_one_line(error)}")
-        return Sample(None, -1, unreadable, index)
-
-    def noisy(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-        """The labels as `dataset.label_noise` has them, int64 [n], of the samples at `indices`."""
-        labels = np.asarray(labels, dtype=np.int64)
-        if self.shifts is None:
-            return labels
-        return (labels + self.shifts[np.asarray(indices) % len(self)]) % len(self.classes)
-
-    def labels(self) -> Iterable[int]:
-        return (label for _, label in self.samples)
-
-    def fingerprint(self) -> str:
-        """A hash of what tells this data from other: names of classes and files, labels."""
-        digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
-        digest.update(np.fromiter(self.labels(), np.int64).tobytes())
-        for source, _ in self.samples if isinstance(self.samples, list) else ():
-            digest.update(source.name.encode() if isinstance(source, Path) else b"")
-        return digest.hexdigest()
-
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Sample:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[Sample]:
-        """The items of `keys`, four at a time: boxes cost less drawn together, and pictures are cut while in cache."""
-        samples: list[Sample] = []
-        for start in range(0, len(keys), 4):
-            chunk = keys[start : start + 4]
-            loaded = [self.load(index) for index, _ in chunk]
-            if self.shifts is not None:
-                labels = self.noisy([sample.label for sample in loaded], [index for index, _ in chunk])
-                loaded = [sample._replace(label=int(label)) for sample, label in zip(loaded, labels, strict=True)]
-            good = [i for i, sample in enumerate(loaded) if sample.image is not None]
-            draws = torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, DRAWS)
-            for i, image in zip(good, self.view([loaded[i].image for i in good], draws), strict=True):
-                loaded[i] = loaded[i]._replace(image=image)
-            samples += loaded
-        return samples
-
-
-def collate(samples: list[Sample]) -> Batch:
-    good = [sample for sample in samples if sample.image is not None]
-    images = default_collate([sample.image for sample in good]) if good else torch.empty(0, dtype=torch.uint8)
-    labels, indices = (torch.tensor([s[at] for s in good], dtype=torch.int64) for at in (1, 3))
-    return Batch(images, labels, [bad for sample in samples for bad in sample.unreadable], indices)
-
-
-def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> ImageDataset:
-    """ImageFolder layout, <folder>/<class>/<image>. `classes` fixes the labels; None: the folder's own.
-
-    Raises RequestError naming the config `key` where folders, classes or images are missing.
-    """
-    try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except OSError as error:
-        raise RequestError(f"{key}: {folder}: {error.strerror}") from None
-    classes = found if classes is None else classes
-    if not found:
-        raise RequestError(f"{key}: {folder}: no class folders in it; expected <folder>/<class>/<image>")
-    if unknown := sorted(set(found) - set(classes)):
-        raise RequestError(f"{key}: {folder}: class {unknown[0]!r} is not among the training classes")
-    labels = {name: label for label, name in enumerate(classes)}
-    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
-    samples = torchvision.datasets.folder.make_dataset(folder, labels, extensions, allow_empty=True)
-    if not samples:
-        raise RequestError(f"{key}: {folder}: no images in its class folders")
-    return ImageDataset([(Path(path), label) for path, label in samples], classes)
 
 
 class HFDataset(ImageDataset):
@@ -1182,8 +578,8 @@ class HFDataset(ImageDataset):
     def __init__(self, rows: Any, config: DatasetConfig):
         import datasets
 
-        self.image_key = _column("image_key", config.image_key, rows.features, datasets.Image)
-        self.label_key = _column("label_key", config.label_key, rows.features, datasets.ClassLabel)
+        self.image_key = find_column("image_key", config.image_key, rows.features, datasets.Image)
+        self.label_key = find_column("label_key", config.label_key, rows.features, datasets.ClassLabel)
         feature = rows.features[self.label_key]
         if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
             raise RequestError(f"dataset.label_key: column {self.label_key!r} holds no class labels or integers")
@@ -1206,374 +602,6 @@ class HFDataset(ImageDataset):
         return image.get("bytes") or Path(image["path"]), label
 
 
-def _column(key: str, asked: str | None, features: Any, kind: type) -> str:
-    usual = key.removesuffix("_key")
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    found = [asked] if asked is not None else found or [name for name in features if name == usual]
-    if len(found) != 1 or found[0] not in features:
-        problem = "cannot tell the column" if asked is None else f"no column {asked!r}"
-        raise RequestError(f"dataset.{key}: {problem}; set it to one of {', '.join(features)}")
-    return found[0]
-
-
-def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak, UCI 1998): nothing to download.
-
-    A fixed stratified fifth is for validation.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = load_digits(return_X_y=True)
-    parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    grey = torch.from_numpy(np.round(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
-    chosen = parts[0 if part == "train" else 1]
-    return ImageDataset([(grey[i], int(labels[i])) for i in chosen], [str(digit) for digit in range(10)])
-
-
-DRAWS = 23  # random numbers a sample's augmentation may use
-
-
-def uniform(seed: int, epoch: int, indices: Tensor, draws: int) -> Tensor:
-    """Random numbers in [0, 1) as a function of (seed, epoch, sample index) alone: [n] -> float64 [n, draws].
-
-    SplitMix64's output function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators",
-    figure 17) over a counter, in int64 arithmetic, so that CPU and GPU draw the same.
-    """
-
-    def shifted(x: Tensor, bits: int) -> Tensor:  # logical shift: int64's own keeps the sign
-        return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-    def mix(x: Tensor) -> Tensor:
-        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-        return x ^ shifted(x, 31)
-
-    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
-    key = mix(mix(torch.tensor([seed], device=indices.device) + golden) + epoch)
-    counter = torch.arange(1, draws + 1, device=indices.device) * golden
-    return shifted(mix(mix(key + indices.long())[:, None] + counter), 11).double() * 2.0**-53
-
-
-def random_crops(draws: Tensor, aspects: Tensor, sides: Tensor) -> Tensor:
-    """Boxes [n, 4] (top, left, height, width, whole pixels) that cover 8 to 100 % of a picture at ratios from 3:4 to
-    4:3 (Szegedy et al. 2015, section 6; as torchvision's RandomResizedCrop: ten tries, then the middle).
-
-    draws: [n, 22], uniform; aspects: [n], height over width of the pictures; sides: [n, 2], height and width at
-    which they are kept.
-    """
-    area, ratio = 0.08 + 0.92 * draws[:, :10], torch.exp(math.log(4 / 3) * (2 * draws[:, 10:20] - 1))
-    tries = torch.stack([area / ratio / aspects[:, None], area * ratio * aspects[:, None]], 1).sqrt()  # [n, 2, 10]
-    fits = (tries <= 1).all(1)
-    found, first = fits.any(1, keepdim=True), fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
-    middle = torch.stack([4 / 3 / aspects, 4 / 3 * aspects], 1).clamp(max=1)
-    lengths = (torch.where(found, tries.gather(2, first)[..., 0], middle) * sides).round().clamp(min=1)
-    starts = torch.where(found, draws[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2).floor()
-    return torch.cat([starts, lengths], 1)
-
-
-CENTRE = 0.875  # side of the validation crop over the picture's shorter side, where training crops at random
-
-
-def centre_crops(aspects: Tensor, sides: Tensor) -> Tensor:
-    """Boxes [n, 4], likewise, of the square in the middle of each picture."""
-    lengths = (CENTRE * sides * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round().clamp(min=1)
-    return torch.cat([((sides - lengths) / 2).floor(), lengths], 1)
-
-
-class View:
-    """What the network sees of a picture: uint8 [3, H, W] -> uint8 [3, size, size]; the device normalises it.
-
-    random_resized_crop: a random crop and mirror; the middle for validation. pad_crop: the whole picture resized to
-    `size`, shifted over black and mirrored (He et al. 2016, section 4.2); not shifted for validation. none: resized.
-    """
-
-    def __init__(self, config: DatasetConfig, train: bool):
-        augment, self.size = config.resolved_augment(), config.image_size
-        self.crops, self.random = augment == "random_resized_crop", train and augment != "none"
-        self.margin = max(1, self.size // 8)  # of the shift, pixels: 4 at 32
-
-    def boxes(self, draws: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [n, 4] and mirrors [n]; arguments as of `random_crops`, with [n, DRAWS] draws."""
-        mirror = (draws[:, 22] < 0.5) & self.random
-        if self.crops:
-            return random_crops(draws, aspects, sides) if self.random else centre_crops(aspects, sides), mirror
-        starts = ((draws[:, :2] * (2 * self.margin + 1)).floor() - self.margin) * self.random
-        return torch.cat([starts, torch.full_like(starts, self.size)], 1), mirror
-
-    def __call__(self, images: Sequence[Tensor], draws: Tensor) -> list[Tensor]:
-        """Each picture by its row of `draws` [n, DRAWS]."""
-        if not self.crops:
-            images = [image if image.shape[1:] == (self.size,) * 2 else _resize(image, self.size) for image in images]
-        if not images or not (self.crops or self.random):
-            return list(images)
-        sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
-        boxes, mirrors = self.boxes(draws, sides[:, 0] / sides[:, 1], sides)
-        return [self._cut(*each) for each in zip(images, boxes.int().tolist(), mirrors.tolist(), strict=True)]
-
-    def _cut(self, image: Tensor, box: Sequence[int], mirror: bool) -> Tensor:
-        top, left, height, width = box
-        if not self.crops:
-            image, top, left = F.pad(image, [self.margin] * 4), top + self.margin, left + self.margin
-        image = image[:, top : top + height, left : left + width]
-        image = _resize(image, self.size) if self.crops else image
-        return image.flip(-1) if mirror else image
-
-
-def _resize(image: Tensor, size: int) -> Tensor:
-    """uint8 [3, H, W] -> [3, size, size], bilinear with antialiasing; fast in the layout that decoders leave."""
-    image = image[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
-
-
-class EpochPlan(Sampler):
-    """Which samples an epoch loads, and in which order: chunks of (index, draws) keys, batch_size each.
-
-    The order is a function of (seed, epoch), the draws that augment a sample one of (seed, epoch, index): neither
-    workers nor restarts nor a cache change what it looks like. `share(epoch)` below 1 is the part of the samples to be
-    loaded: a random one, unless `chosen` says which. The last, smaller chunk is left out where a full one exists: every
-    step has one shape. A resumed epoch begins at chunk `start`. Of several processes each goes through its part of
-    every chunk: their number does not change what a step is made of.
-    """
-
-    def __init__(
-        self, indices: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float], dist: Dist | None = None
-    ):
-        self.indices, self.batch_size, self.seed, self.share = indices, batch_size, seed, share
-        self.dist = dist or Dist()
-        self._shuffled: tuple[int, np.ndarray] = (-1, indices)  # epoch, its order
-        self.begin(0)
-
-    def begin(self, epoch: int, start: int = 0, chosen: np.ndarray | None = None) -> None:
-        """Go to chunk `start` of `epoch`. chosen: uint8 by index, not 0 for the samples to load."""
-        self.epoch, self.start, self.chosen = epoch, start, chosen
-
-    def whole(self, samples: int) -> int:
-        """So many samples without the last, smaller chunk."""
-        return samples - samples % self.batch_size or samples
-
-    def planned(self, epoch: int) -> int:
-        """How many samples `epoch` is planned to load; what a choice takes may differ a little."""
-        return self.whole(max(1, round(self.share(epoch) * len(self.indices))))
-
-    def steps(self, epoch: int) -> int:
-        """How many chunks those are."""
-        return math.ceil(self.planned(epoch) / self.batch_size)
-
-    @property
-    def considered(self) -> int:
-        """How many samples a dense epoch loads."""
-        return self.whole(len(self.indices))
-
-    def __len__(self) -> int:
-        if self.chosen is None:
-            return self.steps(self.epoch)
-        return math.ceil(self.whole(np.count_nonzero(self.chosen[self.indices])) / self.batch_size)
-
-    def shuffled(self) -> np.ndarray:
-        """All indices in the order of this epoch."""
-        if self._shuffled[0] != self.epoch:
-            self._shuffled = self.epoch, np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
-        return self._shuffled[1]
-
-    def order(self) -> np.ndarray:
-        """The indices this epoch loads, in order."""
-        order = self.shuffled()
-        if self.chosen is None:
-            return order[: self.planned(self.epoch)]
-        order = order[self.chosen[order] > 0]
-        return order[: self.whole(len(order))]
-
-    def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
-        order = self.order()
-        for start in range(self.start * self.batch_size, len(order), self.batch_size):
-            chunk = self.dist.part(order[start : start + self.batch_size])
-            draws = uniform(self.seed, self.epoch, torch.from_numpy(chunk), DRAWS)
-            yield list(zip(chunk.tolist(), draws.numpy(), strict=True))
-
-
-def axis_weights(start: Tensor, length: Tensor, size: int, side: int, mirror: Tensor | None = None) -> Tensor:
-    """Weights [batch, size, side] that crop one axis of `side` pixels to [start, start + length) and resize that to
-    `size`: bilinear with antialiasing as in Pillow and torchvision, a triangle over max(1, length / size) pixels.
-
-    start, length: float [batch], whole pixels; what lies outside the picture counts as black. mirror: bool
-    [batch], turns the axis round.
-    """
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
-    scale = length / size
-    outputs = torch.arange(size, device=start.device) + 0.5
-    if mirror is not None:
-        outputs = torch.where(mirror[:, None], size - outputs, outputs)
-    pixels = torch.arange(side, device=start.device) + 0.5 - start
-    weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixels > 0) & (pixels < length))
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
-    return weights.to(torch.float16 if start.is_cuda else torch.float32)  # float16 holds every grey level exactly
-
-
-def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
-    """Crop, resize and mirror every picture by its own numbers: uint8 [batch, 3, S, S] -> uint8 [batch, 3, size, size].
-
-    boxes: float [batch, 4], top, left, height and width in pixels; mirror: bool [batch].
-    """
-    side = images.shape[-1]
-    rows = axis_weights(boxes[:, 0], boxes[:, 2], size, side)
-    columns = axis_weights(boxes[:, 1], boxes[:, 3], size, side, mirror)
-    narrow = images.to(columns.dtype).flatten(1, 2) @ columns.mT
-    return (rows[:, None] @ narrow.unflatten(1, (3, side))).round().clamp(0, 255).to(torch.uint8)
-
-
-class _Kept(Dataset):
-    """The items of `indices` are (a Batch of side `side`, their heights over widths), to be sent as one; see
-    ImageDataset."""
-
-    def __init__(self, dataset: ImageDataset, side: int):
-        self.dataset, self.side = dataset, side
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Batch, Tensor]:
-        samples, aspects = [self.dataset.load(index) for index in indices], []
-        for i, sample in enumerate(samples):
-            if (image := sample.image) is None:
-                continue
-            kept = image if image.shape[1:] == (self.side, self.side) else _resize(image, self.side)
-            samples[i] = sample._replace(image=kept)
-            aspects.append(image.shape[1] / image.shape[2])
-        return collate(samples), torch.tensor(aspects, dtype=torch.float64)
-
-
-# What runs in one process have decoded, by data set; None where a process has one run (see run_sweep.py --one-process)
-SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor]] | None = None
-
-
-class Share(NamedTuple):
-    """A process's part in a batch of resident pictures."""
-
-    rows: np.ndarray  # int64: those it yields
-    kept: np.ndarray  # int64: those it has the pictures of, counted from its first one
-    moves: np.ndarray | None  # int [world, world]: how many pictures go from whom to whom
-
-
-class ResidentLoader:
-    """A data set decoded once and kept on the device: uint8 [n, 3, side, side]. Yields batches in the order of
-    `plan`, or, without one, in the order of `indices` and not augmented.
-
-    Pictures to be cropped at random are kept as squares, both axes resized, with the ratio of their sides: a crop is
-    drawn in the shape of the original and maps to the square axis by axis. Augmentation happens on the device and is
-    a function of (seed, epoch, index). `shared`: options of the DataLoader that decodes. Raises RequestError naming
-    the first unreadable image beyond `dataset.max_bad_images`.
-
-    Of several processes each keeps a range of the pictures. A batch takes from each what it has of it, more from one
-    and fewer from another; those that one has too many go to who has too few before they are cropped.
-    """
-
-    def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
-                 device: torch.device, shared: dict[str, Any], batch_size: int | None = None):  # fmt: skip
-        batch_size = batch_size or config.training.batch_size
-        self.plan, self.indices, self.batch_size = plan, indices, batch_size
-        self.dist = plan.dist if plan else Dist()  # without a plan `indices` are this process's alone
-        self.edges = self.dist.edges(len(indices))
-        self.view, self.side = dataset.view, kept_side(config.dataset)
-        self.keys = torch.from_numpy(indices).to(device)
-        self.bad = BadImages(config.dataset.max_bad_images)
-        which = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
-        kept = (SHARED_PICTURES or {}).get(which) or self._decode(dataset, device, shared)
-        if SHARED_PICTURES is not None:
-            SHARED_PICTURES[which] = kept
-            if len(SHARED_PICTURES) > 4:  # two data sets
-                del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
-        self.images, labels, self.aspects = kept
-        self.labels = torch.from_numpy(dataset.noisy(labels, indices)).to(device)
-        mode = "off" if plan is None or config.training.compile == "off" else "default"
-        self.crop = compiled(partial(crop_resize, size=self.view.size), mode)
-        if mode != "off":  # compile before the clock of the training starts
-            next(iter(self))
-
-    def _decode(
-        self, dataset: ImageDataset, device: torch.device, shared: dict[str, Any]
-    ) -> tuple[Tensor, np.ndarray, Tensor]:
-        """This process's pictures [own, 3, side, side] on the device, and of all samples the labels [n] on the host
-        and the heights over widths [n] on the device."""
-        own = self.dist.part(self.indices)
-        images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
-        labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
-        decoder = DataLoader(_Kept(dataset, self.side), 256, sampler=own.tolist(), **shared)
-        for batch, shapes in tqdm(decoder, desc="decoding", unit="batch", leave=False, disable=quiet()):
-            self.bad.add(batch.unreadable)
-            part = slice(done, done + len(shapes))
-            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels.numpy(), shapes.numpy()
-            done = part.stop
-        everyone = zip(*self.dist.gather_objects((labels, aspects)), strict=True)
-        labels, aspects = (np.concatenate(each) for each in everyone)
-        return images, labels, torch.from_numpy(aspects).to(device)
-
-    def __len__(self) -> int:
-        return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = self.indices if self.plan is None else self.plan.order()
-        order = np.searchsorted(self.indices, order)
-        starts = range(self.batch_size * (self.plan.start if self.plan else 0), len(order), self.batch_size)
-        shares = (self._share(order[start : start + self.batch_size]) for start in starts)
-        while block := [*islice(shares, 64)]:  # few, large launches for the crops' numbers
-            sizes = [[len(share[i]) for share in block] for i in (0, 1)]
-            rows, own = (torch.from_numpy(np.concatenate([share[i] for share in block])) for i in (0, 1))
-            rows, own = to_device(rows, self.images.device), to_device(own, self.images.device).split(sizes[1])
-            views = (view.split(sizes[0]) for view in (rows, *self.views(rows)))
-            for share, kept, part, *view in zip(block, own, *views, strict=True):
-                images = self.images[kept]
-                if share.moves is not None:
-                    images = self.dist.exchange(images, share.moves)
-                images = self.crop(images, *view) if view and len(part) else images
-                yield Batch(images, self.labels[part], self.bad.found, self.keys[part])
-
-    def _share(self, batch: np.ndarray) -> Share:
-        """What this process has to do with the `batch`, rows of `indices`."""
-        if self.dist.world == 1:
-            return Share(batch, batch, None)
-        keeper = np.searchsorted(self.edges[1:], batch, side="right")
-        parts = [batch[keeper == rank] for rank in range(self.dist.world)]
-        kept, moves = parts[self.dist.rank], self.dist.evening([len(part) for part in parts])
-        if moves is None:
-            return Share(kept, kept - self.edges[self.dist.rank], None)
-        ends = moves.cumsum(1)[:, self.dist.rank]
-        got = [part[end - n : end] for part, end, n in zip(parts, ends, moves[:, self.dist.rank], strict=True)]
-        return Share(np.concatenate(got), kept - self.edges[self.dist.rank], moves)
-
-    def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
-        """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
-        if not self.view.crops and not self.view.random:
-            return ()
-        seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
-        sides = torch.full((1, 2), self.side, dtype=torch.float64, device=rows.device)
-        return self.view.boxes(uniform(seed, epoch, self.keys[rows], DRAWS), self.aspects[rows], sides)
-
-
-def kept_side(config: DatasetConfig) -> int:
-    """Side of the pictures a ResidentLoader keeps, pixels."""
-    cropped = config.resolved_augment() == "random_resized_crop"
-    return config.cache_resolution or (round(config.image_size / CENTRE) if cropped else config.image_size)
-
-
-def require_memory(samples: int, side: int, device: torch.device) -> None:
-    """Say how much `dataset.cache: device` takes. Raises RequestError where nine tenths of what is free are less."""
-    needed, free = samples * (3 * side**2 + 24), free_memory(device)
-    size = f"{samples:,} pictures of {side} px need {needed / 2**30:,.2f} GiB"
-    if needed > 0.9 * free:
-        hint = "set dataset.cache=none, or a smaller dataset.cache_resolution or dataset.max_train_samples"
-        raise RequestError(f"dataset.cache: {size}, and {device} has {free / 2**30:,.2f} GiB free; {hint}")
-    tell(f"dataset.cache: {size} on {device}")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes a program can still have on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError):
-        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(facts["MemAvailable"].split()[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation set, their classes checked against each other and dataset.num_classes.
 
@@ -1583,7 +611,7 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         train = folder_dataset("dataset.train_dir", config.train_dir)
         val = folder_dataset("dataset.val_dir", config.val_dir, train.classes)
     elif config.type == "hf":
-        train, val = (HFDataset(_load_hf(config, key), config) for key in ("split_train", "split_val"))
+        train, val = (HFDataset(load_hub_split(config, key), config) for key in ("split_train", "split_val"))
     else:
         train, val = digits_dataset("train"), digits_dataset("val")
     if config.num_classes not in (None, len(train.classes)):
@@ -1595,51 +623,6 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
     train.view, val.view = View(config, train=True), View(config, train=False)
     train.stand_ins = val.stand_ins = config.max_bad_images
     return train, val
-
-
-def _load_hf(config: DatasetConfig, key: Literal["split_train", "split_val"]) -> Any:
-    import datasets
-
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it has to say is in the one line
-    name, split = config.name, getattr(config, key)
-    if name.startswith((".", "/")) and not Path(name).exists():
-        raise RequestError(f"dataset.name: {name}: no such folder")
-    options = {"split": split, "revision": config.revision, "cache_dir": config.cache_dir}
-    try:
-        return datasets.load_dataset(name, config.subset, **options)
-    except Exception as error:  # the library raises dozens of kinds, all of them about the request or the network
-        why = f"{type(error).__name__}: {_one_line(error)[:300]}"
-        if isinstance(error, ValueError) and "split" in str(error).lower():
-            raise RequestError(f"dataset.{key}: no split {split!r} in {name}: {why}") from None
-        hint = "check the name, subset and revision, the network and HF_TOKEN in .env, or give a local folder"
-        raise RequestError(f"dataset.name: cannot load {name!r} ({why}); {hint}") from None
-
-
-def _subset(size: int, limit: int | None) -> np.ndarray:
-    """Indices of a random subset, the same for every seed, of at most `limit` samples."""
-    if limit is None or limit >= size:
-        return np.arange(size)
-    return np.sort(np.random.default_rng(0).permutation(size)[:limit])
-
-
-def as_is(batch: Any) -> Any:
-    return batch
-
-
-def label_shifts(samples: int, classes: int, share: float, seed: int) -> np.ndarray | None:
-    """By how many classes each label moves for symmetric label noise: to any other class alike, [samples], int64.
-
-    None without noise. A function of the seed and the sample's index.
-    """
-    if not share:
-        return None
-    draws = uniform(seed, 2**40, torch.arange(samples), 2).numpy()  # an epoch that never comes
-    return np.where(draws[:, 0] < share, 1 + draws[:, 1] * (classes - 1), 0).astype(np.int64)
-
-
-def _ignore_signals(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process ends the run, and its workers with it
-        signal.signal(number, signal.SIG_IGN)
 
 
 def build_dataloaders(
@@ -1659,13 +642,16 @@ def build_dataloaders(
         cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if dataset.type == "digits" else min(16, cores)
     train.shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
-    indices, val_indices = _subset(len(train), dataset.max_train_samples), _subset(len(val), dataset.max_val_samples)
+    indices, val_indices = (
+        random_subset(len(train), dataset.max_train_samples),
+        random_subset(len(val), dataset.max_val_samples),
+    )
     indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
     val_indices, local_batch = dist.part(val_indices), training.batch_size // dist.world
     plan = EpochPlan(indices, training.batch_size, training.seed, config.share, dist)
-    shared = {"num_workers": workers, "worker_init_fn": _ignore_signals}
+    shared = {"num_workers": workers, "worker_init_fn": ignore_signals}
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
         if not SHARED_PICTURES:
@@ -1681,272 +667,7 @@ def build_dataloaders(
     return streaming(train, batch_sampler=plan), streaming(val, batch_sampler=chunks), plan, len(train.classes)
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` that the host does not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def device_batches(loader: Loader, device: torch.device, bad_images: BadImages | None = None) -> Iterator[Loaded]:
-    """The loader's batches on `device`, each copied there while the one before it is worked on.
-
-    Raises RequestError naming the first unreadable image that `bad_images` does not allow; None allows none.
-    """
-    bad_images = bad_images or BadImages(0)
-    copier = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ahead: tuple[Loaded, torch.cuda.Event] | None = None
-    for batch in loader:
-        bad_images.add(batch.unreadable)
-        loaded = Loaded(batch.images, batch.labels, batch.indices)
-        if copier is None or batch.images.is_cuda:
-            yield loaded
-            continue
-        with torch.cuda.stream(copier):
-            loaded = Loaded(*(tensor.to(device, non_blocking=True) for tensor in loaded))
-            copied = copier.record_event()
-        if ahead is not None:
-            yield _arrived(*ahead)
-        ahead = loaded, copied
-    if ahead is not None:
-        yield _arrived(*ahead)
-
-
-def _arrived(batch: Loaded, copied: torch.cuda.Event) -> Loaded:
-    """Order the current stream after a copy made on another, and tell the allocator who uses it."""
-    stream = torch.cuda.current_stream(batch.images.device)
-    stream.wait_event(copied)
-    for tensor in batch:
-        tensor.record_stream(stream)
-    return batch
-
-
 # ------------------------------------------------------------------------------------------- Distributed
-
-CONTACT_SECONDS = 300.0  # how long a process waits for the others before it gives the run up
-MEETINGS = count()  # of these processes: a run may follow another, and each has a name of its own in the store
-
-
-def launched() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return 0, 1, 0
-    return int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-
-
-def quiet() -> bool | None:
-    """Whether this process is to show no bar; None: only on a terminal."""
-    return True if launched()[0] else None
-
-
-def connect(seconds: float, host: bool = False) -> distributed.Store:
-    """The store where the processes of a run meet: torchrun's own, or, with `host`, rank 0's where there is none.
-
-    torchrun keeps its store over restarts, so that each attempt writes under a name of its own. Raises RuntimeError
-    where nobody answers within so many seconds.
-    """
-    address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
-    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host = host and not torchruns and launched()[0] == 0
-    store = distributed.TCPStore(address, port, is_master=host, timeout=wait, wait_for_workers=False)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if torchruns else "0"
-    return distributed.PrefixStore(f"ast-lab/{attempt}", store)
-
-
-class Failures:
-    """Who of a run's processes failed first, and why: kept in the store, so that it is said once."""
-
-    def __init__(self) -> None:
-        self.store, self.key = connect(5), "failure"
-
-    def claim(self, code: int, why: str) -> bool:
-        """Whether this process is the first one to fail; then `why` is kept for the others."""
-        first = self.store.add(f"{self.key}/count", 1) == 1
-        if first:
-            self.store.set(self.key, json.dumps([code, why]))
-        return first
-
-    def reported(self) -> tuple[int, str] | None:
-        """(exit code, message) of the process that failed first; None where it said nothing."""
-        for _ in range(30):  # it may lose contact before it has said so
-            if self.store.check([self.key]):
-                return tuple(json.loads(self.store.get(self.key)))
-            time.sleep(0.1)
-        return None
-
-
-def says_why(code: int, why: str) -> bool:
-    """Whether this process is to say why the run failed: the first of them to fail, or the only one."""
-    rank, world, _ = launched()
-    try:
-        return world == 1 or Failures().claim(code, why)
-    except (RuntimeError, KeyError):  # no store: rank 0 had it
-        return rank == 0
-
-
-def asking_interval(world: int) -> int:
-    """After how many steps so many processes ask each other whether to go on (`Run.agree`): up to 15 after each."""
-    return max(1, world // 8)
-
-
-class Dist:
-    """The processes that work on a run together, and this one's rank among them; one alone does nothing here.
-
-    What the host decides on goes through gloo and never waits for the device; gradients, scores and samples stay on
-    the device (NCCL on GPUs). Every method but `edges`, `part`, `own_part` and `evening` is collective: all ranks call
-    it, in the same order. Raises PeerLost where another process has ended or does not answer for CONTACT_SECONDS.
-    """
-
-    def __init__(self, rank: int = 0, world: int = 1):
-        self.rank, self.world = rank, world
-        # connections for what goes on beside other collectives; in torch 2.6 gloo can hang with both on the same
-        self.beside: distributed.ProcessGroup | None = None
-
-    @classmethod
-    def join(cls, device: torch.device) -> Dist:
-        """Meet the other processes that torchrun has started."""
-        rank, world, _ = launched()
-        dist = cls(rank, world)
-        if world > 1 and not distributed.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            with dist._contact():
-                distributed.init_process_group(
-                    backend,
-                    store=distributed.PrefixStore(str(next(MEETINGS)), connect(CONTACT_SECONDS, host=True)),
-                    rank=rank,
-                    world_size=world,
-                    timeout=timedelta(seconds=CONTACT_SECONDS),
-                )
-                dist.beside = distributed.new_group(timeout=timedelta(seconds=CONTACT_SECONDS), backend="gloo")
-        return dist
-
-    def leave(self) -> None:
-        """Close the connections, once all ranks are here.
-
-        torch 2.6 joins gloo's threads while it holds the GIL, which a thread wants to let go of its last tensors: they
-        get the time for it.
-        """
-        if self.world > 1:
-            self.gather([0])
-            self.beside = None
-            time.sleep(0.1)
-            distributed.destroy_process_group()
-
-    @contextlib.contextmanager
-    def _contact(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            with contextlib.suppress(RuntimeError, KeyError):
-                if (report := Failures().reported()) is not None:
-                    raise PeerLost(report[1], report[0]) from None
-            why = re.sub(r"\[[^]]*]:?(\d+: )? *", "", _one_line(error))[:120]
-            raise PeerLost(f"another process of the run has ended or does not answer: {why}") from None
-
-    def edges(self, n: int) -> list[int]:
-        """Where each rank's part of n things begins, and n: the parts differ by one at most."""
-        return [n * rank // self.world for rank in range(self.world + 1)]
-
-    def part(self, things: Any) -> Any:
-        """This rank's part of an array, tensor or list."""
-        edges = self.edges(len(things))
-        return things[edges[self.rank] : edges[self.rank + 1]]
-
-    def own_part(self, chosen: Tensor, n: int) -> tuple[Tensor, list[int]]:
-        """Of the chosen, int64, ascending, out of n: (those in this rank's part, counted from its start; how many
-        each rank has)."""
-        edges = torch.tensor(self.edges(n))
-        cuts = torch.searchsorted(chosen, edges).tolist()
-        return chosen[cuts[self.rank] : cuts[self.rank + 1]] - edges[self.rank], np.diff(cuts).tolist()
-
-    def all_sum(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by the sum of all ranks'."""
-        if self.world > 1:
-            with self._contact():
-                distributed.all_reduce(tensor)
-        return tensor
-
-    def all_max(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by the largest of all ranks', element by element."""
-        if self.world > 1:
-            with self._contact():
-                distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
-        return tensor
-
-    def gather(self, values: Sequence[float]) -> np.ndarray:
-        """Every rank's numbers, float64 [world, n]."""
-        return self.gather_later(values)()
-
-    def gather_later(self, values: Sequence[float]) -> Callable[[], np.ndarray]:
-        """Start to `gather`, and go on. Returns what waits for the numbers."""
-        own = torch.tensor([float(value) for value in values], dtype=torch.float64)
-        if self.world == 1:
-            return lambda: own.numpy()[None]
-        rows = [torch.empty_like(own) for _ in range(self.world)]
-        with self._contact():
-            work = distributed.all_gather(rows, own, async_op=True, group=self.beside)
-
-        def wait() -> np.ndarray:
-            with self._contact():
-                work.wait()
-            return torch.stack(rows).numpy()
-
-        return wait
-
-    def gather_objects(self, thing: Any) -> list[Any]:
-        """Every rank's `thing`, for what is asked once an epoch."""
-        things = [thing] * self.world
-        if self.world > 1:
-            with self._contact():
-                distributed.all_gather_object(things, thing)
-        return things
-
-    def first(self, thing: Any) -> Any:
-        """Rank 0's `thing`."""
-        return self.gather_objects(thing if self.rank == 0 else None)[0]
-
-    def require_same(self, complaint: str, thing: Any) -> None:
-        """Raises RequestError on every rank, naming one that differs from rank 0, unless all have the same `thing`."""
-        things = self.gather_objects(thing)
-        if differing := [rank for rank, each in enumerate(things) if each != things[0]]:
-            raise RequestError(f"{complaint}, rank {differing[0]} other than rank 0")
-
-    def join_columns(self, facts: Tensor, size: int) -> Tensor:
-        """[rows, n] of every rank beside each other, [rows, world * size]; n < size is filled up with -inf."""
-        if self.world == 1:
-            return facts
-        facts = F.pad(facts, (0, size - facts.shape[1]), value=-math.inf).contiguous()
-        parts = [torch.empty_like(facts) for _ in range(self.world)]
-        with self._contact():
-            distributed.all_gather(parts, facts)
-        return torch.cat(parts, 1)
-
-    def exchange(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
-        """Send rows of this rank's `tensor` to the others, and get theirs, in the order of the ranks.
-
-        moves: int [world, world], how many rows each rank (first index) has for each (second). The first
-        `moves[rank, 0]` of this rank's rows go to rank 0, the next ones to rank 1, and so on.
-        """
-        gets, sends = moves[:, self.rank].tolist(), moves[self.rank].tolist()
-        received = tensor.new_empty(sum(gets), *tensor.shape[1:])
-        with self._contact():
-            distributed.all_to_all_single(received, tensor.contiguous(), gets, sends)
-        return received
-
-    def evening(self, counts: Sequence[int]) -> np.ndarray | None:
-        """The moves (see `exchange`) after which all ranks have as many samples, or one more: from those that have more
-        than their part to those that have less. `counts`: how many each has. None where nothing has to move."""
-        shares = np.diff(self.edges(sum(counts)))
-        kept = np.minimum(counts, shares)
-        if (kept == shares).all():
-            return None
-        over, under = (np.cumsum(each - kept) for each in (np.asarray(counts), shares))  # both end at the same sum
-        first = np.maximum.outer(over - (counts - kept), under - (shares - kept))
-        return np.diag(kept) + np.maximum(0, np.minimum.outer(over, under) - first)
-
-    def even_out(self, counts: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Spread samples evenly over the ranks, each of which has its number of `counts`."""
-        moves = None if self.world == 1 else self.evening(counts)
-        return tensors if moves is None else tuple(self.exchange(tensor, moves) for tensor in tensors)
 
 
 # ------------------------------------------------------------------------------------------------ Metrics
@@ -1959,369 +680,7 @@ HISTORY_KEYS = (
 )
 
 
-@dataclass
-class Ledger:
-    """What was really done, in samples and optimizer steps."""
-
-    loaded: int = 0
-    scored: int = 0
-    trained: int = 0
-    steps: int = 0
-
-    def dense_equivalents(self, scoring_cost: float = 1 / 3) -> float:
-        """Forward + backward passes this work amounts to; a scoring forward is `scoring_cost` of one."""
-        return self.trained + self.scored * scoring_cost
-
-    def since(self, earlier: Ledger) -> Ledger:
-        return Ledger(*(now - then for now, then in zip(asdict(self).values(), asdict(earlier).values(), strict=True)))
-
-
-class Meter:
-    """Sums of loss and hits over an epoch, kept on the device so that counting never waits for it.
-
-    `allowed`: how many steps with a loss or score that is not finite the rest of the run may have.
-    """
-
-    def __init__(self, device: torch.device, epoch: int, allowed: int = 0):
-        self.epoch, self.allowed = epoch, allowed
-        # loss, hits, non-finite steps, 1 + the first of them, their samples, optimizer steps skipped, their samples
-        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
-        self.hits = self.trained = self.predicted = 0  # hits: those the host has counted
-
-    def add_loss(self, loss: Tensor, samples: int, step: int) -> Tensor:
-        """`loss`: summed over the samples, on the device. Returns whether it is not finite, on the device too."""
-        bad = ~loss.isfinite()
-        self.sums[0] += loss.masked_fill(bad, 0.0)
-        self._add_bad(bad, samples, step)
-        self.trained += samples
-        return bad
-
-    def leave_out(self, step: int) -> None:
-        """Count a batch whose scores are not finite. Raises TrainingFailed where it is one too many."""
-        self._add_bad(torch.ones((), dtype=torch.bool, device=self.sums.device), 0, step)
-        self.read()
-
-    def _add_bad(self, bad: Tensor, samples: int, step: int) -> None:
-        self.sums[3] = torch.where((self.sums[3] == 0) & bad, step + 1, self.sums[3])
-        self.sums[2] += bad
-        if self.allowed:  # else the first one ends the run
-            self.sums[4] += bad * samples
-
-    def add_skipped(self, bad: Tensor, samples: int) -> None:
-        """Count an optimizer step over so many samples as skipped where `bad`, on the device, is true."""
-        self.sums[5] += bad
-        self.sums[6] += bad * samples
-
-    def add_hits(self, hits: Tensor | int, samples: int) -> None:
-        if isinstance(hits, int):
-            self.hits += hits
-        else:
-            self.sums[1] += hits
-        self.predicted += samples
-
-    def skipped(self) -> tuple[int, int, int]:
-        """(non-finite steps, optimizer steps skipped for them, their samples). A device-to-host read."""
-        return tuple(int(self.sums[i]) for i in (2, 5, 6))
-
-    def read(self) -> tuple[float | None, float | None]:
-        """(mean loss of the trained, accuracy of the predicted in percent), None without any.
-
-        Costs one device-to-host read. Raises TrainingFailed, naming the epoch's first step with a loss or score
-        that is not finite, once there are more of them than `allowed`.
-        """
-        loss, hits, bad_steps, first, bad_samples, *_ = self.sums.tolist()
-        if bad_steps > self.allowed:
-            raise TrainingFailed(f"non-finite loss in epoch {self.epoch + 1}, step {int(first)}")
-        trained = self.trained - bad_samples
-        accuracy = 100 * (hits + self.hits) / self.predicted if self.predicted else None
-        return (loss / trained if trained else None), accuracy
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("sums", "hits", "trained", "predicted")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self.hits, self.trained, self.predicted = (state[name] for name in ("hits", "trained", "predicted"))
-
-
-class EnergyMeter:
-    """Energy the GPU has drawn, from NVML's counter; `read_kj` is None where there is no such counter."""
-
-    def __init__(self, device: torch.device):
-        self._read: Callable[[], float] | None = None
-        if device.type != "cuda":
-            return
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # older cards have none: found out here
-            self._read = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
-        except pynvml.NVMLError as error:
-            tell(f"energy is not measured, energy_kj stays null: NVML says {_one_line(error)}")
-
-    def read_kj(self) -> float | None:
-        return None if self._read is None else self._read() / 1e6  # the counter is in millijoules
-
-
-def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
-    """Append one line, flushed to the disk before returning. Raises OSError, naming the file, where the disk does not
-    take all of it; nothing of it then stays."""
-    line = (json.dumps(row, allow_nan=False) + "\n").encode()
-    with open(path, "ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        try:
-            while line:  # a disk that fills up takes a part
-                line = line[file.write(line) :]
-            os.fsync(file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                file.truncate(end)
-            raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def open_tensorboard(outputs: LoggingConfig) -> Any | None:
-    """torch's SummaryWriter into a folder of its own, None where none is asked for.
-
-    Raises RequestError, saying what to install, where the package is missing.
-    """
-    if not outputs.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise RequestError("logging.tensorboard: needs a package that is not there: pip install tensorboard") from None
-    return SummaryWriter(Path(outputs.output_dir) / "tensorboard" / f"{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}")
-
-
-def add_scalars(board: Any, row: dict[str, Any]) -> None:
-    """The epoch's row of the history to TensorBoard, what was measured of it."""
-    for key, value in row.items():
-        if value is not None:
-            board.add_scalar(key, value, row["epoch"])
-    board.flush()
-
-
 # -------------------------------------------------------------------------------------------- Checkpoint
-
-MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
-MAGIC = b"AST-LAB checkpoint, sha256: "
-CAPPED = "capped.json"  # beside the checkpoint: what was logged of an epoch that it has not finished
-
-
-def run_id(config: Config) -> str:
-    """Which run a config is: a hash of what differs from the defaults, the seed included, logging left out.
-
-    A results file's `config` gives the same hash once it is read as a Config.
-    """
-    differing = config.model_dump(exclude={"logging"}, exclude_defaults=True)
-    canonical = json.dumps(differing, sort_keys=True, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
-def checkpoint_folder(config: Config) -> Path:
-    return Path(config.logging.output_dir) / "checkpoints" / run_id(config)
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file beside `path`, and put it in its place once it is whole and on the disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk too, where the system can do that."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def file_digest(path: Path, size: int) -> bytes:
-    """SHA-256, in hexadecimal, of the first `size` bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(min(2**20, size)):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest().encode()
-
-
-def save_checkpoint(state: dict[str, Any], path: Path, best: bool = False) -> None:
-    """Write `state` to `path`, whole or not at all, followed by its SHA-256; the best one to best.pt beside it too.
-
-    Raises OSError where the disk does not take it; what stood at `path` then still does.
-    """
-
-    def write(part: Path) -> None:
-        with part.open("wb") as file:
-            torch.save(state, file)
-        digest = file_digest(part, part.stat().st_size)
-        with part.open("ab") as file:
-            file.write(MAGIC + digest)
-
-    def link(part: Path) -> None:
-        try:
-            os.link(path, part)  # costs nothing, and nobody writes into a checkpoint
-        except OSError:
-            shutil.copyfile(path, part)
-
-    replace_file(path, write)
-    if best:
-        replace_file(path.with_name("best.pt"), link)
-
-
-def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, tensors on the host. No code in it is run (`weights_only`).
-
-    Raises RequestError for a file that cannot be read, is not whole or altered, or belongs to another config: that
-    names the keys that differ. Those of MAY_CHANGE and logging may.
-    """
-    try:
-        size = path.stat().st_size - len(MAGIC) - 64
-        with path.open("rb") as file:
-            file.seek(max(size, 0))
-            whole = size > 0 and file.read() == MAGIC + file_digest(path, size)
-        if not whole:
-            raise RequestError(f"{path}: damaged, or no checkpoint of this lab; best.pt beside it may be whole")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = Config.model_validate(state["config"]).model_dump()
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the checkpoint: {error.strerror or _one_line(error)}") from None
-    except RequestError:
-        raise
-    except Exception as error:  # the pickle machine raises almost anything on what it refuses
-        raise RequestError(f"{path}: no checkpoint of this lab: {_one_line(error)[:200]}") from None
-    asked = config.model_dump()
-    keys = [key for key in config_keys() if key not in MAY_CHANGE and not key.startswith("logging.")]
-    values = [(key, *(each[key.split(".")[0]][key.split(".")[1]] for each in (saved, asked))) for key in keys]
-    if differing := [f"{key} ({old} there, {new} asked for)" for key, old, new in values if old != new]:
-        raise RequestError(f"{path}: a checkpoint of another config: {', '.join(differing)}")
-    return state
-
-
-def host_copy(state: Any) -> Any:
-    """A copy of nested dicts, lists and tensors that later steps do not touch; the caller synchronises."""
-    if isinstance(state, Tensor):
-        copied = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
-        return copied.copy_(state.detach(), non_blocking=True)
-    if isinstance(state, dict):
-        return {key: host_copy(value) for key, value in state.items()}
-    return [host_copy(value) for value in state] if isinstance(state, list | tuple) else state
-
-
-class Checkpoints:
-    """Writes a run's checkpoints on a thread of its own, one at a time, while the training goes on."""
-
-    def __init__(self, folder: Path):
-        """Raises RequestError where `folder` cannot be made or written to."""
-        self.folder, self.last, self.capped = folder, folder / "last.pt", folder / CAPPED
-        require_folder(folder, "logging.output_dir", folder)
-        for left in folder.glob("*.part"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-        self.writer = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: list[Future] = []
-        self.saved = time.monotonic()
-
-    def require_space(self, size: int) -> None:
-        """Raises RequestError where the disk has no room for three files of `size` bytes: last, best, and the next."""
-        there = sum(file.stat().st_size for file in self.folder.glob("*.pt"))
-        needed, free = 3 * size - there, shutil.disk_usage(self.folder).free
-        if needed > free:
-            room = f"{needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there"
-            raise RequestError(f"logging.output_dir: the checkpoints in {self.folder} need {room}")
-
-    def save(self, state: dict[str, Any], device: torch.device, best: bool = False) -> None:
-        """Copy `state`, write it in the background. Raises TrainingFailed where the one before was not written."""
-        self.wait()
-        copied = host_copy(state)
-        synchronize(device)
-        self.pending.append(self.writer.submit(save_checkpoint, copied, self.last, best))
-        self.then(self.capped.unlink, True)
-        self.saved = time.monotonic()
-
-    def then(self, write: Callable, *arguments: Any) -> None:
-        """Have `write` called once what was saved is on the disk: a log never knows more than the checkpoint."""
-        self.pending.append(self.writer.submit(write, *arguments))
-
-    def wait(self) -> None:
-        """Until what was saved is on the disk. Raises TrainingFailed where it cannot be."""
-        pending, self.pending = self.pending, []
-        try:
-            for each in pending:
-                each.result()
-        except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos", having met what the disk said
-            met = error if isinstance(error, OSError) else error.__context__
-            why = getattr(met, "strerror", None) or _one_line(error)
-            path = getattr(met, "filename", None) or self.last
-            raise TrainingFailed(f"{path}: cannot write, the checkpoint before is whole: {why}") from None
-
-    def close(self) -> None:
-        """Until the disk has what was saved, or has refused it; nothing can be saved any more."""
-        self.writer.shutdown()
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep the checkpoint `folder` to this process. Raises RequestError where another one has it, or where it cannot
-    be made or written to.
-
-    The lock is of the process alone, not of its loader workers, and the kernel takes it back however that ends.
-    Where nothing came of the run, the folder goes again.
-    """
-    made, lock = not folder.exists(), folder / "lock"
-    require_folder(folder, "logging.output_dir", folder)
-    with lock.open("ab") as file:
-        try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
-                todo = "wait for it to end, or set another logging.output_dir"
-                raise RequestError(f"{folder}: another process is running this config into it; {todo}") from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if made and [*folder.iterdir()] == [lock]:
-                    lock.unlink(), folder.rmdir(), folder.parent.rmdir()
-
-
-def find_checkpoint(config: Config, resume: str | None) -> Path | None:
-    """The file that `--resume` means: a path, a folder's last.pt, or with `auto` the config's own if there is one."""
-    if resume is None:
-        return None
-    path = checkpoint_folder(config) if resume == "auto" else Path(resume)
-    path = path / "last.pt" if resume == "auto" or path.is_dir() else path
-    return path if resume != "auto" or path.exists() else None
-
-
-def align_jsonl(path: Path, history: dict[str, list], capped: Path | None = None) -> None:
-    """Make a resumed run's log hold each epoch of `history` once: no line torn, lost or from beyond the checkpoint,
-    nor the one that the file `capped` holds, where there is one.
-
-    Lines of earlier and later runs in the same file stay.
-    """
-    text, gone = (
-        each.read_text(encoding="utf-8", errors="replace") if each is not None and each.exists() else ""
-        for each in (path, capped)
-    )
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n") and line != gone]
-    own = [json.dumps(dict(zip(history, row, strict=True))) + "\n" for row in zip(*history.values(), strict=True)]
-    start = max((i for i, line in enumerate(lines) if own and line == own[0]), default=len(lines))
-    later = [i for i in range(start + 1, len(lines)) if lines[i].startswith('{"epoch": 1,')]
-    lines[start : later[0] if later else len(lines)] = own
-    replace_file(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------ Train
@@ -2348,92 +707,6 @@ def build_optimizer(model: nn.Module, training: TrainingConfig, device: torch.de
             optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in chain(flat, rest)})
         return optimizer
     return torch.optim.AdamW(groups, **shared)
-
-
-def resolve_device(training: TrainingConfig) -> torch.device:
-    """The device to train on, of several processes each its own. Raises RequestError for `cuda` where there is none,
-    or where there are fewer GPUs than processes."""
-    if training.device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("training.device: cuda, but torch sees no GPU here; set training.device=cpu or auto")
-    if training.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    _, world, local = launched()
-    if world == 1:
-        return torch.device("cuda")
-    if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))) > torch.cuda.device_count():
-        raise RequestError(f"training.device: {processes} processes and {torch.cuda.device_count()} GPUs here")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
-
-
-def resolve_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype | None:
-    """The autocast type, None for plain float32."""
-    if not training.mixed_precision or (training.amp_dtype == "auto" and device.type == "cpu"):
-        return None
-    if training.amp_dtype != "auto":
-        return getattr(torch, training.amp_dtype)
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def configure_backends(ast: ASTConfig, device: torch.device) -> None:
-    """On a GPU: TF32 where float32 remains, and cuDNN autotuning where shapes repeat, for unpacked sparse steps
-    have a new one nearly every time."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = ast.pack or ast.mode != "ast" or ast.scoring == "history"
-        torch.set_float32_matmul_precision("high")
-
-
-class Stop:
-    """Why the run should end before its last epoch: a signal, or the wall-clock cap."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.training = False  # before that there is nothing to save
-        self.deadline = math.inf  # time.monotonic() seconds
-
-    def watch_signals(self) -> None:
-        """SIGINT and SIGTERM end the run after the current step, or at once where none was made; a second one does."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _: Any) -> None:
-        if not self.training:
-            sys.stdout.flush()
-            if launched()[0] == 0:
-                os.write(2, b"ended before the first step\n")
-            os._exit(128 + number)  # an exception can get lost in an import that is under way
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def status(self, reserve_seconds: float = 0.0) -> str | None:
-        """`interrupted` or `time_capped` (with `reserve_seconds` still needed), else None."""
-        if self.signal is not None:
-            return "interrupted"
-        return "time_capped" if time.monotonic() + reserve_seconds >= self.deadline else None
-
-
-IMAGENET_MOMENTS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of its pixels, 0 to 1
-
-
-class Normalise:
-    """uint8 [batch, 3, H, W] to the float32 the model was built for, and the autocast it runs under."""
-
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device,
-        layout: torch.memory_format,
-        dtype: torch.dtype | None,
-    ):
-        self.mean, self.std = (torch.tensor(v, device=device).mul(255).view(1, 3, 1, 1) for v in (mean, std))
-        self.kind, self.layout, self.dtype = device.type, layout, dtype
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
 
 
 class Run:
@@ -2792,18 +1065,12 @@ class Run:
         if self.config.logging.jsonl_path is None or self.dist.rank:
             return
         if not whole:
-            line = json.dumps(row) + "\n"
-            replace_file(self.checkpoints.capped, lambda part: part.write_text(line, encoding="utf-8"))
+            replace_text(self.checkpoints.capped, json.dumps(row) + "\n")
         append_jsonl(self.config.logging.jsonl_path, row)
 
     def checkpoint_due(self) -> bool:
         minutes = self.config.logging.checkpoint_minutes if self.dist.rank == 0 else None
         return minutes is not None and time.monotonic() - self.checkpoints.saved >= 60 * minutes
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int, stop: Stop) -> bool:
@@ -2850,7 +1117,7 @@ def _progress(run: Run, steps: int) -> Iterator[Callable[[int], None]]:
     label = f"epoch {run.epoch + 1}/{run.config.training.epochs}"
     started = shown = time.monotonic()
     images = 0
-    with tqdm(total=steps, desc=label, unit="step", leave=False, disable=quiet(), dynamic_ncols=True) as bar:
+    with progress_bar(total=steps, desc=label, unit="step") as bar:
 
         def heartbeat(loaded: int) -> None:
             nonlocal shown, images
@@ -2890,7 +1157,7 @@ def warm_up(run: Run) -> None:
     except torch._dynamo.exc.TorchDynamoException as error:
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = "install a C++ compiler (and triton for a GPU), or set training.compile=off"
-        raise RequestError(f"training.compile: nothing can be compiled here ({_one_line(why)}); {hint}") from None
+        raise RequestError(f"training.compile: nothing can be compiled here ({one_line(why)}); {hint}") from None
     for buffer, before in zip(run.model.buffers(), buffers, strict=True):
         buffer.copy_(before)
 
@@ -2973,22 +1240,6 @@ def train(config: Config, stop: Stop | None = None, resume: str | None = None) -
     return outcome
 
 
-def meet(config: Config, device: torch.device) -> Dist:
-    """Join the processes of this run, where there are several. Raises RequestError where they do not fit together."""
-    _, world, _ = launched()
-    if config.training.batch_size % world:
-        raise RequestError(f"training.batch_size: {config.training.batch_size} is no multiple of {world} processes")
-    if world > 1 and config.training.sync_batchnorm and device.type == "cpu":
-        raise RequestError("training.sync_batchnorm: several processes need GPUs for it, torch has none for the CPU")
-    dist = Dist.join(device)
-    if world > 1:
-        whole = config.model_dump(exclude={"logging"})
-        dist.require_same("the processes were given different configs", [whole, str(checkpoint_folder(config))])
-        share = config.training.batch_size // world
-        tell(f"{world} processes, {share} samples a step each of training.batch_size={config.training.batch_size}")
-    return dist
-
-
 def train_claimed(
     config: Config, device: torch.device, stop: Stop, resume: str | None, started: float, dist: Dist
 ) -> tuple[dict[str, Any], Path]:
@@ -3019,7 +1270,7 @@ def train_claimed(
             run.checkpoints.wait()
     except Exception as error:
         known = explained(error, config)
-        outcome = {"status": "failed", "error": _one_line(known)}
+        outcome = {"status": "failed", "error": one_line(known)}
         if known is not error:
             raise known from None
         raise
@@ -3028,26 +1279,26 @@ def train_claimed(
         if run.checkpoints is not None:
             run.checkpoints.close()
             path = save_results(result, config.logging.output_dir)
-            tell(f"{summary(result)}\nresults: {path}")
+            print_rank0(f"{summary(result)}\nresults: {path}")
     return dist.first((result, path))
 
 
 def begin_again(run: Run, path: Path | None, state: dict[str, Any] | None) -> None:
     """Put a checkpoint's `state` into a fresh run, and its log in order. Raises RequestError where it does not fit."""
     if state is None:
-        tell("--resume auto: there is no checkpoint of this config, the run starts afresh")
+        print_rank0("--resume auto: there is no checkpoint of this config, the run starts afresh")
         return
     try:
         run.load_state_dict(state)
         if run.config.logging.jsonl_path is not None and run.dist.rank == 0:
             align_jsonl(Path(run.config.logging.jsonl_path), run.history, path.with_name(CAPPED))
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        why = f"{type(error).__name__}: {_one_line(error)[:200]}"
+        why = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise RequestError(f"{path}: a checkpoint that does not fit this model and data ({why})") from None
     except OSError as error:
         log = run.config.logging.jsonl_path
         raise RequestError(f"logging.jsonl_path: cannot put {log} in order: {error.strerror}") from None
-    tell(f"resumed from {path}: epoch {run.epoch + 1}, step {run.step}")
+    print_rank0(f"resumed from {path}: epoch {run.epoch + 1}, step {run.step}")
 
 
 def state_bytes(run: Run) -> int:
@@ -3060,22 +1311,9 @@ def state_bytes(run: Run) -> int:
     return (1 + kept) * sizes[True] + sizes[False]
 
 
-def explained(error: Exception, config: Config) -> Exception:
-    """`error` as the one line a user can act on, where it is of a kind that is known to end runs."""
-    text, folder = _one_line(error), config.logging.output_dir
-    if "DataLoader worker" in text:
-        hint = "out of memory? lower training.num_workers or training.batch_size"
-        return TrainingFailed(f"a loader worker died: {text}; {hint}")
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return TrainingFailed(f"out of memory: {text[:200]}; lower training.batch_size")
-    if isinstance(error, OSError):
-        return TrainingFailed(f"{error.filename or folder}: {error.strerror or text}")
-    return error
-
-
 def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, stop: Stop) -> str:
     """Train and validate epoch by epoch. Returns completed, early_stopped, time_capped or interrupted."""
-    tell(epoch_line(run.config))
+    print_rank0(epoch_line(run.config))
     run.eval_steps = len(val_loader)
     while (status := agreed_end(run, stop)) is None:
         run.start_clock()
@@ -3088,12 +1326,12 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
         if val_acc is None:
             status = "interrupted" if stop.signal is not None else "time_capped"
             if status == "time_capped":
-                tell("training.max_minutes are over: the last validation did not fit in and was left")
+                print_rank0("training.max_minutes are over: the last validation did not fit in and was left")
             break
         run.eval_seconds = time.monotonic() - started
         row = close_epoch(run, val_acc, plan.considered * run.step / len(plan))
         run.epochs_completed += whole
-        tell(epoch_line(run.config, row))
+        print_rank0(epoch_line(run.config, row))
         if run.board is not None:
             add_scalars(run.board, row)
         if not whole:  # the checkpoint is the one before the cap
@@ -3144,35 +1382,6 @@ def ended(run: Run, stop: Stop) -> str | None:
     return "early_stopped" if patience is not None and waited >= patience else None
 
 
-def prepare_outputs(outputs: LoggingConfig) -> None:
-    """Make the output folders. Raises RequestError where nothing could be written at the end."""
-    require_folder(Path(outputs.output_dir), "logging.output_dir", outputs.output_dir)
-    if outputs.jsonl_path is not None:
-        require_folder(Path(outputs.jsonl_path).parent, "logging.jsonl_path", outputs.jsonl_path)
-
-
-def require_folder(folder: Path, key: str, path: str | Path) -> None:
-    """Make `folder`. Raises RequestError naming `key` and `path` where it cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**16))  # a full disk takes names
-    except OSError as error:
-        raise RequestError(f"{key}: cannot write to {path}: {error.strerror}") from None
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and commit a result came from; never environment variables."""
-    folder = str(Path(__file__).resolve().parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    gpu = {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    return {**versions, "cuda": None, "gpu": None, **gpu, "platform": platform.platform(), "git_commit": commit}
-
-
 def build_result(run: Run, outcome: dict[str, str], seconds: float) -> dict[str, Any]:
     """The contents of a results file: the documented keys first, then how they came about."""
     with contextlib.suppress(RuntimeError):  # of an unfinished epoch; a device that failed cannot say
@@ -3199,108 +1408,7 @@ def build_result(run: Run, outcome: dict[str, str], seconds: float) -> dict[str,
     }
 
 
-def save_results(result: dict[str, Any], output_dir: str | Path) -> Path:
-    """Write final_results_<timestamp>.json whole or not at all, under a name nobody has taken.
-
-    Raises TrainingFailed where the disk does not take it.
-    """
-    stamp, whole = datetime.now().strftime("%Y%m%d_%H%M%S"), Path(output_dir) / f"final_results.{os.getpid()}"
-    write_result(result, whole)
-    for tail in chain([""], (f"_{n}" for n in count(1))):
-        path = Path(output_dir) / f"final_results_{stamp}{tail}.json"
-        try:
-            os.link(whole, path)  # claims the name and fills the file in one
-        except OSError as error:
-            if isinstance(error, FileExistsError) or path.exists():
-                continue
-            os.replace(whole, path)  # a file system without hard links
-        break
-    whole.unlink(missing_ok=True)
-    return path
-
-
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """Replace a results file, whole or not at all. Raises TrainingFailed where the disk does not take it."""
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    try:
-        replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        behind = f"; {result['error']}" if "error" in result else ""
-        raise TrainingFailed(f"{path}: cannot write the results: {error.strerror}{behind}") from None
-
-
-def tell(text: str) -> None:
-    """Print for those who watch a run; a full disk or a closed pipe behind that does not end it."""
-    if launched()[0]:  # rank 0 speaks for the others
-        return
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
-
-
-EPOCH_COLUMNS = {  # title: (history key, format); the width is the format's
-    "loss": ("train_loss", "7.3f"),
-    "train %": ("train_acc", "8.2f"),
-    "val %": ("val_acc", "7.2f"),
-    "active": ("activation_rate", "7.3f"),
-    "threshold": ("threshold", "10.4f"),
-    "lr": ("lr", "9.6f"),
-    "loaded": ("samples_loaded", "10,"),
-    "trained": ("samples_trained", "10,"),
-    "ms/step": ("step_time_ms", "8.1f"),
-    "saved": ("energy_savings", "7.1%"),
-}
-
-
-def epoch_line(config: Config, row: dict[str, Any] | None = None) -> str:
-    """A row of the table that grows while a run goes on, or its header; `saved` is FLOPs against a dense epoch."""
-    line = f"{'epoch':>9} {'phase':>6}"
-    if row is not None:
-        phase = config.ast.mode if config.is_sparse(row["epoch"] - 1) else "dense"
-        line = f"{row['epoch']:>5}/{config.training.epochs:<3} {phase:>6}"
-    for title, (key, spec) in EPOCH_COLUMNS.items():
-        value = title if row is None else "-" if row[key] is None else format(row[key], spec)
-        line += " " + value.rjust(len(format(0, spec)))
-    return line
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The table at the end of a run."""
-    ledger, energy, final = result["ledger"], result["energy_kj"], result["final_accuracy"]
-    best = f"best {result['best_accuracy']:.2f} % in epoch {result['best_epoch']}"
-    rows = {
-        "status": result["status"] + (f": {result['error']}" if "error" in result else ""),
-        "accuracy": "-" if final is None else f"{best}, final {final:.2f} %",
-        "epochs": f"{result['epochs_completed']} of {result['config']['training']['epochs']}",
-        "time": f"{result['train_seconds']:.1f} s training, {3600 * result['total_time_hours']:.1f} s in all",
-        "samples": f"{ledger['loaded']:,} loaded, {ledger['scored']:,} scored, {ledger['trained']:,} trained",
-        "optimizer steps": f"{ledger['steps']:,}",
-        "GPU energy": "not measured" if energy is None else f"{energy:.3f} kJ in training",
-    }
-    return "\n".join(["", *(f"{name:<16} {value}" for name, value in rows.items())])
-
-
 # ------------------------------------------------------------------------------------------------ Main
-
-
-def run_cli(main: Callable[[], int]) -> int:
-    """Run a script's `main`: a wrong request is one line on stderr and exit code 2, a failed run or a disk that does
-    not take its output 1."""
-    load_dotenv()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
-    try:
-        code = main()
-        sys.stdout.flush()
-    except (RequestError, TrainingFailed) as error:
-        failure = 2 if isinstance(error, RequestError) else getattr(error, "code", 1), _one_line(error)
-    except OSError as error:
-        failure = 1, f"{error.filename or 'standard output'}: {error.strerror or _one_line(error)}"
-    except KeyboardInterrupt:
-        return 130
-    else:
-        return code
-    if says_why(*failure):
-        print(f"error: {failure[1]}", file=sys.stderr)
-    return failure[0]
 
 
 def execute(config: Config, resume: str | None = None) -> int:
@@ -3311,23 +1419,8 @@ def execute(config: Config, resume: str | None = None) -> int:
     return 128 + stop.signal if result["status"] == "interrupted" else 0
 
 
-RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
-
-
-def options_help() -> str:
-    """Every config key with its default and meaning, for --help."""
-    return "\n".join(
-        f"  {key} (default {'null' if default is None else str(default).lower()})\n      {description}"
-        for key, (description, default) in config_keys().items()
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Train one config. run_experiment.py does the same and has more flags.",
-        epilog="config keys:\n" + options_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("Train one config. run_experiment.py does the same and has more flags.", config_help=True)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
     parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.lr=0.05")

@@ -15,7 +15,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
-from train_ast import Config, Loaded, Run, load_config
+
+from lab.config import Config, load_config
+from lab.data.loading import Loaded
+from train_ast import Run
 
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two test processes side by side, each with a core

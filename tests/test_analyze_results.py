@@ -8,10 +8,15 @@ import sys
 import time
 from statistics import NormalDist
 
-import analyze_results
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+
+import analyze_results
 from analyze_results import (
     RequestError,
     cli,
@@ -26,10 +31,6 @@ from analyze_results import (
     verdict,
 )
 from conftest import REPO, make_config
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from scipy import stats
 from train_ast import train
 
 MINIMAL = {  # a file of the published lab: the documented keys alone

@@ -4,9 +4,12 @@ import json
 import math
 from pathlib import Path
 
-import benchmark
 import pytest
-from train_ast import Config, get_model, run_cli
+
+import benchmark
+from lab.cli import run_cli
+from lab.config import Config
+from train_ast import get_model
 
 SMALL = ["--model", "test_resnet", "--classes", "10", "--image-size", "32", "--batch-size", "32"]
 SMALL += ["--steps", "2", "--repeats", "2"]

@@ -12,24 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 import train_ast
 from conftest import BatchNormNet, make_batch, make_config, make_run, save_picture
-from train_ast import (
-    Checkpoints,
-    Config,
-    RequestError,
-    Stop,
-    TrainingFailed,
-    align_jsonl,
-    build_result,
-    checkpoint_folder,
-    close_epoch,
-    load_checkpoint,
-    optimizer_step,
-    save_checkpoint,
-    train,
-    train_step,
-)
+from lab.config import Config, checkpoint_folder
+from lab.errors import RequestError, TrainingFailed
+from lab.files import align_jsonl
+from lab.runtime.checkpoint import Checkpoints, host_copy, load_checkpoint, save_checkpoint
+from lab.runtime.clock import Stop
+from train_ast import build_result, close_epoch, optimizer_step, train, train_step
 
 SMALL = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.lr=0.05"]
 SMALL += ["dataset.max_train_samples=200", "dataset.max_val_samples=64", "training.epochs=3", "ast.warmup_epochs=1"]
@@ -473,7 +464,7 @@ def test_the_ledger_of_an_unfinished_epoch_leaves_out_what_changed_no_weight():
         train_step(run, images, labels)
         optimizer_step(run)
         run.step += 1
-    state = train_ast.host_copy(run.state_dict())
+    state = host_copy(run.state_dict())
     for _ in range(2):
         result = build_result(run, {"status": "interrupted"}, 1.0)
         assert result["ledger"] == {"loaded": 80, "scored": 0, "trained": 48, "steps": 3}

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from conftest import REPO
-from train_ast import Config, RequestError, config_keys, load_config, options_help
+from lab.cli import options_help
+from lab.config import Config, config_keys, load_config
+from lab.errors import RequestError
 
 PRESETS = sorted((REPO / "configs").glob("*.yaml"))
 DOCUMENTED = """

@@ -5,26 +5,19 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, make_config, save_picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
-from train_ast import (
-    DRAWS,
-    EpochPlan,
-    RequestError,
-    View,
-    build_dataloaders,
-    build_datasets,
-    collate,
-    crop_resize,
-    decode_image,
-    device_batches,
-    load_config,
-    random_crops,
-    uniform,
-)
+
+from conftest import COLOURS, make_config, save_picture
+from lab.config import load_config
+from lab.data.datasets import collate
+from lab.data.images import View, crop_resize, decode_image, random_crops
+from lab.data.loading import EpochPlan, device_batches
+from lab.data.randomness import DRAWS, uniform
+from lab.errors import RequestError
+from train_ast import build_dataloaders, build_datasets
 
 CPU = torch.device("cpu")
 

@@ -19,26 +19,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-import run_experiment
 import torch
 import torch.distributed.nn.functional
+
+import lab.runtime.distributed
+import run_experiment
 import train_ast
 from conftest import BatchNormNet, LayerNormNet, make_config
+from lab.cli import run_cli
+from lab.config import Config, checkpoint_folder
+from lab.data.datasets import ImageDataset
+from lab.errors import TrainingFailed
+from lab.runtime.checkpoint import load_checkpoint
+from lab.runtime.clock import Stop
+from lab.runtime.distributed import Dist
+from lab.runtime.sample_store import History
 from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
 from test_kill import exit_code, running, wait_until
-from train_ast import (
-    ActiveQueue,
-    Config,
-    Dist,
-    History,
-    Stop,
-    TrainingFailed,
-    checkpoint_folder,
-    execute,
-    load_checkpoint,
-    run_cli,
-    train,
-)
+from train_ast import ActiveQueue, execute, train
 
 
 @functools.cache
@@ -145,7 +143,7 @@ WAYS = {
 }
 
 
-def lab(monkeypatch: pytest.MonkeyPatch) -> None:
+def layer_norm_net(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_ast, "get_model", lambda *_: LayerNormNet())
 
 
@@ -169,7 +167,7 @@ def last(config: Config) -> dict[str, Any]:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_path, monkeypatch):
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     one, many = (make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     whole, _ = train(one)
     steps = sum(whole["training_history"]["optimizer_steps"])
@@ -306,7 +304,7 @@ def test_synchronised_batchnorm_keeps_what_a_model_computes(name):
 
 def test_packed_steps_on_resident_parts_train_as_much_as_one_process(tmp_path, monkeypatch):
     """In another order: the weights differ, and the ranks have them alike (else the run would end as failed)."""
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     keys = [*TWENTY, "ast.pack=true", "ast.target_activation=0.4", "dataset.cache=device", "dataset.augment=pad_crop"]
     one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     whole, _ = train(one)
@@ -332,7 +330,7 @@ def test_packed_steps_on_resident_parts_train_as_much_as_one_process(tmp_path, m
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(
     way, before, after, interval, tmp_path, monkeypatch
 ):
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     monkeypatch.setattr(train_ast, "asking_interval", lambda world: interval)
     one, many = (make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     whole, _ = train(one)
@@ -369,7 +367,7 @@ def test_what_waits_on_each_rank_is_its_own_after_a_resumption(tmp_path, monkeyp
 
 
 def test_a_checkpoint_that_is_due_is_written_once_by_all_a_step_later(tmp_path, monkeypatch):
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     config = make_config(*TWENTY, "training.epochs=2", f"logging.output_dir={tmp_path}/out")
 
     def work(rank: int) -> list[tuple[int, int]]:
@@ -438,7 +436,7 @@ def refused(ended: Ended, code: int, message: str) -> None:
 
 
 def test_what_the_processes_cannot_share_is_one_line_and_exit_code_2(tmp_path, monkeypatch):
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     folder = f"logging.output_dir={tmp_path}/out"
     config = make_config(*TWENTY, folder, "training.batch_size=25")
     refused(
@@ -455,10 +453,10 @@ def test_what_the_processes_cannot_share_is_one_line_and_exit_code_2(tmp_path, m
 
 
 def test_other_data_on_one_rank_is_refused(tmp_path, monkeypatch):
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     config, whole = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), train_ast.digits_dataset
 
-    def relabelled(part: str) -> train_ast.ImageDataset:
+    def relabelled(part: str) -> ImageDataset:
         dataset = whole(part)
         dataset.samples[7] = (dataset.samples[7][0], (dataset.samples[7][1] + 1) % 10)
         return dataset
@@ -478,15 +476,15 @@ def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_never_comes_is_an_error_and_no_hang(tmp_path, monkeypatch):
-    lab(monkeypatch)
-    monkeypatch.setattr(train_ast, "CONTACT_SECONDS", 2.0)
+    layer_norm_net(monkeypatch)
+    monkeypatch.setattr(lab.runtime.distributed, "CONTACT_SECONDS", 2.0)
     config = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out")
     ended = ranks(3, lambda rank: command(config), tmp_path / "ranks", seconds=30, missing=[1])
     refused(ended, 1, "another process of the run has ended or does not answer")
 
 
 def test_a_rank_that_fails_ends_all_and_says_why_once(tmp_path, monkeypatch):
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     config, step = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), train_ast.train_step
 
     def failing(run: train_ast.Run, *inputs: torch.Tensor) -> int:
@@ -650,7 +648,7 @@ def test_running_statistics_are_averaged_and_alike_before_validation(tmp_path, m
 
 def test_a_schedule_over_time_is_the_same_on_all_ranks(tmp_path, monkeypatch):
     """Ranks of different speed: the rates are alike, else the weights would drift apart, which ends a run."""
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     keys = ["training.lr_decay=time", "training.max_minutes=0.02", "training.epochs=1000"]
     config, step = make_config(*TWENTY, *keys, f"logging.output_dir={tmp_path}/out"), train_ast.train_step
 
@@ -682,7 +680,7 @@ def test_unreadable_pictures_are_counted_over_all_ranks(image_folder, tmp_path):
 @pytest.mark.parametrize("way", ["dense", "accumulated"])
 def test_a_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(way, tmp_path, monkeypatch):
     """The ledger and the weights are those of one process that met it in the same step."""
-    lab(monkeypatch)
+    layer_norm_net(monkeypatch)
     keys = [*TWENTY, *WAYS[way], "training.max_nonfinite_steps=3"]
     one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     step = train_ast.train_step

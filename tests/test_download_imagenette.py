@@ -6,11 +6,12 @@ import http.server
 import tarfile
 import threading
 
-import download_imagenette
 import pytest
-from conftest import save_picture
 from torchvision.datasets import Imagenette
-from train_ast import run_cli
+
+import download_imagenette
+from conftest import save_picture
+from lab.cli import run_cli
 
 
 @pytest.fixture

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 import run_experiment
 import run_sweep
 from conftest import REPO
+from lab.cli import run_cli
+from lab.config import Config, checkpoint_folder, load_config
+from lab.runtime.checkpoint import load_checkpoint
 from test_checkpoint import final_state, same
 from test_kill import exit_code, forked, running, wait_until
-from train_ast import Config, checkpoint_folder, load_checkpoint, load_config, run_cli, train
+from train_ast import train
 
 SMOKE = REPO / "configs/digits_smoke.yaml"
 KEYS = ["model.name=test_resnet", "dataset.image_size=8", "training.batch_size=32", "training.device=cpu"]

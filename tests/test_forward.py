@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BatchNormNet, LayerNormNet, loaded, make_batch, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
-from train_ast import ActiveQueue, Stop, ast_forward, score, score_ahead, select_active, train_one_epoch, warm_up
+
+from conftest import BatchNormNet, LayerNormNet, loaded, make_batch, make_run
+from lab.runtime.clock import Stop
+from train_ast import ActiveQueue, ast_forward, score, score_ahead, select_active, train_one_epoch, warm_up
 
 NETS = [LayerNormNet, BatchNormNet]
 PLAIN_SGD = ("training.momentum=0", "training.weight_decay=0", "training.lr=1.0", "training.min_lr=1.0")

@@ -2,23 +2,16 @@
 
 import pytest
 import torch
+
 from conftest import REPO, loaded, make_config
-from train_ast import (
-    ModelConfig,
-    Run,
-    Stop,
-    build_dataloaders,
-    checkpoint_folder,
-    configure_backends,
-    crop_resize,
-    device_batches,
-    get_model,
-    load_checkpoint,
-    load_config,
-    train_one_epoch,
-    uniform,
-    warm_up,
-)
+from lab.config import ModelConfig, checkpoint_folder, load_config
+from lab.data.images import crop_resize
+from lab.data.loading import device_batches
+from lab.data.randomness import uniform
+from lab.runtime.checkpoint import load_checkpoint
+from lab.runtime.clock import Stop
+from lab.runtime.devices import configure_backends
+from train_ast import Run, build_dataloaders, get_model, train_one_epoch, warm_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LayerNormNet, loaded, make_batch, make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from conftest import LayerNormNet, loaded, make_batch, make_config
+from lab.data.loading import EpochPlan, device_batches
+from lab.runtime.clock import Stop
+from lab.runtime.sample_store import History
 from train_ast import (
-    EpochPlan,
-    History,
     PIController,
     Run,
-    Stop,
     build_dataloaders,
     choose_by_mean,
     choose_by_threshold,
-    device_batches,
     significance,
     train,
     train_one_epoch,

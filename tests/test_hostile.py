@@ -12,13 +12,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import analyze_results
 import numpy as np
 import pytest
-import run_experiment
 import torch
+
+import analyze_results
+import run_experiment
 from conftest import REPO, make_config
-from train_ast import DRAWS, BadImages, ImageDataset, RequestError, build_dataloaders, device_batches, run_cli, train
+from lab.cli import run_cli
+from lab.data.datasets import BadImages, ImageDataset
+from lab.data.loading import device_batches
+from lab.data.randomness import DRAWS
+from lab.errors import RequestError
+from train_ast import build_dataloaders, train
 
 CPU = torch.device("cpu")
 TOKENS = [b"null", b"true", b".nan", b"-.inf", b"1e999", b"9" * 5000, b"-1", b"0", b"''", b"[]", b"{}", b"[[[[", b"{{"]
@@ -255,7 +261,7 @@ def test_bad_images_within_the_limit_are_replaced_and_listed(cache, workers, tmp
 
 def test_no_script_trusts_what_it_reads():
     """No pickle, no code from text, no loader but a safe one, no archive unpacked by hand."""
-    for path in sorted((REPO / "scripts").glob("*.py")):
+    for path in sorted((REPO / "scripts").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
@@ -270,7 +276,7 @@ def test_no_script_trusts_what_it_reads():
                 assert called != "yaml.load" or given.get("Loader") == "_Loader", path
                 assert given.get("shell") is None, path
                 assert given.get("allow_pickle") is None, path
-    loader = importlib.import_module("train_ast")._Loader
+    loader = importlib.import_module("lab.config")._Loader
     assert issubclass(loader, importlib.import_module("yaml").SafeLoader)
 
 

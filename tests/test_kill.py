@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import run_experiment
 import torch
+
+import run_experiment
 from conftest import REPO, make_config
+from lab.cli import run_cli
+from lab.config import Config
+from lab.errors import TrainingFailed
+from lab.runtime.checkpoint import load_checkpoint
+from lab.runtime.clock import Stop
 from test_checkpoint import WAYS, final_state, same, untimed
-from train_ast import Config, Stop, TrainingFailed, load_checkpoint, run_cli, train
+from train_ast import train
 
 TINY = ["model.name=test_resnet", "dataset.image_size=8", "training.batch_size=32", "training.lr=0.05"]
 TINY += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "training.epochs=4", "ast.warmup_epochs=1"]

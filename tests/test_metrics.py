@@ -6,17 +6,12 @@ import sys
 
 import pytest
 import torch
-from train_ast import (
-    EnergyMeter,
-    Ledger,
-    LoggingConfig,
-    Meter,
-    RequestError,
-    TrainingFailed,
-    add_scalars,
-    append_jsonl,
-    open_tensorboard,
-)
+
+from lab.config import LoggingConfig
+from lab.errors import RequestError, TrainingFailed
+from lab.files import append_jsonl
+from lab.runtime.meters import EnergyMeter, Ledger, Meter
+from lab.runtime.outputs import add_scalars, open_tensorboard
 
 CPU = torch.device("cpu")
 

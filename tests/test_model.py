@@ -2,9 +2,13 @@
 
 import pytest
 import torch
-from conftest import BatchNormNet, make_config
 from torch import nn
-from train_ast import ModelConfig, RequestError, Run, count_flops, eval_view, get_model
+
+from conftest import BatchNormNet, make_config
+from lab.config import ModelConfig
+from lab.errors import RequestError
+from lab.runtime.devices import count_flops, eval_view
+from train_ast import Run, get_model
 
 
 @pytest.mark.parametrize(

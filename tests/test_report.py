@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
+
 import report
 from analyze_results import cli, compare, frontier_lines, load_runs, shown, verdict
-from PIL import Image
 from test_analyze_results import write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import run_experiment
 import yaml
+
+import run_experiment
 from conftest import REPO
-from train_ast import RequestError, load_config, run_cli
+from lab.cli import run_cli
+from lab.config import load_config
+from lab.errors import RequestError
 
 CONFIG = str(REPO / "configs/digits_smoke.yaml")
 

@@ -12,9 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
 import run_sweep
-import train_ast
 from conftest import REPO
+from lab.cli import run_cli
+from lab.config import Config, load_config, run_id
+from lab.data import cache
+from lab.errors import RequestError
 from run_sweep import (
     Halt,
     Planned,
@@ -24,13 +28,11 @@ from run_sweep import (
     is_done,
     main,
     plan_run,
-    run_id,
     slots_of,
     time_left,
     work_off,
 )
 from test_analyze_results import write_run
-from train_ast import Config, RequestError, load_config, run_cli
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "training.batch_size=16"]
@@ -284,7 +286,7 @@ def test_runs_in_one_process_end_as_those_in_their_own(tmp_path):
         for what in ("status", "exit_code", "final_accuracy", "error", "activation_error"):
             assert row.get(what) == ends[1][key].get(what), (key, what)
     assert sorted(row["status"] for row in ends[0].values()) == ["completed"] * 2 + ["failed"]
-    assert train_ast.SHARED_PICTURES is None  # nothing stays on the device after the sweep
+    assert cache.SHARED_PICTURES is None  # nothing stays on the device after the sweep
 
 
 def test_one_process_takes_no_slots():

@@ -11,20 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from conftest import REPO, BatchNormNet, make_config, make_run
-from train_ast import (
-    HISTORY_KEYS,
-    RequestError,
-    Stop,
-    TrainingConfig,
-    TrainingFailed,
-    lr_at,
-    resolve_amp_dtype,
-    resolve_device,
-    save_results,
-    train,
-    warm_up,
-)
+from lab.config import TrainingConfig
+from lab.errors import RequestError, TrainingFailed
+from lab.runtime.clock import Stop
+from lab.runtime.devices import resolve_amp_dtype, resolve_device
+from lab.runtime.outputs import save_results
+from train_ast import HISTORY_KEYS, lr_at, train, warm_up
 
 DOCUMENTED = ["best_accuracy", "total_time_hours", "epochs_completed", "training_history"]
 FAST = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=64", "ast.pack=true"]

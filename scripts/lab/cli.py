@@ -1,0 +1,71 @@
+"""What the commands share: how they end, common options, the help on config keys."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from dotenv import load_dotenv
+
+from lab.config import config_keys
+from lab.errors import RequestError, TrainingFailed, one_line
+from lab.runtime.launch import launched
+
+
+def run_cli(main: Callable[[], int]) -> int:
+    """Run a script's `main` and return the exit code of the process.
+
+    A wrong request is one line on stderr and code 2. A failed run, or a disk that does not take its output, is code 1.
+    A reader who has seen enough (`| head`) is no error.
+    """
+    load_dotenv()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
+    try:
+        code = main()
+        sys.stdout.flush()
+    except (RequestError, TrainingFailed) as error:
+        failure = 2 if isinstance(error, RequestError) else getattr(error, "code", 1), one_line(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
+        return 0
+    except OSError as error:
+        failure = 1, f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}"
+    except KeyboardInterrupt:
+        return 130
+    else:
+        return code
+    if _reports(*failure):
+        print(f"error: {failure[1]}", file=sys.stderr)
+    return failure[0]
+
+
+def _reports(code: int, why: str) -> bool:
+    """Whether this process prints the error: the only one does; of several the first to fail."""
+    if launched()[1] == 1:
+        return True
+    from lab.runtime.distributed import claim_failure  # imports torch, which a table does not need
+
+    return claim_failure(code, why)
+
+
+RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
+
+
+def command_parser(description: str | None, config_help: bool = False) -> argparse.ArgumentParser:
+    """A parser that keeps the line breaks of `description`; `config_help` lists every config key below the options."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog="config keys:\n" + options_help() if config_help else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def options_help() -> str:
+    """Every config key with its default and meaning, for --help."""
+    return "\n".join(
+        f"  {key} (default {'null' if default is None else str(default).lower()})\n      {description}"
+        for key, (description, default) in config_keys().items()
+    )

@@ -1,0 +1,349 @@
+"""The config: every key with its unit, meaning and default, and how a file and overrides become one."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lab.errors import RequestError, one_line
+
+Compile = Literal["off", "default", "reduce-overhead"]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys, wrong types, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    name: str = Field("resnet18", description="resnet18, resnet50, vit_b_16 (torchvision) or any timm model")
+    pretrained: bool = Field(False, description="start from published ImageNet weights (downloads them)")
+    small_stem: bool = Field(False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool")
+
+
+class DatasetConfig(Section):
+    type: Literal["digits", "folder", "hf"] = Field("digits", description="embedded digits, ImageFolder, datasets")
+    train_dir: str | None = Field(None, description="folder: one sub-folder of images a class")
+    val_dir: str | None = Field(None, description="folder: the same classes, for validation")
+    name: str | None = Field(None, description="hf: hub id, or a local folder of parquet files")
+    subset: str | None = Field(None, description="hf: configuration of the dataset, where it has several")
+    revision: str | None = Field(None, description="hf: branch, tag or commit on the hub")
+    split_train: str = Field("train", description="hf: split to train on")
+    split_val: str = Field("validation", description="hf: split to validate on")
+    image_key: str | None = Field(None, description="hf: image column; null: the only column of images")
+    label_key: str | None = Field(None, description="hf: label column; null: the only class label column")
+    cache_dir: str | None = Field(None, description="hf: where downloads are kept; null: the library's own")
+    num_classes: int | None = Field(None, ge=2, description="checked against the data; null: taken from it")
+    image_size: int = Field(32, ge=1, description="side of the square model input, pixels")
+    augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
+        "auto", description="auto: none for digits, pad_crop up to 64 px, random_resized_crop above"
+    )
+    cache: Literal["none", "device"] = Field(
+        "none", description="device: decode once, keep the pixels on the training device, crop and flip there"
+    )
+    cache_resolution: int | None = Field(
+        None, ge=1, description="side of the kept pictures, pixels; null: image_size, or 8/7 of it to crop from"
+    )
+    max_bad_images: int = Field(
+        0, ge=0, description="images that may be unreadable: the next sample stands in, the results list them"
+    )
+    max_train_samples: int | None = Field(None, ge=1, description="train on a fixed random subset of this size")
+    repeat: int = Field(1, ge=1, description="every training image so many times in the set: redundant data, to study")
+    label_noise: float = Field(
+        0.0, ge=0, lt=1, description="share of the training labels replaced by another class at random, to study"
+    )
+    max_val_samples: int | None = Field(None, ge=1, description="validate on a fixed random subset of this size")
+
+    def resolved_augment(self) -> str:
+        """What `augment: auto` stands for."""
+        by_size = "pad_crop" if self.image_size <= 64 else "random_resized_crop"
+        return self.augment if self.augment != "auto" else "none" if self.type == "digits" else by_size
+
+
+class ASTConfig(Section):
+    mode: Literal["ast", "dense", "random"] = Field("ast", description="sparse, the baseline, or the control")
+    scoring: Literal["batch", "history"] = Field(
+        "batch", description="batch: score every loaded sample by a forward; history: by its loss when last trained on"
+    )
+    rule: Literal["pi", "topk", "infobatch"] = Field(
+        "pi",
+        description="who is active: over the controlled threshold, or by a rule: topk (batch), infobatch (history)",
+    )
+    leave_out: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="history: share of the samples, of highest significance, left out: mislabelled ones",
+    )
+    explore: float = Field(
+        0.1, ge=0, lt=1, description="history: chance of a sample below the threshold to be trained on all the same"
+    )
+    explore_weight_cap: float = Field(
+        1.0, ge=1, description="history: weight of such a sample is 1 / explore, at most this; 1: none"
+    )
+    score_resolution: int | None = Field(
+        None, ge=1, description="side at which the same view is scored, pixels; null: dataset.image_size"
+    )
+    score_ahead: bool = Field(
+        True, description="score a batch before the one before it is trained on: the GPU never waits for the host"
+    )
+    pack: bool = Field(False, description="collect active samples into full batches before a training step")
+    target_activation: float = Field(0.25, gt=0, le=1, description="share of samples to be active, 0 to 1")
+    kp: float = Field(0.1, ge=0, description="proportional gain, threshold units per unit of activation error")
+    ki: float = Field(0.01, ge=0, description="integral gain, threshold units per unit of summed error")
+    kp_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which kp rises from 0")
+    ki_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which ki rises from 0")
+    initial_threshold: float | Literal["auto"] = Field(
+        "auto", description="nats; auto: the (1 - target) quantile of the first scored batch"
+    )
+    min_threshold: float = Field(0.0, description="lower bound of the threshold, nats")
+    threshold_unit: Literal["iqr", "raw"] = Field(
+        "iqr", description="what the gains move: running inter-quartile ranges of the significance, or nats"
+    )
+    entropy_weight: float = Field(1.0, ge=0, description="weight of the entropy in loss + weight * entropy")
+    min_active: int = Field(2, ge=0, description="train on at least this many samples of a batch, the top ones")
+    warmup_epochs: int = Field(1, ge=0, description="dense epochs before the sparse (or random) ones")
+    anneal_epochs: int = Field(0, ge=0, description="dense epochs after them")
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(10, ge=1, description="passes over the training set")
+    batch_size: int = Field(128, ge=1, description="samples a step, of all processes together")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="norms and biases are not decayed")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine decay")
+    lr_warmup_epochs: float = Field(0, ge=0, description="epochs over which the rate rises from 0")
+    lr_decay: Literal["epochs", "time"] = Field(
+        "epochs", description="time: the schedule and the run end after max_minutes of training, validation left out"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
+    nesterov: bool = Field(False, description="SGD: Nesterov's form of momentum")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss, not of the significance")
+    grad_clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
+    grad_accum_steps: int = Field(1, ge=1, description="forward passes an optimizer step")
+    mixed_precision: bool = Field(True, description="autocast and, for float16, a GradScaler")
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the GPU has it, else float16; float32 on a CPU"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: a GPU where there is one")
+    compile: Compile = Field(
+        "off", description="torch.compile mode of the training step; reduce-overhead: CUDA graphs; needs one shape"
+    )
+    compile_scoring: Compile | None = Field(
+        None, description="the same for scoring and validation; null: as training.compile"
+    )
+    sync_batchnorm: bool = Field(
+        False, description="several GPUs: BatchNorm over the samples of all of them, not each GPU's own"
+    )
+    num_workers: int | None = Field(None, ge=0, description="loader processes; null: one a core, at most 16")
+    max_minutes: float | None = Field(
+        None, gt=0, description="cap on wall time from start or resumption to the results, minutes; see lr_decay"
+    )
+    max_nonfinite_steps: int = Field(
+        0, ge=0, description="steps with a loss that is not finite to leave out before the run is given up"
+    )
+    early_stop_patience: int | None = Field(None, ge=1, description="stop after so many epochs without a new best")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and random selection")
+
+
+class MetricsConfig(Section):
+    base_flop_per_sample: float | None = Field(
+        None, gt=0, description="forward + backward FLOP of one sample; null: counted from the model"
+    )
+    gpu_tdp_watts: float = Field(250.0, gt=0, description="for the energy proxy, watts")
+
+
+class LoggingConfig(Section):
+    output_dir: str = Field("results", description="where final_results_<timestamp>.json goes")
+    jsonl_path: str | None = Field(None, description="append one JSON line an epoch to this file")
+    checkpoint_minutes: float | None = Field(
+        None, gt=0, description="checkpoint so often within an epoch too, minutes; null: at epoch ends alone"
+    )
+    tensorboard: bool = Field(False, description="write the same as scalars to <output_dir>/tensorboard/<timestamp>")
+
+
+class Config(Section):
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig)
+    ast: ASTConfig = Field(default_factory=ASTConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Config:
+        d, a, t = self.dataset, self.ast, self.training
+        no_sparse = a.mode != "dense" and a.warmup_epochs + self.dense_end() >= t.epochs
+        varying = t.compile != "off" and a.mode == "ast" and a.scoring == "batch" and not a.pack
+        history = a.mode == "ast" and a.scoring == "history"
+        crowded = history and a.rule == "pi" and a.explore >= a.target_activation
+        too_few = history and a.rule == "pi" and a.leave_out + a.target_activation > 1 + 1e-9
+        biased = history and a.rule == "pi" and a.explore == 0 and a.explore_weight_cap > 1
+        needs = {"topk": "batch", "infobatch": "history"}.get(a.rule, a.scoring)
+        scored_at = a.score_resolution or d.image_size
+        cropped = d.resolved_augment() == "random_resized_crop"
+        start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
+        for wrong, complaint in (
+            (d.type == "folder" and not d.train_dir, "dataset.train_dir: needed with dataset.type=folder"),
+            (d.type == "folder" and not d.val_dir, "dataset.val_dir: needed with dataset.type=folder"),
+            (d.type == "hf" and not d.name, "dataset.name: dataset.type=hf needs a hub id or a local folder"),
+            (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
+            (varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"),
+            (scored_at > d.image_size, f"ast.score_resolution: larger than dataset.image_size={d.image_size}"),
+            (d.cache_resolution and d.cache == "none", "dataset.cache_resolution: needs dataset.cache=device"),
+            (d.cache_resolution and not cropped, "dataset.cache_resolution: only with augment=random_resized_crop"),
+            (t.lr_decay == "time" and not t.max_minutes, "training.max_minutes: needed with training.lr_decay=time"),
+            (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
+            (a.scoring != needs, f"ast.rule: {a.rule} needs ast.scoring={needs}"),
+            (
+                a.rule == "infobatch" and a.entropy_weight,
+                "ast.entropy_weight: 0 for ast.rule=infobatch, the loss alone",
+            ),
+            (
+                a.rule == "infobatch" and a.anneal_epochs,
+                "ast.anneal_epochs: 0 for ast.rule=infobatch, its own is an eighth",
+            ),
+            (crowded, f"ast.explore: {a.explore:g} or more of all samples, and ast.target_activation is no larger"),
+            (too_few, f"ast.leave_out: leaves fewer than ast.target_activation={a.target_activation:g} of the samples"),
+            (biased, "ast.explore_weight_cap: with ast.explore=0 no weight makes up for the samples left out"),
+            (history and a.score_resolution, "ast.score_resolution: ast.scoring=history makes no forward to score"),
+            (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
+            (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
+            (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
+            (t.lr_warmup_epochs > t.epochs, "training.lr_warmup_epochs: more than training.epochs"),
+        ):
+            if wrong:
+                raise ValueError(complaint)
+        return self
+
+    def is_sparse(self, epoch: int) -> bool:
+        """Whether `epoch` (from 0) trains on a selection rather than on everything."""
+        first, end = self.ast.warmup_epochs, self.training.epochs - self.dense_end()
+        return self.ast.mode != "dense" and first <= epoch < end
+
+    def share(self, epoch: int) -> float:
+        """Which share of the samples `epoch` is planned to load."""
+        chosen_before = self.ast.mode == "random" or self.ast.scoring == "history"
+        return self.ast.target_activation if chosen_before and self.is_sparse(epoch) else 1.0
+
+    def lr_warmup_share(self) -> float:
+        """Which share of the planned steps training.lr_warmup_epochs are."""
+        before = np.cumsum([0.0, *(self.share(epoch) for epoch in range(self.training.epochs))])
+        return float(np.interp(self.training.lr_warmup_epochs, np.arange(len(before)), before / before[-1]))
+
+    def dense_end(self) -> int:
+        """How many epochs at the end are dense; InfoBatch (see `choose_by_mean`) says an eighth."""
+        return math.ceil(self.training.epochs / 8) if self.ast.rule == "infobatch" else self.ast.anneal_epochs
+
+
+def config_keys() -> dict[str, tuple[str, Any]]:
+    """Every dotted key with its (description, default)."""
+    return {
+        f"{section}.{name}": (info.description or "", info.default)
+        for section, part in Config.model_fields.items()
+        for name, info in part.annotation.model_fields.items()
+    }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, except that as in YAML 1.2 1e-3 is a number and `off` a word, and no key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if first in "tTfF" or not tag.endswith("bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+# What a wrong tag such as `!!bool x` raises is of no kind of YAML's own
+BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05") over it.
+
+    Raises RequestError, one line naming the file or the key, for a file that is missing or no mapping, an
+    unknown key (with the nearest known one) and a value of the wrong type or range.
+    """
+    raw: dict = {}
+    try:
+        raw = (yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) if path else None) or {}
+    except OSError as error:
+        raise RequestError(f"{path}: cannot read the config: {error.strerror}") from None
+    except BAD_YAML as error:
+        raise RequestError(f"{path}: not valid YAML or JSON: {one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise RequestError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except BAD_YAML as error:
+            raise RequestError(f"override {override!r}: not a valid value: {one_line(error)}") from None
+        part = raw[section] = {} if raw.get(section) is None else raw[section]
+        if isinstance(part, dict):  # otherwise the validation below names the section
+            part[name] = value
+    try:
+        return Config.model_validate({k: {} if v is None else v for k, v in raw.items()})
+    except ValidationError as error:
+        raise RequestError(f"{path or 'config'}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one line: key, what was expected, nearest key."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return one_line(first["ctx"]["error"])
+    key = ".".join(str(part) for part in first["loc"][:2])
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(key)}"
+    wrong = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
+    expected = " or ".join(e["msg"].replace("Input should be ", "").replace("Input should", "") for e in wrong)
+    return f"{key}: expected {one_line(expected)}, got {one_line(repr(first['input']))[:80]}"
+
+
+def _nearest(key: str) -> str:
+    known = [*config_keys(), *Config.model_fields]
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, 1, 0.6)
+    near = difflib.get_close_matches(key, known, 1, 0.75) or [leaves[name] for name in leaf]
+    near = near or difflib.get_close_matches(key, known, 1, 0.0)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def run_id(config: Config) -> str:
+    """Which run a config is: a hash of what differs from the defaults, the seed included, logging left out.
+
+    A results file's `config` gives the same hash once it is read as a Config.
+    """
+    differing = config.model_dump(exclude={"logging"}, exclude_defaults=True)
+    canonical = json.dumps(differing, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def checkpoint_folder(config: Config) -> Path:
+    return Path(config.logging.output_dir) / "checkpoints" / run_id(config)

@@ -1,0 +1,78 @@
+"""What a run prints: lines, tables and progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from lab.config import Config
+from lab.runtime.launch import launched
+
+Columns = Mapping[str, tuple[str, str]]  # title: (key of the row, format); the format gives the width
+
+
+def print_rank0(text: str) -> None:
+    """Print a line, of several processes on rank 0 alone. A full disk or a closed pipe behind it does not end a run."""
+    if launched()[0]:
+        return
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
+def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
+    """A tqdm bar on a terminal, of several processes on rank 0 alone; it goes when it is done."""
+    return tqdm(iterable, leave=False, dynamic_ncols=True, disable=True if launched()[0] else None, **options)
+
+
+def cell(value: Any, spec: str) -> str:
+    """A figure by its format, or a dash as wide where there is none."""
+    return ("-" if value is None else format(value, spec)).rjust(len(format(0, spec)))
+
+
+def table_line(columns: Columns, row: Mapping[str, Any] | None = None) -> str:
+    """A row of a text table, or with None its header."""
+    if row is None:
+        return " ".join(title.rjust(len(format(0, spec))) for title, (_, spec) in columns.items())
+    return " ".join(cell(row.get(key), spec) for key, spec in columns.values())
+
+
+EPOCH_COLUMNS: Columns = {
+    "loss": ("train_loss", "7.3f"),
+    "train %": ("train_acc", "8.2f"),
+    "val %": ("val_acc", "7.2f"),
+    "active": ("activation_rate", "7.3f"),
+    "threshold": ("threshold", "10.4f"),
+    "lr": ("lr", "9.6f"),
+    "loaded": ("samples_loaded", "10,"),
+    "trained": ("samples_trained", "10,"),
+    "ms/step": ("step_time_ms", "8.1f"),
+    "saved": ("energy_savings", "7.1%"),  # of the FLOPs of a dense epoch
+}
+
+
+def epoch_line(config: Config, row: Mapping[str, Any] | None = None) -> str:
+    """A row of the table that grows while a run goes on, or its header."""
+    line = f"{'epoch':>9} {'phase':>6}"
+    if row is not None:
+        phase = config.ast.mode if config.is_sparse(row["epoch"] - 1) else "dense"
+        line = f"{row['epoch']:>5}/{config.training.epochs:<3} {phase:>6}"
+    return f"{line} {table_line(EPOCH_COLUMNS, row)}"
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The table at the end of a run."""
+    ledger, energy, final = result["ledger"], result["energy_kj"], result["final_accuracy"]
+    best = f"best {result['best_accuracy']:.2f} % in epoch {result['best_epoch']}"
+    rows = {
+        "status": result["status"] + (f": {result['error']}" if "error" in result else ""),
+        "accuracy": "-" if final is None else f"{best}, final {final:.2f} %",
+        "epochs": f"{result['epochs_completed']} of {result['config']['training']['epochs']}",
+        "time": f"{result['train_seconds']:.1f} s training, {3600 * result['total_time_hours']:.1f} s in all",
+        "samples": f"{ledger['loaded']:,} loaded, {ledger['scored']:,} scored, {ledger['trained']:,} trained",
+        "optimizer steps": f"{ledger['steps']:,}",
+        "GPU energy": "not measured" if energy is None else f"{energy:.3f} kJ in training",
+    }
+    return "\n".join(["", *(f"{name:<16} {value}" for name, value in rows.items())])

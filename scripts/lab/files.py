@@ -1,0 +1,110 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lab.errors import RequestError, TrainingFailed
+
+
+def require_folder(folder: Path, key: str, path: str | Path) -> None:
+    """Make `folder`. Raises RequestError naming `key` and `path` where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))  # a full disk still takes names
+    except OSError as error:
+        raise RequestError(f"{key}: cannot write to {path}: {error.strerror}") from None
+
+
+def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Have each writer make a file beside its path; move all into place once every one is whole and on the disk.
+
+    Raises OSError naming the path where the disk does not take a file. Then all paths hold what they held before,
+    unless it is the moving itself that fails.
+    """
+    parts = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path in writers}
+    path = Path()
+    try:
+        for path, write in writers.items():
+            write(parts[path])
+            with parts[path].open("rb+") as file:
+                os.fsync(file.fileno())
+        for path, part in parts.items():
+            os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    for folder in {path.parent for path in writers}:
+        sync_folder(folder)
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """`replace_files` for one."""
+    replace_files({path: write})
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Make `path` hold `text`, whole or not at all. Raises OSError naming the path."""
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to the disk, where the system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_result(result: Mapping[str, Any], path: Path) -> None:
+    """Replace a results file, whole or not at all. Raises TrainingFailed where the disk does not take it."""
+    try:
+        replace_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        behind = f"; {result['error']}" if "error" in result else ""
+        raise TrainingFailed(f"{path}: cannot write the results: {error.strerror}{behind}") from None
+
+
+def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Append a line and flush it to the disk. Raises OSError naming the file where the disk does not take all of it;
+    nothing of the line then stays."""
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that fills up takes a part
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def align_jsonl(path: Path, history: Mapping[str, Sequence], capped: Path | None = None) -> None:
+    """Make the log of a resumed run hold each epoch of `history` exactly once.
+
+    Torn lines go, lost ones come back, and lines from beyond the checkpoint go. So does the line in the file `capped`,
+    if there is one: that of an epoch which a time cap cut short. Lines of other runs in the same file stay.
+    """
+    text, gone = (
+        each.read_text(encoding="utf-8", errors="replace") if each is not None and each.exists() else ""
+        for each in (path, capped)
+    )
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n") and line != gone]
+    own = [json.dumps(dict(zip(history, row, strict=True))) + "\n" for row in zip(*history.values(), strict=True)]
+    start = max((i for i, line in enumerate(lines) if own and line == own[0]), default=len(lines))
+    later = [i for i in range(start + 1, len(lines)) if lines[i].startswith('{"epoch": 1,')]
+    lines[start : later[0] if later else len(lines)] = own
+    replace_text(path, "".join(lines))

@@ -1,0 +1,1 @@
+"""A run's surroundings: devices, processes, clocks, checkpoints."""

@@ -1,0 +1,200 @@
+"""Checkpoints: written whole, verified, refused where they do not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lab.config import Config, checkpoint_folder, config_keys
+from lab.errors import RequestError, TrainingFailed, one_line
+from lab.files import replace_file, require_folder
+from lab.runtime.devices import synchronize
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
+
+MAGIC = b"AST-LAB checkpoint, sha256: "
+
+CAPPED = "capped.json"  # beside the checkpoint: what was logged of an epoch that it has not finished
+
+
+def file_digest(path: Path, size: int) -> bytes:
+    """SHA-256, in hexadecimal, of the first `size` bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(min(2**20, size)):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest().encode()
+
+
+def save_checkpoint(state: dict[str, Any], path: Path, best: bool = False) -> None:
+    """Write `state` to `path`, whole or not at all, followed by its SHA-256; the best one to best.pt beside it too.
+
+    Raises OSError where the disk does not take it; what stood at `path` then still does.
+    """
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            torch.save(state, file)
+        digest = file_digest(part, part.stat().st_size)
+        with part.open("ab") as file:
+            file.write(MAGIC + digest)
+
+    def link(part: Path) -> None:
+        try:
+            os.link(path, part)  # costs nothing, and nobody writes into a checkpoint
+        except OSError:
+            shutil.copyfile(path, part)
+
+    replace_file(path, write)
+    if best:
+        replace_file(path.with_name("best.pt"), link)
+
+
+def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, tensors on the host. No code in it is run (`weights_only`).
+
+    Raises RequestError for a file that cannot be read, is not whole or altered, or belongs to another config: that
+    names the keys that differ. Those of MAY_CHANGE and logging may.
+    """
+    try:
+        size = path.stat().st_size - len(MAGIC) - 64
+        with path.open("rb") as file:
+            file.seek(max(size, 0))
+            whole = size > 0 and file.read() == MAGIC + file_digest(path, size)
+        if not whole:
+            raise RequestError(f"{path}: damaged, or no checkpoint of this lab; best.pt beside it may be whole")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = Config.model_validate(state["config"]).model_dump()
+    except OSError as error:
+        raise RequestError(f"{path}: cannot read the checkpoint: {error.strerror or one_line(error)}") from None
+    except RequestError:
+        raise
+    except Exception as error:  # the pickle machine raises almost anything on what it refuses
+        raise RequestError(f"{path}: no checkpoint of this lab: {one_line(error)[:200]}") from None
+    asked = config.model_dump()
+    keys = [key for key in config_keys() if key not in MAY_CHANGE and not key.startswith("logging.")]
+    values = [(key, *(each[key.split(".")[0]][key.split(".")[1]] for each in (saved, asked))) for key in keys]
+    if differing := [f"{key} ({old} there, {new} asked for)" for key, old, new in values if old != new]:
+        raise RequestError(f"{path}: a checkpoint of another config: {', '.join(differing)}")
+    return state
+
+
+def host_copy(state: Any) -> Any:
+    """A copy of nested dicts, lists and tensors that later steps do not touch; the caller synchronises."""
+    if isinstance(state, Tensor):
+        copied = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+        return copied.copy_(state.detach(), non_blocking=True)
+    if isinstance(state, dict):
+        return {key: host_copy(value) for key, value in state.items()}
+    return [host_copy(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+class Checkpoints:
+    """Writes a run's checkpoints on a thread of its own, one at a time, while the training goes on."""
+
+    def __init__(self, folder: Path):
+        """Raises RequestError where `folder` cannot be made or written to."""
+        self.folder, self.last, self.capped = folder, folder / "last.pt", folder / CAPPED
+        require_folder(folder, "logging.output_dir", folder)
+        for left in folder.glob("*.part"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: list[Future] = []
+        self.saved = time.monotonic()
+
+    def require_space(self, size: int) -> None:
+        """Raises RequestError where the disk has no room for three files of `size` bytes: last, best, and the next."""
+        there = sum(file.stat().st_size for file in self.folder.glob("*.pt"))
+        needed, free = 3 * size - there, shutil.disk_usage(self.folder).free
+        if needed > free:
+            room = f"{needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there"
+            raise RequestError(f"logging.output_dir: the checkpoints in {self.folder} need {room}")
+
+    def save(self, state: dict[str, Any], device: torch.device, best: bool = False) -> None:
+        """Copy `state`, write it in the background. Raises TrainingFailed where the one before was not written."""
+        self.wait()
+        copied = host_copy(state)
+        synchronize(device)
+        self.pending.append(self.writer.submit(save_checkpoint, copied, self.last, best))
+        self.then(self.capped.unlink, True)
+        self.saved = time.monotonic()
+
+    def then(self, write: Callable, *arguments: Any) -> None:
+        """Have `write` called once what was saved is on the disk: a log never knows more than the checkpoint."""
+        self.pending.append(self.writer.submit(write, *arguments))
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk. Raises TrainingFailed where it cannot be."""
+        pending, self.pending = self.pending, []
+        try:
+            for each in pending:
+                each.result()
+        except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos", having met what the disk said
+            met = error if isinstance(error, OSError) else error.__context__
+            why = getattr(met, "strerror", None) or one_line(error)
+            path = getattr(met, "filename", None) or self.last
+            raise TrainingFailed(f"{path}: cannot write, the checkpoint before is whole: {why}") from None
+
+    def close(self) -> None:
+        """Until the disk has what was saved, or has refused it; nothing can be saved any more."""
+        self.writer.shutdown()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep the checkpoint `folder` to this process. If nothing came of the run, the folder goes again.
+
+    Raises RequestError where another process has it, or where it cannot be made or written to. The lock belongs to the
+    process alone, not to its loader workers; the kernel takes it back however the process ends.
+    """
+    made, lock = not folder.exists(), folder / "lock"
+    require_folder(folder, "logging.output_dir", folder)
+    with lock.open("ab") as file:
+        _lock(file, folder)
+        try:
+            yield
+        finally:
+            if made:
+                _remove_unused(folder, lock)
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+            todo = "wait for it to end, or set another logging.output_dir"
+            raise RequestError(f"{folder}: another process is running this config into it; {todo}") from None
+
+
+def _remove_unused(folder: Path, lock: Path) -> None:
+    with contextlib.suppress(OSError):
+        if [*folder.iterdir()] == [lock]:
+            lock.unlink(), folder.rmdir(), folder.parent.rmdir()
+
+
+def find_checkpoint(config: Config, resume: str | None) -> Path | None:
+    """The file that `--resume` means: a path, a folder's last.pt, or with `auto` the config's own if there is one."""
+    if resume is None:
+        return None
+    path = checkpoint_folder(config) if resume == "auto" else Path(resume)
+    path = path / "last.pt" if resume == "auto" or path.is_dir() else path
+    return path if resume != "auto" or path.exists() else None

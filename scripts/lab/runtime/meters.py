@@ -1,0 +1,120 @@
+"""Sums and counts of what was done: loss, hits, samples, joules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.console import print_rank0
+from lab.errors import TrainingFailed, one_line
+
+
+class Meter:
+    """Sums of loss and hits over an epoch, kept on the device so that counting never waits for it.
+
+    `allowed`: how many steps with a loss or score that is not finite the rest of the run may have.
+    """
+
+    def __init__(self, device: torch.device, epoch: int, allowed: int = 0):
+        self.epoch, self.allowed = epoch, allowed
+        # loss, hits, non-finite steps, 1 + the first of them, their samples, optimizer steps skipped, their samples
+        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
+        self.hits = self.trained = self.predicted = 0  # hits: those the host has counted
+
+    def add_loss(self, loss: Tensor, samples: int, step: int) -> Tensor:
+        """`loss`: summed over the samples, on the device. Returns whether it is not finite, on the device too."""
+        bad = ~loss.isfinite()
+        self.sums[0] += loss.masked_fill(bad, 0.0)
+        self._add_bad(bad, samples, step)
+        self.trained += samples
+        return bad
+
+    def leave_out(self, step: int) -> None:
+        """Count a batch whose scores are not finite. Raises TrainingFailed where it is one too many."""
+        self._add_bad(torch.ones((), dtype=torch.bool, device=self.sums.device), 0, step)
+        self.read()
+
+    def _add_bad(self, bad: Tensor, samples: int, step: int) -> None:
+        self.sums[3] = torch.where((self.sums[3] == 0) & bad, step + 1, self.sums[3])
+        self.sums[2] += bad
+        if self.allowed:  # else the first one ends the run
+            self.sums[4] += bad * samples
+
+    def add_skipped(self, bad: Tensor, samples: int) -> None:
+        """Count an optimizer step over so many samples as skipped where `bad`, on the device, is true."""
+        self.sums[5] += bad
+        self.sums[6] += bad * samples
+
+    def add_hits(self, hits: Tensor | int, samples: int) -> None:
+        if isinstance(hits, int):
+            self.hits += hits
+        else:
+            self.sums[1] += hits
+        self.predicted += samples
+
+    def skipped(self) -> tuple[int, int, int]:
+        """(non-finite steps, optimizer steps skipped for them, their samples). A device-to-host read."""
+        return tuple(int(self.sums[i]) for i in (2, 5, 6))
+
+    def read(self) -> tuple[float | None, float | None]:
+        """(mean loss of the trained, accuracy of the predicted in percent), None without any.
+
+        Costs one device-to-host read. Raises TrainingFailed, naming the epoch's first step with a loss or score
+        that is not finite, once there are more of them than `allowed`.
+        """
+        loss, hits, bad_steps, first, bad_samples, *_ = self.sums.tolist()
+        if bad_steps > self.allowed:
+            raise TrainingFailed(f"non-finite loss in epoch {self.epoch + 1}, step {int(first)}")
+        trained = self.trained - bad_samples
+        accuracy = 100 * (hits + self.hits) / self.predicted if self.predicted else None
+        return (loss / trained if trained else None), accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("sums", "hits", "trained", "predicted")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums.copy_(state["sums"])
+        self.hits, self.trained, self.predicted = (state[name] for name in ("hits", "trained", "predicted"))
+
+
+class EnergyMeter:
+    """Energy the GPU has drawn, from NVML's counter; `read_kj` is None where there is no such counter."""
+
+    def __init__(self, device: torch.device):
+        self._read: Callable[[], float] | None = None
+        if device.type != "cuda":
+            return
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # older cards have none: found out here
+            self._read = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        except pynvml.NVMLError as error:
+            print_rank0(f"energy is not measured, energy_kj stays null: NVML says {one_line(error)}")
+
+    def read_kj(self) -> float | None:
+        return None if self._read is None else self._read() / 1e6  # the counter is in millijoules
+
+
+@dataclass
+class Ledger:
+    """What was really done, in samples and optimizer steps."""
+
+    loaded: int = 0
+    scored: int = 0
+    trained: int = 0
+    steps: int = 0
+
+    def dense_equivalents(self, scoring_cost: float = 1 / 3) -> float:
+        """Forward + backward passes this work amounts to; a scoring forward is `scoring_cost` of one."""
+        return self.trained + self.scored * scoring_cost
+
+    def since(self, earlier: Ledger) -> Ledger:
+        return Ledger(*(now - then for now, then in zip(asdict(self).values(), asdict(earlier).values(), strict=True)))

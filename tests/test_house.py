@@ -1,0 +1,105 @@
+"""The plan of the house: which module may import which, how long each may be, and that a table needs no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import REPO
+
+SCRIPTS = REPO / "scripts"
+MODULES = {
+    ".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SCRIPTS.rglob("*.py"))
+}
+LIGHT = ["lab.config", "lab.console", "lab.cli", "lab.errors", "lab.files", "lab.runtime.launch"]
+
+
+STILL = {
+    "train_ast": 3000,
+    "analyze_results": 700,
+    "report": 400,
+    "run_sweep": 480,
+    "benchmark": 830,
+    "run_experiment": 150,
+}
+
+
+def limit(name: str) -> int:
+    """Lines a module may have."""
+    if name in STILL:
+        return STILL[name]
+    return 1300 if name == "train_ast" else 450 if name.startswith("lab") else 150
+
+
+def imports(name: str) -> set[str]:
+    """The project's own modules that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & MODULES.keys()
+
+
+def functions(name: str) -> list[ast.FunctionDef]:
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+BLOCKS = (ast.For, ast.AsyncFor, ast.While, ast.If, ast.With, ast.AsyncWith, ast.Try, ast.Match)
+
+
+def depth(node: ast.AST, inside: int = 0) -> int:
+    """How deep blocks are nested in a function; `elif` is as deep as its `if`, functions inside count by themselves."""
+    deepest = inside
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        deepest = max(deepest, depth(child, inside + (isinstance(child, BLOCKS) and not is_elif)))
+    return deepest
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_or_function_is_too_long_or_too_deep(name):
+    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= limit(name)
+    for function in functions(name) if name not in STILL else ():
+        assert function.end_lineno - function.lineno < 60, f"{function.name} has more than 60 lines"
+        assert depth(function) <= 3, f"{function.name} is nested deeper than 3"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_arrows_go_down_only(name):
+    commands = {each for each in MODULES if not each.startswith("lab")} - {"train_ast"}
+    if name.startswith("lab"):
+        assert not imports(name) & (commands | {"train_ast"})
+    elif name == "train_ast":
+        assert not imports(name) & commands
+
+
+def test_no_module_imports_itself_by_a_detour():
+    reached = {name: imports(name) - {name} for name in MODULES}
+    for _ in MODULES:
+        reached = {name: found.union(*(reached[other] for other in found)) for name, found in reached.items()}
+    assert [name for name, found in reached.items() if name in found] in ([], ["analyze_results", "report"])
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_table_needs_no_torch(name):
+    code = f"import sys, {name}; assert not {{'torch', 'torchvision', 'datasets'}} & sys.modules.keys()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(SCRIPTS)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_top_level_holds_what_the_user_listed():
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    top = {Path(path).parts[0] for path in tracked if path and not path.startswith(".")}
+    assert top == set("scripts configs results data tests requirements.txt README.md CLAUDE.md".split())
