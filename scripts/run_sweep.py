@@ -39,12 +39,12 @@ from typing import Any
 import torch
 
 import run_experiment
-from analyze_results import one_line, read_run
 from lab.cli import command_parser, run_cli
 from lab.config import Config, LoggingConfig, config_keys, load_config, run_id
 from lab.data import cache
-from lab.errors import RequestError
+from lab.errors import RequestError, one_line
 from lab.files import append_jsonl, replace_text
+from lab.results import read_run
 from lab.runtime.outputs import prepare_outputs
 
 RUNNER = Path(__file__).with_name("run_experiment.py")

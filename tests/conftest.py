@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from torch import nn
 
 from lab.config import Config, load_config
 from lab.data.loading import Loaded
-from train_ast import Run
+from train_ast import Run, train
 
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two test processes side by side, each with a core
@@ -127,6 +128,38 @@ def parquet_folder(tmp_path: Path) -> Path:
             rows["kind"].append(i % 3)
             path.unlink()
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{part}.parquet"))
+    return folder
+
+
+MINIMAL = {  # a file of the published lab: the documented keys alone
+    "best_accuracy": 71.5,
+    "total_time_hours": 0.5,
+    "epochs_completed": 2,
+    "training_history": {
+        "epoch": [1, 2],
+        "train_acc": [50.0, 60.0],
+        "val_acc": [55.0, 71.5],
+        "activation_rate": [0.4, 0.26],
+        "threshold": [1.2, 0.9],
+        "energy_savings": [60.0, 74.0],
+        "step_time_ms": [10.0, 11.0],
+        "est_energy_kj": [3.0, 6.5],
+        "est_flops_g": [100.0, 170.0],
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real runs, two of them one setting, a file with the documented keys, and two that cannot be used."""
+    folder = tmp_path_factory.mktemp("results")
+    small = ["model.name=test_resnet", "dataset.image_size=16", "dataset.max_train_samples=64", "ast.pack=true"]
+    small += ["training.epochs=3", "ast.warmup_epochs=1", f"logging.output_dir={folder}"]
+    for overrides in (["ast.mode=ast"], ["ast.mode=ast", "training.seed=1"], ["ast.mode=dense"]):
+        train(make_config(*small, *overrides))
+    (folder / "final_results_20200101_000000.json").write_text(json.dumps(MINIMAL))
+    (folder / "final_results_20200101_000001.json").write_text(json.dumps(MINIMAL)[:100])
+    (folder / "final_results_20200101_000002.json").write_text('{"best_accuracy": 3}')
     return folder
 
 

@@ -108,7 +108,7 @@ def fuzz_results(times: int, tmp_path: Path, capsys) -> None:
         (folder / "final_results_2.json").write_bytes(hostile := mutated(dice.choice(published), dice))
         outputs = ["--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "t.md")] if n % 10 == 0 else []
         args = ["--results-dir", str(folder), *outputs]
-        code, err = outcome(lambda args=args: analyze_results.cli(args), capsys)
+        code, err = outcome(lambda args=args: analyze_results.main(args), capsys)
         assert code == 0 or (code, err.count("\n")) == (2, 1), (hostile, err)
         codes.append(code)
     assert 0 in codes

@@ -15,6 +15,7 @@ import pytest
 
 import run_sweep
 from conftest import REPO
+from helpers import write_run
 from lab.cli import run_cli
 from lab.config import Config, load_config, run_id
 from lab.data import cache
@@ -32,7 +33,6 @@ from run_sweep import (
     time_left,
     work_off,
 )
-from test_analyze_results import write_run
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "training.batch_size=16"]

@@ -174,6 +174,15 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(False, description="write the same as scalars to <output_dir>/tensorboard/<timestamp>")
 
 
+def sparse_span(mode: str, rule: str, epochs: int, warmup_epochs: int, anneal_epochs: int) -> range:
+    """The epochs (from 0) of a run of `epochs` that train on a selection; none in mode dense.
+
+    It stops where the dense epochs at the end begin. InfoBatch has its own number of them, an eighth of the run.
+    """
+    stop = epochs - (math.ceil(epochs / 8) if rule == "infobatch" else anneal_epochs)
+    return range(stop if mode == "dense" else warmup_epochs, stop)
+
+
 class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     dataset: DatasetConfig = Field(default_factory=DatasetConfig)
@@ -228,10 +237,14 @@ class Config(Section):
                 raise ValueError(complaint)
         return self
 
+    def sparse_span(self) -> range:
+        """The epochs (from 0) that train on a selection rather than on everything."""
+        a = self.ast
+        return sparse_span(a.mode, a.rule, self.training.epochs, a.warmup_epochs, a.anneal_epochs)
+
     def is_sparse(self, epoch: int) -> bool:
         """Whether `epoch` (from 0) trains on a selection rather than on everything."""
-        first, end = self.ast.warmup_epochs, self.training.epochs - self.dense_end()
-        return self.ast.mode != "dense" and first <= epoch < end
+        return epoch in self.sparse_span()
 
     def share(self, epoch: int) -> float:
         """Which share of the samples `epoch` is planned to load."""
@@ -244,8 +257,8 @@ class Config(Section):
         return float(np.interp(self.training.lr_warmup_epochs, np.arange(len(before)), before / before[-1]))
 
     def dense_end(self) -> int:
-        """How many epochs at the end are dense; InfoBatch (see `choose_by_mean`) says an eighth."""
-        return math.ceil(self.training.epochs / 8) if self.ast.rule == "infobatch" else self.ast.anneal_epochs
+        """How many epochs at the end are dense."""
+        return self.training.epochs - self.sparse_span().stop
 
 
 def config_keys() -> dict[str, tuple[str, Any]]:

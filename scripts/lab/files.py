@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Make `path` hold `text`, whole or not at all. Raises OSError naming the path."""
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_outputs(outputs: Mapping[Path, tuple[str, bytes]]) -> None:
+    """Write what a command was asked for, each file whole and all of them or none. Folders are made.
+
+    `outputs`: by path, the option that asked for it and the content. Raises RequestError naming option and path.
+    """
+    for path, (option, _) in outputs.items():
+        require_folder(path.parent, option, path)
+        if path.is_dir():
+            raise RequestError(f"{option}: cannot write to {path}: it is a folder")
+    try:
+        replace_files({path: partial(Path.write_bytes, data=content) for path, (_, content) in outputs.items()})
+    except OSError as error:
+        option, _ = outputs[Path(error.filename)]
+        raise RequestError(f"{option}: cannot write to {error.filename}: {error.strerror}") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The figures and the page: the same numbers as the table, nothing unescaped, readable on a phone."""
+"""The page: the same numbers as the table, nothing unescaped, readable on a phone."""
 
 import re
 import shutil
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import report
-from analyze_results import cli, compare, frontier_lines, load_runs, shown, verdict
-from test_analyze_results import write_run
+from helpers import analyze, study_of, write_sweep
+from lab.analysis.report import render
+from lab.analysis.tables import text_table, verdict
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROBE = """<script>
@@ -65,28 +65,14 @@ class Page(HTMLParser):
             self.paragraphs[-1] += data
 
 
-def page_of(study):
-    return report.render(study, shown(study), verdict(study), frontier_lines(study))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three settings with three seeds, one of them dense, one failed run, and a file with hostile text."""
-    folder = tmp_path_factory.mktemp("sweep")
-    for seed in range(3):
-        common = {"training__seed": seed}
-        write_run(folder, f"a{seed}", (40.0, 60.0, 71 + seed / 3), 20 + seed, **common)
-        write_run(folder, f"b{seed}", (40.0, 60.0, 72 + seed / 7), 21 + seed, **common, ast__target_activation=0.5)
-        write_run(folder, f"d{seed}", (40.0, 60.0, 73 + seed / 9), 30 + seed, **common, ast__mode="dense")
-    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'$x_{"
-    write_run(folder, "h", (40.0, 60.0, 70.0), 25.0, ast__threshold_unit=hostile)
-    write_run(folder, "f", extra={"status": "failed", "error": hostile}, training__seed=9)
-    return folder
+    return write_sweep(tmp_path_factory.mktemp("sweep"))
 
 
 def test_every_number_is_the_tables(folder):
-    study = compare(*load_runs([folder]))
-    table, page = shown(study), Page(page_of(study))
+    study = study_of(folder)
+    table, page = text_table(study), Page(render(study))
     assert page.tables["settings"] == [list(table.columns), *table.to_numpy().tolist()]
     assert page.paragraphs[0].startswith(verdict(study))
     assert set(re.findall(r"\d+\.\d\d", verdict(study))) <= set(
@@ -102,7 +88,7 @@ def test_every_number_is_the_tables(folder):
 
 
 def test_nothing_is_loaded_and_nothing_gets_out_of_its_place(folder):
-    page = Page(page_of(compare(*load_runs([folder]))))
+    page = Page(render(study_of(folder)))
     assert page.tags.count("script") == 1
     assert not {"img", "link", "iframe", "object", "image"} & set(page.tags)
     names = {name for name, _ in page.attributes}
@@ -112,58 +98,11 @@ def test_nothing_is_loaded_and_nothing_gets_out_of_its_place(folder):
     assert len(ids) == len(set(ids))
 
 
-def test_thirty_settings_are_told_apart_and_look_alike_in_every_figure(tmp_path):
-    for number in range(31):
-        write_run(tmp_path, f"{number:02}", (1.0, 2.0, 90 - number), ast__kp=float(number))
-    study = compare(*load_runs([tmp_path]))
-    styles = report.choose_styles(study)
-    assert len({tuple(style.values()) for style in styles.values()}) == len(styles) == 30
-    accuracy, threshold = (report.draw(study, name, legend=True) for name in ("accuracy", "threshold"))
-    lines = [{label: style["color"] for label, style in styles.items()}]
-    for figure in (accuracy, threshold):
-        (legend,) = figure.legends
-        drawn = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
-        assert len(drawn) == len(legend.get_texts()) == 30
-        lines.append(dict(zip(lines[0], [line.get_color() for line in drawn], strict=True)))
-        lines.append(
-            {text.get_text(): line.get_color() for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
-        )
-        figure.draw_without_rendering()
-        box = legend.get_window_extent()
-        assert box.y0 >= 0  # the legend's thirty lines fit
-        assert box.x0 >= figure.axes[0].get_window_extent().x1  # outside
-    assert all(each == lines[0] for each in lines)
-    assert "the 30 most accurate of 31 settings" in accuracy.get_suptitle()
-    assert "Drawn are the 30 most accurate of 31 settings" in page_of(study)
-
-
-def test_curves_are_means_over_the_epochs_all_seeds_reached():
-    histories = [
-        {"epoch": np.array([1.0, 2, 3]), "val_acc": np.array([10.0, 20, 30]), "train_seconds": np.array([1.0, 2, 3])},
-        {"epoch": np.array([1.0, 2]), "val_acc": np.array([20.0, np.nan]), "train_seconds": np.array([3.0, 4])},
-    ]
-    xs, ys = report.mean_curve(histories, "train_seconds", "val_acc")
-    assert xs.tolist() == [2, 3]
-    np.testing.assert_array_equal(ys, [[10, 20], [20, np.nan]])
-    assert report.mean_curve(histories, "epoch", "energy_kj") is None
-    assert report.mean_curve([{"val_acc": np.array([5.0])}], "epoch", "val_acc")[0].tolist() == [1]
-
-
-def test_a_figure_says_what_was_not_recorded(folder):
-    study = compare(*load_runs([folder]))
-    (axes,) = report.draw(study, "threshold", legend=False).axes
-    assert axes.get_xlabel() == "epoch   (1 settings without it)"  # dense
-    (axes,) = report.draw(study, "energy", legend=False).axes  # nothing measured on this CPU: one panel
-    assert axes.get_ylabel() == "estimated, time x TDP (kJ)"
-    (axes,) = report.draw(study, "frontier_time", legend=False).axes
-    assert axes.lines[0].get_xydata().tolist() == [[31.0, pytest.approx(73 + 1 / 9)]]
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 @pytest.mark.parametrize("width", [390, 1440])
 def test_in_a_browser_it_is_not_blank_and_nothing_overflows(width, folder, tmp_path):
     """In a frame of the given width, for a headless window is never narrower than 500 px."""
-    assert cli(["--results-dir", str(folder), "--report", str(tmp_path / "page.html")]) == 0
+    assert analyze(["--results-dir", str(folder), "--report", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.replace("WIDTH", str(width)))

@@ -1,0 +1,223 @@
+"""Reading results files, of this lab or with the documented keys alone, and choosing those that can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.config import sparse_span
+from lab.errors import RequestError, one_line
+
+REQUIRED = ("best_accuracy", "total_time_hours", "epochs_completed", "training_history")
+ACTIVATION_BAND = 0.02  # an epoch's activation further than this from its target is worth a warning
+
+
+@dataclass(frozen=True)
+class ResultsFile:
+    """What one results file says about its run.
+
+    `settings`: its config as dotted key to text, without seed and logging; empty where the file holds none.
+    `history`: by key, a float array [epochs], NaN for null. `figures`: its row of the table of runs.
+    """
+
+    path: Path
+    settings: dict[str, str]
+    history: dict[str, np.ndarray]
+    figures: dict[str, Any]
+    environment: dict[str, str]
+
+    @cached_property
+    def key(self) -> tuple:
+        """Equal for runs that differ in seed and logging alone; a run without config stands alone."""
+        return tuple(sorted(self.settings.items())) or (str(self.path),)
+
+    @property
+    def replicate(self) -> tuple:
+        """Equal for two runs of one config and seed."""
+        return self.key, str(self.figures["seed"])
+
+    @property
+    def name(self) -> str:
+        return self.path.stem.removeprefix("final_results_")
+
+    @property
+    def dataset(self) -> str | None:
+        """What the accuracies were measured on; None where the file does not say."""
+        kind = self.settings.get("dataset.type")
+        source = {"hf": ("dataset.name", "dataset.subset"), "folder": ("dataset.val_dir",)}.get(kind or "", ())
+        parts = [self.settings.get(key, "null") for key in source]
+        return kind and ":".join([kind, *(part for part in parts if part != "null")])
+
+
+def spell(value: Any) -> str:
+    """A config value as text, 10 and 10.0 alike."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def number(value: Any) -> float:
+    """A figure of a results file, NaN for null."""
+    return float("nan") if value is None else float(value)
+
+
+def read_run(path: Path) -> ResultsFile:
+    """Read one results file. Raises ValueError, with the reason, for a file that is none."""
+    non_finite: list[str] = []  # NaN and Infinity: this lab never writes them, but others do
+    try:
+        result = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=lambda name: non_finite.append(name) or float(name)
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {one_line(error)}") from None
+    if not isinstance(result, dict):
+        raise ValueError("not a JSON object")
+    if missing := [key for key in REQUIRED if key not in result]:
+        raise ValueError(f"no {', '.join(missing)}")
+    try:
+        history = {key: np.array(values, dtype=float) for key, values in result["training_history"].items()}
+        if any(values.ndim != 1 for values in history.values()):
+            raise TypeError("a list of numbers was expected")
+        settings = settings_of(result)
+        environment = {key: spell(value) for key, value in (result.get("environment") or {}).items()}
+        figures = run_figures(result, history, settings) | {"non_finite": len(non_finite)}
+        return ResultsFile(path, settings, history, figures, environment)
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"not a results file of the lab: {one_line(error)}") from None
+
+
+def settings_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """The config of a results file as dotted key to text, without what may differ between runs of one setting."""
+    parts = {name: part.items() for name, part in (result.get("config") or {}).items() if name != "logging"}
+    settings = {f"{name}.{key}": spell(value) for name, items in parts.items() for key, value in items}
+    settings.pop("training.seed", None)
+    if "twin" in result and settings.get("ast.mode") == "dense":
+        settings["ast.mode"] = "dense twin"
+        settings.pop("training.max_minutes", None)  # each seed's is the time its sparse run took
+    return settings
+
+
+def sparse_epochs(history: Mapping[str, np.ndarray], settings: Mapping[str, str]) -> np.ndarray:
+    """Which epochs trained on a selection, bool [epochs].
+
+    Without a config, an epoch counts as sparse where not all samples were active.
+    """
+    active = history.get("activation_rate", np.array([]))
+    if "ast.mode" not in settings:
+        return active < 1
+    span = sparse_span(
+        mode="dense" if settings["ast.mode"].startswith("dense") else settings["ast.mode"],
+        rule=settings.get("ast.rule", ""),
+        epochs=int(settings.get("training.epochs", len(active))),
+        warmup_epochs=int(settings.get("ast.warmup_epochs", 0)),
+        anneal_epochs=int(settings.get("ast.anneal_epochs", 0)),
+    )
+    return np.array([epoch in span for epoch in range(len(active))], dtype=bool)
+
+
+def activation_errors(history: Mapping[str, np.ndarray], settings: Mapping[str, str]) -> np.ndarray:
+    """|activation - target| of each epoch [epochs].
+
+    NaN in dense epochs, in the first sparse one, where the controller still settles, and in all epochs of a run
+    without a target.
+    """
+    active = history.get("activation_rate", np.array([]))
+    if settings.get("ast.mode") != "ast" or settings.get("ast.rule") == "infobatch":
+        return np.full(len(active), np.nan)
+    sparse, target = sparse_epochs(history, settings), float(settings.get("ast.target_activation", "nan"))
+    return np.where(sparse & (np.cumsum(sparse) > 1), np.abs(active - target), np.nan)
+
+
+def largest(values: np.ndarray) -> float:
+    """The largest number among them, NaN where there is none."""
+    return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
+
+
+def run_figures(
+    result: Mapping[str, Any], history: Mapping[str, np.ndarray], settings: Mapping[str, str]
+) -> dict[str, Any]:
+    """The row of a run in the table of runs; NaN for what its file does not say."""
+
+    def last(key: str) -> float:
+        return float(values[-1]) if len(values := history.get(key, [])) else float("nan")
+
+    sparse = sparse_epochs(history, settings)
+    active = history.get("activation_rate", np.array([]))[sparse]
+    best_epoch = int(np.nanargmax(accuracies)) if np.isfinite(accuracies := history.get("val_acc", [])).any() else None
+    return {
+        "seed": seed if isinstance(seed := result.get("seed"), int | None) else one_line(seed),
+        "status": one_line(result.get("status") or "completed"),
+        "error": one_line(result.get("error") or ""),
+        "twin": one_line(result.get("twin") or ""),
+        "epochs": int(result["epochs_completed"]),
+        "final_accuracy": number(result.get("final_accuracy", last("val_acc"))),
+        "best_accuracy": number(result["best_accuracy"]),
+        "best_epoch": None if best_epoch is None else best_epoch + 1,
+        "best_in_dense_phase": best_epoch is not None and bool(sparse.any()) and not sparse[best_epoch],
+        "activation": float(np.mean(active)) if len(active) else float("nan"),
+        "activation_error": largest(activation_errors(history, settings)),
+        "train_seconds": number(result.get("train_seconds")),
+        "total_seconds": 3600 * number(result["total_time_hours"]),
+        "energy_kj": number(result.get("energy_kj")),
+        "est_energy_kj": last("est_energy_kj"),
+        "tflop": last("total_flops_g" if "total_flops_g" in history else "est_flops_g") / 1000,
+    }
+
+
+def read_folders(folders: Sequence[Path]) -> tuple[list[ResultsFile], dict[str, str]]:
+    """The results files of the folders, and by path why one cannot be read.
+
+    Raises RequestError where a folder is missing or there is no file in any of them.
+    """
+    runs: list[ResultsFile] = []
+    unreadable: dict[str, str] = {}
+    for folder in dict.fromkeys(folders):
+        if not folder.is_dir():
+            raise RequestError(f"--results-dir: {folder}: no such folder")
+        for path in sorted(folder.glob("final_results_*.json")):
+            try:
+                runs.append(read_run(path))
+            except (OSError, ValueError) as error:
+                unreadable[str(path)] = one_line(error)
+    if not runs and not unreadable:
+        raise RequestError(f"--results-dir: {', '.join(map(str, folders))}: no final_results_*.json in it")
+    return runs, unreadable
+
+
+def load_runs(folders: Sequence[Path], dataset: str | None = None) -> tuple[list[ResultsFile], dict[str, str]]:
+    """The runs to compare, and by path why a file was left out.
+
+    Left out are files that cannot be read, runs that failed or were interrupted, runs on another dataset than the
+    one asked for, and the older of two runs of one config and seed. Raises RequestError where a folder is missing,
+    nothing is left, or the runs are on several datasets and none was asked for.
+    """
+    runs, left_out = read_folders(folders)
+    candidates = []
+    for run in runs:
+        status = run.figures["status"]
+        if status in ("failed", "interrupted"):
+            left_out[str(run.path)] = ": ".join(filter(None, [status, run.figures["error"]]))
+        elif dataset is not None and run.dataset != dataset:
+            left_out[str(run.path)] = f"other dataset: {one_line(run.dataset or 'it does not say which')}"
+        else:
+            candidates.append(run)
+    newest = {run.replicate: run for run in sorted(candidates, key=lambda run: run.name)}
+    for run in candidates:
+        if (newer := newest[run.replicate]) is not run:
+            left_out[str(run.path)] = f"config and seed of {newer.path}, which is newer"
+    kept = [run for run in candidates if newest[run.replicate] is run]
+    datasets = Counter(run.dataset for run in kept if run.dataset is not None)
+    if len(datasets) > 1:
+        found = ", ".join(f"{one_line(name)} ({count} runs)" for name, count in sorted(datasets.items()))
+        raise RequestError(f"--results-dir: several datasets: {found}; choose one with --dataset")
+    if not kept:
+        (path, reason), more = next(iter(left_out.items())), len(left_out) - 1
+        raise RequestError(f"nothing to compare: {path}: {reason}" + (f" (and {more} more files)" if more else ""))
+    return kept, left_out

@@ -1,0 +1,69 @@
+"""Results files made on the spot, and what several files of tests do with them."""
+
+import json
+from pathlib import Path
+
+import analyze_results
+from conftest import make_config
+from lab.analysis.study import Study, compare
+from lab.cli import run_cli
+from lab.results import load_runs
+
+
+def write_run(folder, name, accuracies=(50.0, 60.0, 70.0), seconds=30.0, extra=None, **settings):
+    """A results file of the lab's form, `settings` as section__key."""
+    config = make_config("ast.warmup_epochs=1", "training.epochs=3").model_dump()
+    for key, value in settings.items():
+        section, _, leaf = key.partition("__")
+        config[section][leaf] = value
+    epochs, target = len(accuracies), config["ast"]["target_activation"]
+    sparse, threshold = (1.0, None) if config["ast"]["mode"] == "dense" else (target, 0.5)
+    result = {
+        "best_accuracy": max(accuracies),
+        "total_time_hours": 0.01,
+        "epochs_completed": epochs,
+        "training_history": {
+            "epoch": list(range(1, epochs + 1)),
+            "val_acc": list(accuracies),
+            "activation_rate": [1.0] + [sparse] * (epochs - 1),
+            "threshold": [None] + [threshold] * (epochs - 1),
+            "train_seconds": [seconds * (i + 1) / epochs for i in range(epochs)],
+            "est_energy_kj": [seconds * (i + 1) / epochs for i in range(epochs)],
+            "est_flops_g": [float(i) for i in range(epochs)],
+            **{f"samples_{kind}": [100] * epochs for kind in ("loaded", "scored", "trained")},
+        },
+        "status": "completed",
+        "seed": config["training"]["seed"],
+        "final_accuracy": accuracies[-1],
+        "train_seconds": seconds,
+        "energy_kj": None,
+        "config": config,
+        "environment": {"python": "3.12", "gpu": None, "platform": "Linux"},
+        **(extra or {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"final_results_{name}.json"
+    path.write_text(json.dumps(result))
+    return path
+
+
+def write_sweep(folder: Path) -> Path:
+    """Three settings with three seeds, one of them dense, one failed run, and a file with hostile text."""
+    for seed in range(3):
+        common = {"training__seed": seed}
+        write_run(folder, f"a{seed}", (40.0, 60.0, 71 + seed / 3), 20 + seed, **common)
+        write_run(folder, f"b{seed}", (40.0, 60.0, 72 + seed / 7), 21 + seed, **common, ast__target_activation=0.5)
+        write_run(folder, f"d{seed}", (40.0, 60.0, 73 + seed / 9), 30 + seed, **common, ast__mode="dense")
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'$x_{"
+    write_run(folder, "h", (40.0, 60.0, 70.0), 25.0, ast__threshold_unit=hostile)
+    write_run(folder, "f", extra={"status": "failed", "error": hostile}, training__seed=9)
+    return folder
+
+
+def study_of(*folders: Path, **options: str) -> Study:
+    return compare(*load_runs(folders), **options)
+
+
+def analyze(argv: list[str]) -> int:
+    """The exit code of the command."""
+    return run_cli(lambda: analyze_results.main(argv))
