@@ -17,14 +17,7 @@ MODULES = {
 LIGHT = ["lab.config", "lab.console", "lab.cli", "lab.errors", "lab.files", "lab.runtime.launch"]
 
 
-STILL = {
-    "train_ast": 3000,
-    "analyze_results": 700,
-    "report": 400,
-    "run_sweep": 480,
-    "benchmark": 830,
-    "run_experiment": 150,
-}
+STILL = {"train_ast": 3000, "analyze_results": 700, "report": 400, "run_sweep": 480, "run_experiment": 150}
 
 
 def limit(name: str) -> int:
