@@ -54,8 +54,12 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Make `path` hold `text`, whole or not at all. Raises OSError naming the path."""
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """Make `path` hold `text`, whole or not at all. What is no file (/dev/null) is written to and stays. Raises OSError
+    naming the path."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_outputs(outputs: Mapping[Path, tuple[str, bytes]]) -> None:

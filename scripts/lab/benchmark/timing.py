@@ -1,0 +1,377 @@
+"""Time training loops and input pipelines, and show what was found.
+
+A loop is timed over one resident batch of random images, so that nothing but its steps is measured. Every figure is per
+considered batch: a loop that trains on a quarter of the samples makes a quarter as many steps for it.
+
+With several processes, one a GPU, each has its part of the batch. The time is the slowest one's, joules are summed,
+memory is the largest. A loop that goes through `TimedDist` makes one more pass, in which every collective is timed by
+itself. `collectives` is their share of a step: an upper bound, because nothing overlaps while they are timed, and
+because waiting for a slower process counts too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import v2
+
+from lab.config import Config
+from lab.console import Columns, progress_bar, table_line
+from lab.data.cache import ResidentLoader
+from lab.data.datasets import ImageDataset, collate, folder_dataset
+from lab.data.images import View
+from lab.data.loading import EpochPlan, as_is, device_batches
+from lab.errors import RequestError, one_line
+from lab.files import replace_text
+from lab.runtime.devices import IMAGENET_MOMENTS, environment, resolve_device, synchronize
+from lab.runtime.distributed import Dist
+from lab.runtime.launch import launched
+from lab.runtime.meters import EnergyMeter
+
+
+class TimedDist(Dist):
+    """A Dist that times each of its collectives while it is watched.
+
+    The device is synchronised before and after each call, so that nothing overlaps. A process that waits for a slower
+    one counts the waiting. Calls are grouped by what a step needs them for.
+    """
+
+    device: torch.device | None = None  # None: not watched
+
+    def watch(self, device: torch.device) -> None:
+        self.device, self.calls = device, {}
+
+    def watched(self) -> dict[str, list[tuple[float, int]]]:
+        """(milliseconds, bytes of this process's tensor) of every call since `watch`, by kind. Ends the watching."""
+        self.device = None
+        return self.calls
+
+    def _timed(self, kind: str, size: int, call: Callable[[], Any]) -> Any:
+        if self.device is None:
+            return call()
+        synchronize(self.device)
+        started = time.perf_counter()
+        result = call()
+        synchronize(self.device)
+        self.calls.setdefault(kind, []).append((1000 * (time.perf_counter() - started), size))
+        return result
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        return self._timed("gradients", tensor.nbytes, partial(super().all_sum, tensor))
+
+    def join_columns(self, facts: Tensor, size: int) -> Tensor:
+        filled = len(facts) * size * facts.element_size()
+        return self._timed("scores", filled, partial(super().join_columns, facts, size))
+
+    def gather_later(self, values: Sequence[float]) -> Callable[[], np.ndarray]:
+        later = super().gather_later
+        if self.device is None:
+            return later(values)
+        rows = self._timed("agreement", 8 * len(values), lambda: later(values)())  # float64
+        return lambda: rows
+
+    def exchange(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
+        return self._timed("evening out", tensor.nbytes, partial(super().exchange, tensor, moves))
+
+
+Step = Callable[[int], None]  # trains on so many considered batches
+
+
+class Loop(NamedTuple):
+    """A training loop, ready to be timed."""
+
+    steps: Step
+    activation: Callable[[], float | None] = lambda: None  # mean share of active samples so far; None: not measured
+
+
+class Workload(NamedTuple):
+    """What every loop is built for, and from: one batch on the device, the config, and functions of the lab."""
+
+    config: Config
+    images: Tensor  # uint8 [this process's part of the batch, 3, H, W]
+    labels: Tensor  # int64, as many
+    dist: Dist
+    score_resolution: int | None  # pixels
+    get_model: Callable[..., nn.Module]
+    significance: Callable[[Tensor, Tensor, float], Tensor]
+
+
+class StepRow(NamedTuple):
+    """A row of the table of `steps`: how to build its loop, and when it applies."""
+
+    name: str  # as printed; {activation} and {score_resolution} are filled in
+    build: Callable[[Workload, str], Loop]  # str: the mode of torch.compile, or "off"
+    compiles: bool = True  # timed compiled too
+    one_process: bool = False  # left out with several processes
+    needs_score_resolution: bool = False  # left out without --score-resolution
+
+
+def random_workload(config: Config, device: torch.device, dist: Dist, **rest: Any) -> Workload:
+    """A Workload of random pixels and labels. `rest`: its other fields."""
+    torch.manual_seed(0)
+    side, batch_size = config.dataset.image_size, config.training.batch_size
+    images = torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8)
+    labels = torch.randint(0, config.dataset.num_classes, (batch_size,))
+    return Workload(config, dist.part(images).to(device), dist.part(labels).to(device), dist, **rest)
+
+
+def choose_loops(
+    table: Sequence[StepRow], workload: Workload, modes: Sequence[str], patterns: Sequence[str] | None
+) -> dict[str, Callable[[], Loop]]:
+    """The rows that apply in each mode of torch.compile and whose name has a match of a pattern (None: all of them):
+    by printed name, as functions that build the loop."""
+    found = {}
+    fields = {"activation": workload.config.ast.target_activation, "score_resolution": workload.score_resolution}
+    for mode in modes:
+        tail = {"off": "", "default": ", compiled"}.get(mode, f", {mode}")
+        for row in table:
+            applies = row.compiles or mode == "off"
+            applies &= workload.dist.world == 1 or not row.one_process
+            applies &= bool(workload.score_resolution) or not row.needs_score_resolution
+            name = row.name.format(**fields) + tail
+            if applies and (not patterns or any(re.search(pattern, name) for pattern in patterns)):
+                found[name] = partial(row.build, workload, mode)
+    return found
+
+
+def time_loops(
+    loops: Mapping[str, Callable[[], Loop]], workload: Workload, steps: int, repeats: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, figures) of each loop. One is built after the other, and its memory is freed before the next one."""
+    for name, build in progress_bar(loops.items(), unit="row"):
+        yield name, time_loop(build(), workload, steps, repeats)
+        torch.compiler.reset()  # dynamo would compile no more after eight functions of the same code
+        if workload.images.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def time_loop(loop: Loop, workload: Workload, count: int, repeats: int) -> dict[str, Any]:
+    """The figures of one loop, over `repeats` times `count` batches."""
+    device, dist, batch_size = workload.images.device, workload.dist, workload.config.training.batch_size
+    row = measure(loop.steps, device, count, repeats, dist)
+    row["images_per_second"] = 1000 * batch_size / row["ms"]
+    row["joules_per_sample"] = None if row["joules"] is None else row["joules"] / batch_size
+    if (activation := loop.activation()) is not None:
+        row["activation"] = activation
+    if dist.world > 1 and (collectives := time_collectives(loop.steps, device, count, dist)):
+        row["collectives"] = collectives
+        row["collective_share"] = sum(each["calls"] * each["ms"] for each in collectives.values()) / row["ms"]
+    return row
+
+
+def measure(steps: Step, device: torch.device, count: int, repeats: int, dist: Dist) -> dict[str, float | None]:
+    """Milliseconds a batch (median, smallest, largest of `repeats` times `count`), peak GiB and joules a batch.
+
+    Several processes start each repeat together, and the slowest one's time counts.
+    """
+    steps(max(4, count // 2))  # warm-up: autotuning, allocation, the controller's first moves
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    meter, times = EnergyMeter(device), []
+    drawn = meter.read_kj()
+    for _ in range(repeats):
+        synchronize(device)
+        dist.gather([0])  # wait for all processes
+        started = time.perf_counter()
+        steps(count)
+        synchronize(device)
+        times.append(1000 * dist.gather([time.perf_counter() - started]).max() / count)
+    joules = None if drawn is None else 1000 * (meter.read_kj() - drawn) / (count * repeats)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    row = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+    return {**row, "peak_gib": over_processes(dist, peak, np.max), "joules": over_processes(dist, joules, np.sum)}
+
+
+def over_processes(dist: Dist, value: float | None, merge: Callable[[np.ndarray], float]) -> float | None:
+    """One number out of every process's; None where one has none."""
+    found = float(merge(dist.gather([math.nan if value is None else value])))
+    return None if math.isnan(found) else found
+
+
+def time_collectives(steps: Step, device: torch.device, count: int, dist: TimedDist) -> dict[str, dict[str, float]]:
+    """The collectives of one pass over `count` considered batches, by kind:
+
+    calls        a considered batch; an epoch begins with one agreement more
+    bytes        of a process's own tensor
+    ms           of a call: the mean over calls and processes, their waiting for each other included
+    transfer_ms  of a call, without waiting: the median over calls of the time of the process that arrived last
+    """
+    dist.watch(device)
+    steps(count)
+    found = {}
+    for kind, calls in dist.watched().items():
+        times, sizes = (dist.gather(each) for each in zip(*calls, strict=True))
+        found[kind] = {"calls": len(calls) / count, "bytes": float(sizes.mean()), "ms": float(times.mean())}
+        found[kind]["transfer_ms"] = float(np.median(times.min(0)))
+    return found
+
+
+def read_with_pillow(path: str) -> Image.Image:
+    """A picture in RGB. Raises OSError naming the file, which Pillow's own often does not."""
+    try:
+        return default_loader(path)
+    except OSError as error:
+        why = re.sub(r" <_io\..*?>", "", one_line(error))  # the file once more
+        raise OSError(f"{path}: {why}") from None
+
+
+def pil_float_loader(folder: str, size: int, plan: EpochPlan, shared: dict[str, Any]) -> DataLoader:
+    """The pipeline of most training scripts: Pillow, float32 and normalised in the workers."""
+    floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET_MOMENTS)]
+    transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *floats])
+    order = plan.order().reshape(-1, plan.batch_size).tolist()
+    # A class may be without pictures, as in training
+    dataset = ImageFolder(folder, transform, loader=read_with_pillow, allow_empty=True)
+    return DataLoader(dataset, batch_sampler=order, **shared)
+
+
+def device_pairs(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `pil_float_loader` on the device. Raises RequestError for a picture that Pillow cannot read."""
+    try:
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    except OSError as error:  # a worker's has its traceback for a message, and the reason in the last line
+        why = str(error).splitlines()[-1].removeprefix("OSError: ")
+        raise RequestError(f"--folder: Pillow cannot read {why}") from None
+
+
+def endless(loader: ResidentLoader, device: torch.device) -> Iterator[Any]:
+    while True:
+        yield from device_batches(loader, device)
+
+
+def input_pipelines(
+    dataset: ImageDataset, folder: str, plan: EpochPlan, config: Config, device: torch.device, workers: int
+) -> dict[str, Iterator]:
+    """By name, the batches of each pipeline on the device. A new pipeline is one entry of what this returns."""
+    size, whole = config.dataset.image_size, np.arange(len(dataset))
+    shared = {"num_workers": workers, "pin_memory": device.type == "cuda"}
+    streaming = DataLoader(dataset, batch_sampler=plan, collate_fn=collate, **shared)
+    decoder = {"num_workers": workers, "collate_fn": as_is}
+    again = EpochPlan(whole, plan.batch_size, 0, plan.share)  # each picture once an epoch
+    resident = ResidentLoader(dataset, whole, again, config, device, decoder)
+    return {
+        "Pillow, float32": device_pairs(pil_float_loader(folder, size, plan, shared), device),
+        "streaming: torchvision.io, uint8": device_batches(streaming, device),
+        "dataset.cache=device": endless(resident, device),
+    }
+
+
+def time_input(folder: str, config: Config, workers: int, steps: int, repeats: int) -> dict[str, Any]:
+    """Images per second of each pipeline over a folder of classes, read again and again, up to the training device."""
+    device, batch_size = resolve_device(config.training), config.training.batch_size
+    dataset = folder_dataset("--folder", folder)
+    dataset.view = View(config.dataset, train=True)
+    lead = 2 * workers + 2  # batches in flight before the clock starts
+    count = 2 * lead + steps * repeats
+    plan = EpochPlan(np.arange(count * batch_size) % len(dataset), batch_size, 0, lambda epoch: 1.0)
+    sources = input_pipelines(dataset, folder, plan, config, device, workers)
+    rows = {}
+    for name, source in progress_bar(sources.items(), unit="pipeline"):
+        speeds = []
+        for _ in islice(source, lead):
+            pass
+        for _ in range(repeats):
+            synchronize(device)
+            started = time.perf_counter()
+            images = sum(len(batch[0]) for batch in islice(source, steps))
+            synchronize(device)
+            speeds.append(images / (time.perf_counter() - started))
+        source.close()
+        median = statistics.median(speeds)
+        rows[name] = {"images_per_second": median, "lowest": min(speeds), "highest": max(speeds)}
+        rows[name]["ratio"] = median / rows["Pillow, float32"]["images_per_second"]
+    return {"rows": rows, "pictures": len(dataset), "workers": workers, **environment(device)}
+
+
+def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
+    """The figures as JSON, with the command they came from. Of several processes the first one writes."""
+    if path is not None and launched()[0] == 0:
+        result = {"command": shlex.join(["scripts/benchmark.py", *sys.argv[1:]]), **result}
+        replace_text(path, json.dumps(result, indent=2) + "\n")
+
+
+INPUT_COLUMNS: Columns = {
+    "images/s": ("images_per_second", "10,.0f"),
+    "lowest": ("lowest", "10,.0f"),
+    "highest": ("highest", "10,.0f"),
+    "ratio": ("ratio", "7.2f"),  # over the first pipeline
+}
+
+
+def show_input(result: Mapping[str, Any]) -> str:
+    """The table of the pipelines."""
+    lines = [f"{'pipeline':<34} {table_line(INPUT_COLUMNS)}"]
+    lines += [f"{name:<34} {table_line(INPUT_COLUMNS, row)}" for name, row in result["rows"].items()]
+    return "\n".join(lines)
+
+
+STEP_COLUMNS: Columns = {
+    "ms": ("ms", "9.2f"),
+    "min": ("ms_min", "9.2f"),
+    "max": ("ms_max", "9.2f"),
+    "ratio": ("ratio", "7.3f"),  # over the fastest dense loop
+    "images/s": ("images_per_second", "9,.0f"),
+    "active": ("activation", "7.3f"),
+    "GiB": ("peak_gib", "7.2f"),
+    "J/image": ("joules_per_sample", "9.4f"),
+}
+
+
+def show_steps(result: Mapping[str, Any]) -> str:
+    """The table of the steps: with several processes the share of collectives too, and with a file of one process to
+    compare with the speed-up over it. Below it a line for each break-even activation."""
+    columns = dict(STEP_COLUMNS)
+    if result["processes"] > 1:
+        columns["collectives"] = ("collective_share", "11.3f")
+    if any("speed_up" in row for row in result["rows"].values()):
+        columns["speed-up"] = ("speed_up", "8.2f")
+    lines = [f"{'per considered batch':<44} {table_line(columns)}"]
+    lines += [f"{name:<44} {table_line(columns, row)}" for name, row in result["rows"].items()]
+    for name, share in result["break_even"].items():
+        lines.append(f"{name}: faster than dense below an activation of {share:.2f}")
+    return "\n".join(lines)
+
+
+def plot(what: str, result: Mapping[str, Any], path: Path) -> None:
+    """Bars of milliseconds a batch (`what` is steps), or of images a second (input), with their spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    value, low, high = ("ms", "ms_min", "ms_max") if what == "steps" else ("images_per_second", "lowest", "highest")
+    names, rows = list(result["rows"]), list(result["rows"].values())
+    values = np.array([row[value] for row in rows])
+    spread = np.abs(np.array([[row[low] for row in rows], [row[high] for row in rows]]) - values)
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.32 * len(rows)), layout="constrained")
+    ours = [
+        name.startswith((" ", "dense", "batch", "random", "stream")) and "our settings" not in name for name in names
+    ]
+    axes.barh(names, values, xerr=spread, color=["#0072b2" if mine else "#999999" for mine in ours], ecolor="#333333")
+    for name, number in zip(names, values, strict=True):
+        axes.annotate(f" {number:,.1f}", (number, name), va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("milliseconds a considered batch" if what == "steps" else "images a second")
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,88 @@
+"""Which rows are timed, and every input pipeline over real pictures."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import benchmark
+from lab.benchmark.timing import StepRow, choose_loops, random_workload, write_json
+from lab.cli import run_cli
+from lab.config import Config
+from lab.data.images import decode_image
+from lab.runtime.distributed import Dist
+
+INPUT = ["--image-size", "32", "--batch-size", "12", "--steps", "2", "--repeats", "1", "--workers", "1"]
+
+
+def test_every_input_pipeline_is_measured(tmp_path, capsys, image_folder):
+    sizes = ["--image-size", "32", "--batch-size", "12", "--steps", "4", "--repeats", "2", "--workers", "1"]
+    files = ["--json", str(tmp_path / "input.json"), "--plot", str(tmp_path / "input.svg")]
+    assert benchmark.main(["input", "--folder", str(image_folder / "train"), *sizes, *files]) == 0
+    saved = json.loads((tmp_path / "input.json").read_text())
+    assert len(saved["rows"]) == 3
+    for row in saved["rows"].values():
+        assert 0 < row["lowest"] <= row["images_per_second"] <= row["highest"]
+    assert saved["pictures"] == 24
+    assert "<svg" in (tmp_path / "input.svg").read_text()
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_a_class_without_pictures_is_timed_as_it_is_trained_on(image_folder, capsys):
+    (image_folder / "train" / "yellow").mkdir()
+    assert run_cli(lambda: benchmark.main(["input", "--folder", str(image_folder / "train"), *INPUT])) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_that_pillow_alone_cannot_read_is_named(image_folder, workers, capfd):
+    path = image_folder / "train" / "red" / "0.jpg"
+    data = path.read_bytes()
+    rest = data[4 + int.from_bytes(data[4:6], "big") :]  # behind the JFIF header, which is cut short
+    path.write_bytes(data[:2] + b"\xff\xe0\x00\x06JFIF" + rest)
+    assert decode_image(path.read_bytes()).shape == (3, 40, 48)
+    options = ["input", "--folder", str(image_folder / "train"), *INPUT, "--workers", workers]
+    assert run_cli(lambda: benchmark.main(options)) == 2
+    assert capfd.readouterr().err == f"error: --folder: Pillow cannot read {path}: cannot identify image file\n"
+
+
+@pytest.mark.parametrize(
+    ("world", "resolution", "modes", "expected"),
+    [
+        (1, None, ["off"], ["dense", "own"]),
+        (2, None, ["off"], ["dense"]),
+        (2, 16, ["default", "off"], ["dense, compiled", "at 16 px, compiled", "dense", "at 16 px"]),
+        (1, 0, ["reduce-overhead"], ["dense, reduce-overhead"]),
+    ],
+)
+def test_rows_are_timed_where_they_apply(world, resolution, modes, expected):
+    def build(workload, mode):
+        return mode
+
+    table = [
+        StepRow("dense", build),
+        StepRow("at {score_resolution} px", build, needs_score_resolution=True),
+        StepRow("own", build, compiles=False, one_process=True),
+    ]
+    config = Config(dataset={"num_classes": 10}, training={"batch_size": 4})
+    workload = random_workload(config, torch.device("cpu"), Dist(0, world), score_resolution=resolution,
+                               get_model=None, significance=None)  # fmt: skip
+    loops = choose_loops(table, workload, modes, None)
+    assert list(loops) == expected
+    assert len(workload.images) == 4 // world
+    assert loops[expected[0]]() == modes[0]
+    assert list(choose_loops(table, workload, modes, ["^dense", "nothing"])) == [n for n in expected if "dense" in n]
+
+
+def test_the_json_replaces_files_and_no_devices(tmp_path):
+    write_json(tmp_path / "x.json", {"rows": 1})
+    assert json.loads((tmp_path / "x.json").read_text())["rows"] == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"rows": 2})
+    assert json.loads(os.read(reader, 10_000))["rows"] == 2
+    assert pipe.is_fifo()
+    os.close(reader)
