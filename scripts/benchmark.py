@@ -23,6 +23,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lab.benchmark import timing
@@ -34,10 +35,10 @@ from lab.cli import run_cli
 from lab.config import Config
 from lab.data.loading import Loaded
 from lab.files import require_folder
-from lab.runtime.clock import Stop
+from lab.models import get_model
 from lab.runtime.devices import configure_backends, environment, resolve_device
 from lab.runtime.launch import launch, launched
-from train_ast import Run, get_model, select_active, significance, train_one_epoch
+from train_ast import Run, select_active, selection_class, significance, train_one_epoch
 
 
 def lab_steps(workload: Workload, compiled: str, at_score_resolution: bool = False, **ast: Any) -> Loop:
@@ -46,18 +47,19 @@ def lab_steps(workload: Workload, compiled: str, at_score_resolution: bool = Fal
     resolution = workload.score_resolution if at_score_resolution else None
     config.ast = config.ast.model_copy(update={"pack": True, "score_resolution": resolution, **ast})
     config.training.compile = compiled
-    configure_backends(config.ast, device)
+    configure_backends(config.ast.pack or not selection_class(config).scores_batches(), device)
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
-    run = Run(config, model, device, planned_steps=10**6, dist=workload.dist)
-    run.start_epoch(config.ast.warmup_epochs)
+    run = Run.build(config, model, device, planned_steps=10**6, dist=workload.dist)
+    run.start_epoch(config.ast.warmup_epochs, np.arange(0))
     share = config.ast.target_activation if config.ast.mode == "random" else 1.0
     batch = Loaded(workload.images, workload.labels, torch.arange(len(workload.labels), device=device))
 
     def steps(n: int) -> None:
-        run.step, n = 0, max(1, round(share * n))
-        train_one_epoch(run, islice(repeat(batch), n), n, Stop())
+        run.metrics.step, n = 0, max(1, round(share * n))
+        train_one_epoch(run, islice(repeat(batch), n), n)
 
-    return Loop(steps, lambda: statistics.mean(run.activations) if run.activations else None)
+    activations = run.selection.activations
+    return Loop(steps, lambda: statistics.mean(activations) if activations else None)
 
 
 ALONE = {"compiles": False, "one_process": True}  # uncompiled, in one process

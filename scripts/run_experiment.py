@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 
 from lab.cli import RESUME_HELP, command_parser, run_cli
-from lab.config import Config, load_config
+from lab.config import Config
 from lab.console import print_rank0
 from lab.errors import RequestError
 from lab.files import write_result
 from lab.runtime.clock import Stop
 from lab.runtime.launch import launch, launched
-from train_ast import execute, train
+from train_ast import execute, load_config, lr_warmup_share, train
 
 FLAGS = {
     "--epochs": "training.epochs",
@@ -49,7 +49,7 @@ def dense_twin(config: Config, train_seconds: float) -> Config:
             "lr_decay": "time",
             "max_minutes": train_seconds / 60,
             "epochs": TWIN_EPOCHS * config.training.epochs,
-            "lr_warmup_epochs": TWIN_EPOCHS * config.training.epochs * config.lr_warmup_share(),
+            "lr_warmup_epochs": TWIN_EPOCHS * config.training.epochs * lr_warmup_share(config),
         }
     )
     ast, outputs = config.ast.model_copy(update={"mode": "dense"}), config.logging

@@ -40,12 +40,13 @@ import torch
 
 import run_experiment
 from lab.cli import command_parser, run_cli
-from lab.config import Config, LoggingConfig, config_keys, load_config, run_id
+from lab.config import Config, LoggingConfig, config_keys, run_id
 from lab.data import cache
 from lab.errors import RequestError, one_line
 from lab.files import append_jsonl, replace_text
 from lab.results import read_run
 from lab.runtime.outputs import prepare_outputs
+from train_ast import load_config
 
 RUNNER = Path(__file__).with_name("run_experiment.py")
 RESULTS = "final_results_*.json"

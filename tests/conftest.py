@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 
-from lab.config import Config, load_config
-from lab.data.loading import Loaded
-from train_ast import Run, train
+from lab.config import Config
+from lab.data.loading import Loaded, Scores
+from train_ast import Run, ast_forward, load_config, score, train
 
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two test processes side by side, each with a core
@@ -73,9 +73,30 @@ class BatchNormNet(nn.Module):
 
 
 def make_run(model: nn.Module, *overrides: str) -> Run:
-    run = Run(make_config(*overrides), model, torch.device("cpu"), planned_steps=100)
-    run.start_epoch(run.config.ast.warmup_epochs)
+    run = Run.build(make_config(*overrides), model, torch.device("cpu"), planned_steps=100)
+    run.start_epoch(run.config.ast.warmup_epochs, np.arange(0))
     return run
+
+
+def as_batch(images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None) -> Loaded:
+    """A batch as it comes from the loader; the samples are the first of the data set unless `indices` says which."""
+    return Loaded(images, labels, torch.arange(len(labels)) if indices is None else indices)
+
+
+def scores_of(run: Run, images: torch.Tensor, labels: torch.Tensor) -> Scores:
+    """The scores of a batch by the run's scorer."""
+    return score(run.scorer, run.network.local_batch, run.dist, as_batch(images, labels))
+
+
+def sparse_step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> int | None:
+    """Score a batch, and train on its active samples."""
+    scores = scores_of(run, images, labels)
+    return ast_forward(as_batch(images, labels), scores, run.selection, run.queue, run.trainer)
+
+
+def trained_on(run: Run, *batch: torch.Tensor) -> int:
+    """Forward and backward over a whole batch: images, labels and perhaps indices."""
+    return run.trainer.train_step(as_batch(*batch), run.selection)
 
 
 def make_batch(size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

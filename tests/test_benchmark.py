@@ -9,7 +9,7 @@ import benchmark
 from lab.benchmark.timing import Loop, StepRow, show_steps
 from lab.cli import run_cli
 from lab.config import Config
-from train_ast import get_model
+from lab.models import get_model
 
 SMALL = ["--model", "test_resnet", "--classes", "10", "--image-size", "32", "--batch-size", "32"]
 SMALL += ["--steps", "2", "--repeats", "2"]

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 import train_ast
-from conftest import BatchNormNet, make_batch, make_config, make_run, save_picture
+from conftest import BatchNormNet, make_batch, make_config, make_run, save_picture, trained_on
 from lab.config import Config, checkpoint_folder
 from lab.errors import RequestError, TrainingFailed
 from lab.files import align_jsonl
 from lab.runtime.checkpoint import Checkpoints, host_copy, load_checkpoint, save_checkpoint
 from lab.runtime.clock import Stop
-from train_ast import build_result, close_epoch, optimizer_step, train, train_step
+from lab.runtime.outputs import build_result
+from lab.runtime.state import load_run_state, run_state
+from train_ast import close_epoch, train
 
 SMALL = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.lr=0.05"]
 SMALL += ["dataset.max_train_samples=200", "dataset.max_val_samples=64", "training.epochs=3", "ast.warmup_epochs=1"]
@@ -80,8 +82,9 @@ def same(left, right) -> bool:
 def final_state(config: Config) -> dict:
     """The last checkpoint of a finished run, without times and the keys that say where it was written."""
     state = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
-    state["history"] = {key: values for key, values in state["history"].items() if key not in TIMED}
-    return {key: state[key] for key in state if not key.endswith("seconds") and key not in ("elapsed", "config")}
+    history = state["metrics"]["history"]
+    state["metrics"]["history"] = {key: values for key, values in history.items() if key not in TIMED}
+    return {key: state[key] for key in state if key not in ("clock", "config")}
 
 
 WAYS = {
@@ -100,7 +103,7 @@ WAYS = {
     "history": ["ast.scoring=history", "ast.target_activation=0.5", "ast.explore_weight_cap=4"],
     "history, two workers": ["ast.scoring=history", "ast.target_activation=0.5", "training.num_workers=2"],
     "history, resident, accumulated": [
-        *("ast.scoring=history", "ast.target_activation=0.5", "ast.leave_out=0.1", "ast.anneal_epochs=1"),
+        *("ast.scoring=history", "ast.target_activation=0.5", "ast.forget_rate=0.1", "ast.anneal_epochs=1"),
         *("dataset.cache=device", "dataset.repeat=2", "dataset.label_noise=0.2", "training.grad_accum_steps=2"),
     ],
     "infobatch": ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"],
@@ -136,7 +139,7 @@ def trained(tmp_path: Path, *overrides: str, **arguments) -> tuple[Config, dict]
 def test_a_run_of_more_epochs_goes_on_from_a_finished_one(tmp_path):
     config, short = trained(tmp_path, "training.epochs=2")
     assert short["status"] == "completed"
-    before = load_checkpoint(checkpoint_folder(config) / "last.pt", config)["elapsed"]
+    before = load_checkpoint(checkpoint_folder(config) / "last.pt", config)["clock"]["elapsed"]
     _, longer = trained(tmp_path, "training.epochs=4", resume=str(checkpoint_folder(config)))
     assert longer["training_history"]["epoch"] == [1, 2, 3, 4]
     assert longer["training_history"]["val_acc"][:2] == short["training_history"]["val_acc"]
@@ -160,8 +163,8 @@ def test_without_resume_a_run_starts_afresh_and_with_auto_a_finished_one_has_not
 def test_best_is_the_epoch_of_best_accuracy(tmp_path):
     config, result = trained(tmp_path, "training.lr=0.3", "training.epochs=4")
     best = load_checkpoint(checkpoint_folder(config) / "best.pt", config)
-    assert best["history"]["epoch"][-1] == result["best_epoch"]
-    assert best["history"]["val_acc"][-1] == result["best_accuracy"]
+    assert best["metrics"]["history"]["epoch"][-1] == result["best_epoch"]
+    assert best["metrics"]["history"]["val_acc"][-1] == result["best_accuracy"]
 
 
 def test_a_checkpoint_of_another_config_is_refused_naming_the_keys(tmp_path):
@@ -218,7 +221,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_whole_one_beside_it_works(tmp_p
         with pytest.raises(RequestError, match=r"last\.pt: damaged, or no checkpoint of this lab") as caught:
             load_checkpoint(last, config)
         assert "\n" not in str(caught.value)
-    assert load_checkpoint(best, config)["epoch"] > 0
+    assert load_checkpoint(best, config)["metrics"]["epoch"] > 0
 
 
 class Bomb:
@@ -398,7 +401,7 @@ def cap_test(tmp_path: Path, minutes: float, validation: float, sessions: int) -
         print(f"{pictures} pictures to validate on, cap {60 * minutes:.0f} s: took {seconds:.1f} s, epochs {epochs}")
         assert result["status"] == json.loads(path.read_text())["status"] == "time_capped"
         assert seconds < 66 * minutes + 2
-        assert load_checkpoint(checkpoint_folder(config) / "last.pt", config)["history"]["epoch"] == epochs
+        assert load_checkpoint(checkpoint_folder(config) / "last.pt", config)["metrics"]["history"]["epoch"] == epochs
     assert bool(epochs) == (validation < 1)
 
 
@@ -428,53 +431,53 @@ def test_steps_with_a_loss_that_is_not_finite_are_left_out(tmp_path):
     """Weights and running statistics stay as they were; one more than allowed ends the run."""
     model = BatchNormNet()
     run = make_run(model, "ast.mode=dense", "training.max_nonfinite_steps=2", "training.lr=0.01")
-    run.start_epoch(0)
+    run.start_epoch(0, np.arange(0))
     images, labels = make_batch()
-    whole = run.forward
+    whole = run.network.forward
     before = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
-    run.forward = lambda images, labels: tuple(part * math.nan for part in whole(images, labels))
+    run.network.forward = lambda images, labels: tuple(part * math.nan for part in whole(images, labels))
     for _ in range(2):
-        train_step(run, images, labels)
-        optimizer_step(run)
+        trained_on(run, images, labels)
+        run.trainer.optimizer_step()
         assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
-    run.forward = whole
-    train_step(run, images, labels)
-    optimizer_step(run)
+    run.network.forward = whole
+    trained_on(run, images, labels)
+    run.trainer.optimizer_step()
     assert not torch.equal(before["head.weight"], model.head.weight)
     assert not torch.equal(before["body.1.running_mean"], model.body[1].running_mean)
-    run.step, run.epoch_seconds = 3, 1.0
+    run.metrics.step, run.clock.epoch_seconds = 3, 1.0
     row = close_epoch(run, 10.0, 48)
-    assert (row["samples_trained"], row["optimizer_steps"], run.nonfinite_steps) == (16, 1, 2)
+    assert (row["samples_trained"], row["optimizer_steps"], run.metrics.nonfinite_steps) == (16, 1, 2)
     assert 0 < row["train_loss"] < 10
-    run.start_epoch(1)
-    run.forward = lambda images, labels: tuple(part * math.nan for part in whole(images, labels))
-    train_step(run, images, labels)
+    run.start_epoch(1, np.arange(0))
+    run.network.forward = lambda images, labels: tuple(part * math.nan for part in whole(images, labels))
+    trained_on(run, images, labels)
     with pytest.raises(TrainingFailed, match="non-finite loss in epoch 2, step 1"):
-        run.state_dict()
+        run_state(run)
 
 
 def test_the_ledger_of_an_unfinished_epoch_leaves_out_what_changed_no_weight():
     """In the results and, once resumed, in the epoch's row: each step is taken out once."""
     run = make_run(BatchNormNet(), "ast.mode=dense", "training.max_nonfinite_steps=3")
-    whole, (images, labels) = run.forward, make_batch()
+    whole, (images, labels) = run.network.forward, make_batch()
     for number in range(5):
         spoil = math.nan if number in (1, 3) else 1.0
-        run.forward = lambda images, labels, spoil=spoil: tuple(part * spoil for part in whole(images, labels))
-        run.ledger.loaded += len(labels)
-        train_step(run, images, labels)
-        optimizer_step(run)
-        run.step += 1
-    state = host_copy(run.state_dict())
+        run.network.forward = lambda images, labels, spoil=spoil: tuple(part * spoil for part in whole(images, labels))
+        run.metrics.ledger.loaded += len(labels)
+        trained_on(run, images, labels)
+        run.trainer.optimizer_step()
+        run.metrics.step += 1
+    state = host_copy(run_state(run))
     for _ in range(2):
-        result = build_result(run, {"status": "interrupted"}, 1.0)
+        result = build_result(run, {"status": "interrupted"})
         assert result["ledger"] == {"loaded": 80, "scored": 0, "trained": 48, "steps": 3}
         assert result["nonfinite_steps"] == 2
     resumed = make_run(BatchNormNet(), "ast.mode=dense", "training.max_nonfinite_steps=3")
-    resumed.load_state_dict(state)
-    resumed.epoch_seconds = 1.0
+    load_run_state(resumed, state)
+    resumed.clock.epoch_seconds = 1.0
     row = close_epoch(resumed, 10.0, 80)
-    assert (row["samples_trained"], row["optimizer_steps"], resumed.nonfinite_steps) == (48, 3, 2)
-    assert build_result(resumed, {"status": "completed"}, 1.0)["ledger"] == result["ledger"]
+    assert (row["samples_trained"], row["optimizer_steps"], resumed.metrics.nonfinite_steps) == (48, 3, 2)
+    assert build_result(resumed, {"status": "completed"})["ledger"] == result["ledger"]
 
 
 def test_non_finite_steps_that_do_not_end_leave_the_last_good_checkpoint(tmp_path):

@@ -8,8 +8,9 @@ import yaml
 
 from conftest import REPO
 from lab.cli import options_help
-from lab.config import Config, config_keys, load_config
+from lab.config import Config, config_keys
 from lab.errors import RequestError
+from train_ast import load_config
 
 PRESETS = sorted((REPO / "configs").glob("*.yaml"))
 DOCUMENTED = """
@@ -108,7 +109,7 @@ def test_resolved_config_loads_again(tmp_path):
         ("ast.scoring=history ast.rule=infobatch", "ast.entropy_weight: 0 for ast.rule=infobatch"),
         ("ast.scoring=history ast.explore=0.3", "ast.explore: 0.3 or more of all samples"),
         ("ast.scoring=history ast.explore=0 ast.explore_weight_cap=4", "ast.explore_weight_cap: with ast.explore=0 no"),
-        ("ast.scoring=history ast.leave_out=0.8", "ast.leave_out: leaves fewer than ast.target_activation=0.25"),
+        ("ast.scoring=history ast.forget_rate=0.8", "ast.forget_rate: leaves fewer than ast.target_activation=0.25"),
         ("ast.scoring=history ast.score_resolution=8", "ast.score_resolution: ast.scoring=history makes no forward"),
         ("ast.explore_weight_cap=0.5", "ast.explore_weight_cap: expected greater than or equal to 1"),
         ("dataset.label_noise=1", "dataset.label_noise: expected less than 1"),

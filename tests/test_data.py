@@ -11,13 +11,12 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from conftest import COLOURS, make_config, save_picture
-from lab.config import load_config
 from lab.data.datasets import collate
 from lab.data.images import View, crop_resize, decode_image, random_crops
 from lab.data.loading import EpochPlan, device_batches
 from lab.data.randomness import DRAWS, uniform
 from lab.errors import RequestError
-from train_ast import build_dataloaders, build_datasets
+from train_ast import build_dataloaders, build_datasets, load_config
 
 CPU = torch.device("cpu")
 

@@ -22,21 +22,25 @@ import pytest
 import torch
 import torch.distributed.nn.functional
 
+import lab.runtime.clock
 import lab.runtime.distributed
 import run_experiment
 import train_ast
-from conftest import BatchNormNet, LayerNormNet, make_config
+from conftest import BatchNormNet, LayerNormNet, as_batch, make_config, trained_on
 from lab.cli import run_cli
 from lab.config import Config, checkpoint_folder
+from lab.data import datasets
 from lab.data.datasets import ImageDataset
+from lab.data.queue import ActiveQueue
 from lab.errors import TrainingFailed
 from lab.runtime.checkpoint import load_checkpoint
-from lab.runtime.clock import Stop
+from lab.runtime.clock import Clock, Stop
 from lab.runtime.distributed import Dist
-from lab.runtime.sample_store import History
+from lab.runtime.outputs import Outputs
+from lab.runtime.sample_store import SampleStore
 from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
 from test_kill import exit_code, running, wait_until
-from train_ast import ActiveQueue, execute, train
+from train_ast import Run, Trainer, execute, train
 
 
 @functools.cache
@@ -149,14 +153,14 @@ def layer_norm_net(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def counts_seen() -> list[list[int]]:
     """A list that fills with how many active samples each rank has, step by step."""
-    seen, whole = [], Dist.own_part
+    seen, whole = [], Dist.own_chosen
 
     def watched(self: Dist, chosen: torch.Tensor, n: int) -> tuple:
         own, counts = whole(self, chosen, n)
         seen.append(counts)
         return own, counts
 
-    Dist.own_part = watched
+    Dist.own_chosen = watched
     return seen
 
 
@@ -194,12 +198,14 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
             known = [pair for pair in zip(got_values, values, strict=True) if pair != (None, None)]
             assert [pair[0] for pair in known] == pytest.approx([pair[1] for pair in known], abs=1e-5, rel=1e-4), key
     assert steps >= (5 if "accum" in way or "pack" in way or way == "top-k" else 20)
-    if expected["past"] is not None:
-        assert torch.allclose(expected["past"]["significance"], got["past"]["significance"], atol=1e-4)
-        assert torch.equal(expected["past"]["seen"], got["past"]["seen"])
-        assert torch.equal(expected["past"]["kinds"], got["past"]["kinds"])
-    if expected["queue"][1] is not None:
-        assert sorted(expected["queue"][1].tolist()) == sorted(got["queue"][1].tolist())
+    if "store" in expected["selection"]:
+        stores = [state["selection"]["store"] for state in (expected, got)]
+        assert torch.allclose(stores[0]["significance"], stores[1]["significance"], atol=1e-4)
+        assert torch.equal(stores[0]["seen"], stores[1]["seen"])
+        assert torch.equal(expected["selection"]["kinds"], got["selection"]["kinds"])
+    if expected["queue"] is not None and expected["queue"]["samples"] is not None:
+        for ours, theirs in zip(got["queue"]["samples"][1:], expected["queue"]["samples"][1:], strict=True):
+            assert sorted(ours.tolist()) == sorted(theirs.tolist())
 
 
 def test_gradients_are_merged_as_they_lie_in_memory(tmp_path):
@@ -211,13 +217,13 @@ def test_gradients_are_merged_as_they_lie_in_memory(tmp_path):
     def gradients(dist: Dist, part: slice) -> list[torch.Tensor]:
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10))
-        run = train_ast.Run(make_config("ast.mode=dense"), net, torch.device("cpu"), planned_steps=9, dist=dist)
-        run.model.to(memory_format=torch.channels_last)
-        train_ast.train_step(run, images[part], labels[part])
+        run = Run.build(make_config("ast.mode=dense"), net, torch.device("cpu"), planned_steps=9, dist=dist)
+        run.network.model.to(memory_format=torch.channels_last)
+        trained_on(run, images[part], labels[part])
         if dist.world > 1:
-            assert int(train_ast.merge_gradients(run)) == 8
-        assert run.model[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
-        return [parameter.grad for parameter in run.model.parameters()]
+            assert int(run.trainer.merge_gradients()) == 8
+        assert run.network.model[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
+        return [parameter.grad for parameter in run.network.model.parameters()]
 
     merged = ranks(3, lambda rank: gradients(Dist.join(torch.device("cpu")), parts[rank]), tmp_path).results()
     whole = gradients(Dist(), slice(0, 8))
@@ -233,14 +239,14 @@ def test_windows_of_synchronised_ranks_have_one_divisor(tmp_path):
 
     def gradients(dist: Dist, *windows: slice) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        run = train_ast.Run(make_config("ast.mode=dense"), LayerNormNet(), torch.device("cpu"), 9, dist=dist)
-        run.synced = dist.world > 1
+        run = Run.build(make_config("ast.mode=dense"), LayerNormNet(), torch.device("cpu"), 9, dist=dist)
+        run.network.synced = dist.world > 1
         for part in windows:
-            train_ast.train_step(run, images[part], labels[part])
+            trained_on(run, images[part], labels[part])
             if dist.world > 1:
-                assert run.window_divisor == 8
-                run.pool_window()
-        return [parameter.grad for parameter in run.model.parameters()]
+                assert run.trainer.window_divisor == 8
+                run.trainer.reduce_to_rank0()
+        return [parameter.grad for parameter in run.network.model.parameters()]
 
     merged = ranks(2, lambda rank: gradients(Dist.join(torch.device("cpu")), *parts[rank]), tmp_path).results()
     whole = gradients(Dist(), slice(0, 12))
@@ -273,14 +279,14 @@ def test_the_gradient_through_synchronised_batchnorm_is_that_of_one_process(wind
         net = BatchNormNet()
         net.body[1] = SummedBatchNorm(8)
         config = make_config("ast.mode=dense", "training.sync_batchnorm=true", "training.batch_size=9")
-        run = train_ast.Run(config, net, torch.device("cpu"), 9, dist=dist)
+        run = Run.build(config, net, torch.device("cpu"), 9, dist=dist)
         for part in parts:
-            train_ast.train_step(run, images[part], labels[part])
+            trained_on(run, images[part], labels[part])
         if dist.world > 1:
-            assert int(train_ast.merge_gradients(run)) == ends[-1]
+            assert int(run.trainer.merge_gradients()) == ends[-1]
         else:
-            train_ast.change_divisor(run, run.window_samples)
-        return [parameter.grad for parameter in run.model.parameters()]
+            run.trainer.merge_gradients()
+        return [parameter.grad for parameter in run.network.model.parameters()]
 
     bounds = list(itertools.starmap(slice, itertools.pairwise(ends)))
     merged = ranks(3, lambda rank: gradients(Dist.join(torch.device("cpu")), bounds[rank::3]), tmp_path).results()
@@ -297,9 +303,9 @@ def test_synchronised_batchnorm_keeps_what_a_model_computes(name):
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     model = train_ast.get_model(config.model, 10, 64)
     before = model.eval()(images)
-    run = train_ast.Run(config, model, torch.device("cpu"), 9, dist=Dist(0, 2))
-    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in run.model.modules())
-    assert torch.equal(run.model.eval()(images), before)
+    run = Run.build(config, model, torch.device("cpu"), 9, dist=Dist(0, 2))
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in run.network.model.modules())
+    assert torch.equal(run.network.model.eval()(images), before)
 
 
 def test_packed_steps_on_resident_parts_train_as_much_as_one_process(tmp_path, monkeypatch):
@@ -331,12 +337,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(
     way, before, after, interval, tmp_path, monkeypatch
 ):
     layer_norm_net(monkeypatch)
-    monkeypatch.setattr(train_ast, "asking_interval", lambda world: interval)
+    monkeypatch.setattr(lab.runtime.clock, "vote_interval", lambda world: interval)
     one, many = (make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     whole, _ = train(one)
 
     def interrupted(rank: int) -> Any:
-        return train(many, StopAfter(8) if rank == before - 1 else Stop())[0], last(many)["step"]
+        return train(many, StopAfter(8) if rank == before - 1 else Stop())[0], last(many)["metrics"]["step"]
 
     results = ranks(before, interrupted, tmp_path / "before").results()
     assert {result["status"] for result, _ in results} == {"interrupted"}
@@ -359,7 +365,7 @@ def test_what_waits_on_each_rank_is_its_own_after_a_resumption(tmp_path, monkeyp
     one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     whole = ranks(2, lambda rank: train(one)[0], tmp_path / "whole").results()[0]
     ranks(2, lambda rank: train(many, StopAfter(13) if rank else Stop()), tmp_path / "before").results()
-    waiting = last(many)["queue"][2]
+    waiting = last(many)["queue"]["pending"]
     assert abs(waiting[0] - waiting[1]) > 1
     resumed = ranks(2, lambda rank: train(many, resume="auto")[0], tmp_path / "after").results()[0]
     assert untimed(resumed) == untimed(whole)
@@ -371,9 +377,10 @@ def test_a_checkpoint_that_is_due_is_written_once_by_all_a_step_later(tmp_path, 
     config = make_config(*TWENTY, "training.epochs=2", f"logging.output_dir={tmp_path}/out")
 
     def work(rank: int) -> list[tuple[int, int]]:
-        saved, whole = [], train_ast.Run.save
-        train_ast.Run.checkpoint_due = lambda run: rank == 0 and run.step in (2, 3)  # until it is written
-        train_ast.Run.save = lambda run, **best: (saved.append((run.epoch, run.step)), whole(run, **best))
+        saved, save, vote = [], Outputs.save, Clock.vote
+        due = (2, 3)  # until it is written
+        Clock.vote = lambda clock, step, last, _: vote(clock, step, last, rank == 0 and step in due)
+        Outputs.save = lambda outputs, state, at, best=False: (saved.append(at), save(outputs, state, at, best))
         train(config)
         return saved
 
@@ -454,7 +461,7 @@ def test_what_the_processes_cannot_share_is_one_line_and_exit_code_2(tmp_path, m
 
 def test_other_data_on_one_rank_is_refused(tmp_path, monkeypatch):
     layer_norm_net(monkeypatch)
-    config, whole = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), train_ast.digits_dataset
+    config, whole = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), datasets.digits_dataset
 
     def relabelled(part: str) -> ImageDataset:
         dataset = whole(part)
@@ -462,7 +469,7 @@ def test_other_data_on_one_rank_is_refused(tmp_path, monkeypatch):
         return dataset
 
     def work(rank: int) -> None:
-        train_ast.digits_dataset = relabelled if rank == 1 else whole
+        datasets.digits_dataset = relabelled if rank == 1 else whole
         command(config)
 
     refused(ranks(2, work, tmp_path / "ranks"), 2, "dataset: the processes see different data, rank 1 other")
@@ -485,15 +492,15 @@ def test_a_rank_that_never_comes_is_an_error_and_no_hang(tmp_path, monkeypatch):
 
 def test_a_rank_that_fails_ends_all_and_says_why_once(tmp_path, monkeypatch):
     layer_norm_net(monkeypatch)
-    config, step = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), train_ast.train_step
+    config, step = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out"), Trainer.train_step
 
-    def failing(run: train_ast.Run, *inputs: torch.Tensor) -> int:
-        if run.epoch == 2:
+    def failing(trainer: Trainer, *inputs: Any, **options: Any) -> int:
+        if trainer.metrics.epoch == 2:
             raise TrainingFailed("the disk is gone")
-        return step(run, *inputs)
+        return step(trainer, *inputs, **options)
 
     def work(rank: int) -> None:
-        train_ast.train_step = failing if rank == 1 else step
+        Trainer.train_step = failing if rank == 1 else step
         command(config)
 
     refused(ranks(2, work, tmp_path / "ranks", seconds=30), 1, "the disk is gone")
@@ -520,23 +527,25 @@ def test_queues_of_several_ranks_take_the_batches_of_one(world, tmp_path):
         dist = Dist.join(torch.device("cpu"))
         queue, batches = ActiveQueue(batch, dist), []
         for step, counts in enumerate(steps):
-            ready = queue.push(*samples(step, rank), counts)
+            images, labels = samples(step, rank)
+            ready = queue.push(as_batch(images, labels, labels + 5), counts)
             if ready is not None:
-                assert torch.equal(ready[0][:, 0, 0, 0], (ready[1] % 251).to(torch.uint8))
-                batches.append(ready[1].tolist())
-        return batches, queue.contents()[1].tolist()
+                assert torch.equal(ready.images[:, 0, 0, 0], (ready.labels % 251).to(torch.uint8))
+                assert torch.equal(ready.indices, ready.labels + 5)
+                batches.append(ready.labels.tolist())
+        return batches, queue.state_dict()["samples"][1].tolist()
 
     results = ranks(world, work, tmp_path).results() if world > 1 else [work(0)]
     one, expected = ActiveQueue(batch), []
     for step in range(len(steps)):
         parts = zip(*(samples(step, rank) for rank in range(world)), strict=True)
-        ready = one.push(*(torch.cat(part) for part in parts))
-        expected += [] if ready is None else [ready[1].tolist()]
+        ready = one.push(as_batch(*(torch.cat(part) for part in parts)))
+        expected += [] if ready is None else [ready.labels.tolist()]
     for number, whole in enumerate(expected):
         parts = [batches[number] for batches, _ in results]
         assert {len(part) for part in parts} == {batch // world}
         assert sorted(chain(*parts)) == sorted(whole)
-    assert all(sorted(left) == sorted(one.labels.tolist()) for _, left in results)
+    assert all(sorted(left) == sorted(one.samples.labels.tolist()) for _, left in results)
 
 
 def test_a_store_in_parts_is_one_store(tmp_path):
@@ -547,20 +556,20 @@ def test_a_store_in_parts_is_one_store(tmp_path):
     visits = [(order[:31], (0, 11, 31, 31)), (order[20:47], (0, 0, 5, 27))]  # indices, where each rank's part begins
 
     def work(rank: int) -> Any:
-        store = History(50, 1.0, torch.device("cpu"), Dist.join(torch.device("cpu")))
+        store = SampleStore(50, torch.device("cpu"), Dist.join(torch.device("cpu")))
         for epoch, (indices, edges) in enumerate(visits):
             part = indices[edges[rank] : edges[rank + 1]]
             store.record(part, values[epoch][part], epoch)
-            store.merge(epoch)
+            store.merge()
         state = {name: tensor.clone() for name, tensor in store.state_dict().items()}
         whole = state if rank == 0 else None
-        again = History(50, 1.0, torch.device("cpu"), store.dist)
-        again.load_state_dict(store.dist.first(whole))
+        again = SampleStore(50, torch.device("cpu"), store.dist)
+        again.load_state_dict(store.dist.broadcast(whole))
         assert torch.equal(again.significance, store.significance)
         assert torch.equal(again.seen, store.seen)
         return state, store.scores(order.numpy()), store.significance.nbytes + store.seen.nbytes
 
-    one = History(50, 1.0, torch.device("cpu"))
+    one = SampleStore(50, torch.device("cpu"))
     for epoch, (indices, _) in enumerate(visits):
         one.record(indices, values[epoch][indices], epoch)
     (state, *_), *_ = results = ranks(3, work, tmp_path).results()
@@ -628,14 +637,16 @@ def test_running_statistics_are_averaged_and_alike_before_validation(tmp_path, m
     config = make_config(*TWENTY, "ast.mode=dense", f"logging.output_dir={tmp_path}/out")
     whole, seen = train_ast.evaluate, []
 
-    def watched(run: train_ast.Run, *inputs: Any) -> float | None:
-        seen.append(run.model.body[1].running_mean.clone())
-        return whole(run, *inputs)
+    def watched(network: train_ast.Network, *inputs: Any) -> float | None:
+        seen.append(network.model.body[1].running_mean.clone())
+        return whole(network, *inputs)
 
     def work(rank: int) -> Any:
-        train_ast.evaluate, mean = watched, train_ast.Run.average_statistics
-        own = []
-        train_ast.Run.average_statistics = lambda run: (own.append(run.model.body[1].running_mean.clone()), mean(run))
+        train_ast.evaluate, mean, own = watched, train_ast.average_running_statistics, []
+        train_ast.average_running_statistics = lambda model, dist: (
+            own.append(model.body[1].running_mean.clone()),
+            mean(model, dist),
+        )
         train(config)
         return seen, own[0]
 
@@ -650,10 +661,10 @@ def test_a_schedule_over_time_is_the_same_on_all_ranks(tmp_path, monkeypatch):
     """Ranks of different speed: the rates are alike, else the weights would drift apart, which ends a run."""
     layer_norm_net(monkeypatch)
     keys = ["training.lr_decay=time", "training.max_minutes=0.02", "training.epochs=1000"]
-    config, step = make_config(*TWENTY, *keys, f"logging.output_dir={tmp_path}/out"), train_ast.train_step
+    config, step = make_config(*TWENTY, *keys, f"logging.output_dir={tmp_path}/out"), Trainer.train_step
 
     def work(rank: int) -> Any:
-        train_ast.train_step = lambda *inputs: (time.sleep(0.01 * rank), step(*inputs))[1]
+        Trainer.train_step = lambda *inputs, **options: (time.sleep(0.01 * rank), step(*inputs, **options))[1]
         return train(config)[0]
 
     for result in ranks(2, work, tmp_path / "ranks").results():
@@ -683,22 +694,22 @@ def test_a_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(way, t
     layer_norm_net(monkeypatch)
     keys = [*TWENTY, *WAYS[way], "training.max_nonfinite_steps=3"]
     one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
-    step = train_ast.train_step
+    step = Trainer.train_step
 
-    def spoilt(run: train_ast.Run, *inputs: torch.Tensor) -> int:
-        whole = run.forward
-        if (run.epoch, run.step) in ((1, 2), (2, 4)):
-            run.forward = lambda *inputs: (float("nan") * whole(*inputs)[0], whole(*inputs)[1])
-        trained = step(run, *inputs)
-        run.forward = whole
+    def spoilt(trainer: Trainer, *inputs: Any, **options: Any) -> int:
+        whole = trainer.network.forward
+        if (trainer.metrics.epoch, trainer.metrics.step) in ((1, 2), (2, 4)):
+            trainer.network.forward = lambda *inputs: (float("nan") * whole(*inputs)[0], whole(*inputs)[1])
+        trained = step(trainer, *inputs, **options)
+        trainer.network.forward = whole
         return trained
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_ast, "train_step", spoilt)
+        patch.setattr(Trainer, "train_step", spoilt)
         whole, _ = train(one)
 
     def work(rank: int) -> Any:
-        train_ast.train_step = spoilt if rank == 1 else step
+        Trainer.train_step = spoilt if rank == 1 else step
         return train(many)[0]
 
     result = ranks(2, work, tmp_path / "ranks").results()[0]

@@ -16,11 +16,11 @@ import run_experiment
 import run_sweep
 from conftest import REPO
 from lab.cli import run_cli
-from lab.config import Config, checkpoint_folder, load_config
+from lab.config import Config, checkpoint_folder
 from lab.runtime.checkpoint import load_checkpoint
 from test_checkpoint import final_state, same
 from test_kill import exit_code, forked, running, wait_until
-from train_ast import train
+from train_ast import load_config, train
 
 SMOKE = REPO / "configs/digits_smoke.yaml"
 KEYS = ["model.name=test_resnet", "dataset.image_size=8", "training.batch_size=32", "training.device=cpu"]
@@ -115,7 +115,7 @@ def ends(config: Config, output: Path) -> tuple[int, str]:
 
 def resumes(config: Config, output: Path, whole: dict) -> None:
     """Once there is room again, the run goes on from the checkpoint it has, to the end it would have had anyway."""
-    there = load_checkpoint(last(config), config)["history"]["epoch"]
+    there = load_checkpoint(last(config), config)["metrics"]["history"]["epoch"]
     output.unlink(missing_ok=True)
     assert exit_code(forked(command(config), output)) == 0, output.read_text()
     assert f"resumed from {last(config)}: epoch {len(there) + 1}, step 0" in output.read_text()

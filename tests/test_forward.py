@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from conftest import BatchNormNet, LayerNormNet, loaded, make_batch, make_run
-from lab.runtime.clock import Stop
-from train_ast import ActiveQueue, ast_forward, score, score_ahead, select_active, train_one_epoch, warm_up
+from conftest import BatchNormNet, LayerNormNet, as_batch, loaded, make_batch, make_run, scores_of, sparse_step
+from lab.data.queue import ActiveQueue
+from lab.runtime.state import warm_up
+from train_ast import select_active, train_one_epoch
 
 NETS = [LayerNormNet, BatchNormNet]
 PLAIN_SGD = ("training.momentum=0", "training.weight_decay=0", "training.lr=1.0", "training.min_lr=1.0")
@@ -27,14 +29,14 @@ def reference_gradients(run, model, batches):
     model.zero_grad()
     for images, labels in batches:
         if len(labels):
-            (F.cross_entropy(model(run.normalise(images)), labels, reduction="sum") / total).backward()
+            (F.cross_entropy(model(run.network.normalise(images)), labels, reduction="sum") / total).backward()
     return gradients(model)
 
 
 def active_part(run, model, images, labels, threshold, min_active=0):
     """What the law says is active, worked out without `ast_forward`: eval-mode loss + entropy over a threshold."""
     with torch.no_grad():
-        logits = copy.deepcopy(model).eval()(run.normalise(images))
+        logits = copy.deepcopy(model).eval()(run.network.normalise(images))
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     scores = F.cross_entropy(logits, labels, reduction="none") + run.config.ast.entropy_weight * entropy
     k = max(int((scores > threshold).sum()), min_active)
@@ -51,7 +53,7 @@ def test_gradient_is_autograds_over_the_active_samples(net):
     run = make_run(model, "ast.initial_threshold=4.5")
     active = active_part(run, reference, images, labels, 4.5)
     assert 1 < len(active[1]) < 16  # a real selection
-    assert ast_forward(run, images, labels) == len(active[1])
+    assert sparse_step(run, images, labels) == len(active[1])
     for got, expected in zip(gradients(model), reference_gradients(run, reference, [active]), strict=True):
         assert torch.allclose(got, expected, atol=1e-6)
 
@@ -67,17 +69,17 @@ def test_window_gradient_is_the_mean_over_unequal_active_counts(net):
     batches[1] = (batches[1][0][:3], batches[1][1][:3])
     low = active_part(run, model, *batches[1], 0.0)
     with torch.no_grad():  # labels the model is surest of: none of this batch is over the threshold
-        batches[1] = (low[0], copy.deepcopy(model).eval()(run.normalise(low[0])).argmax(-1))
+        batches[1] = (low[0], copy.deepcopy(model).eval()(run.network.normalise(low[0])).argmax(-1))
     reference = copy.deepcopy(model)
     active = [active_part(run, reference, *batch, 4.5) for batch in batches]
     counts = [len(labels) for _, labels in active]
     assert counts[1] == 0
     assert counts[0] != counts[2]
     before = [p.detach().clone() for p in model.parameters()]
-    assert train_one_epoch(run, loaded(batches), 3, Stop())
+    assert train_one_epoch(run, loaded(batches), 3)
     for old, new, expected in zip(before, model.parameters(), reference_gradients(run, reference, active), strict=True):
         assert torch.allclose(old - new, expected, atol=1e-6)
-    assert (run.ledger.steps, run.ledger.trained, run.ledger.scored) == (1, sum(counts), 35)
+    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.metrics.ledger.scored) == (1, sum(counts), 35)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -85,9 +87,9 @@ def test_scoring_leaves_the_model_untouched(net):
     model = net()
     before = copy.deepcopy(model.state_dict())
     run = make_run(model)
-    scores, hits = score(run, *make_batch()).read()
+    scores, hits = scores_of(run, *make_batch()).read()
     images, labels = make_batch()
-    assert hits == (copy.deepcopy(model).eval()(run.normalise(images)).argmax(-1) == labels).sum()
+    assert hits == (copy.deepcopy(model).eval()(run.network.normalise(images)).argmax(-1) == labels).sum()
     assert not scores.requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert model.training
@@ -100,8 +102,8 @@ def test_running_statistics_come_from_the_active_samples_alone():
     images, labels = make_batch()
     run = make_run(model, "ast.initial_threshold=4.5")
     active = active_part(run, reference, images, labels, 4.5)
-    ast_forward(run, images, labels)
-    reference(run.normalise(active[0]))
+    sparse_step(run, images, labels)
+    reference(run.network.normalise(active[0]))
     assert torch.allclose(model.body[1].running_mean, reference.body[1].running_mean)
     assert model.body[1].num_batches_tracked == 1
 
@@ -115,9 +117,9 @@ def test_inactive_rows_never_reach_the_training_forward(pack):
     batches = [make_batch(seed=seed) for seed in range(12)]
     expected = []
     for images, labels in batches:
-        chosen = select_active(score(run, images, labels).read()[0], run.controller.threshold, 2)
-        expected.append(run.normalise(images[chosen.indices]))
-        ast_forward(run, images, labels)
+        chosen = select_active(scores_of(run, images, labels).read()[0], run.selection.controller.threshold, 2)
+        expected.append(run.network.normalise(images[chosen.indices]))
+        sparse_step(run, images, labels)
     trained, wanted = torch.cat(rows), torch.cat(expected)
     assert len(wanted) < 0.8 * 12 * 16
     assert torch.equal(trained, wanted[: len(trained)])  # the active rows, in order, and no others
@@ -134,37 +136,37 @@ def test_nothing_active_takes_no_step():
     model = LayerNormNet()
     run = make_run(model, "ast.initial_threshold=1e6", "ast.min_active=0", "training.grad_accum_steps=2")
     before = copy.deepcopy(model.state_dict())
-    train_one_epoch(run, loaded([make_batch(seed=s) for s in range(4)]), 4, Stop())
+    train_one_epoch(run, loaded([make_batch(seed=s) for s in range(4)]), 4)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert (run.ledger.steps, run.ledger.trained, run.ledger.loaded) == (0, 0, 64)
+    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.metrics.ledger.loaded) == (0, 0, 64)
 
 
 def test_min_active_trains_on_the_top_samples_and_the_controller_does_not_see_it():
     model = LayerNormNet()
     run = make_run(model, "ast.initial_threshold=1e6", "ast.min_active=3")
-    assert ast_forward(run, *make_batch()) == 3
-    assert run.activations == [0.0]
-    assert run.controller.threshold is None or run.controller.threshold < 1e6
+    assert sparse_step(run, *make_batch()) == 3
+    assert run.selection.activations == [0.0]
+    assert run.selection.controller.threshold is None or run.selection.controller.threshold < 1e6
 
 
 def test_hand_over_starts_at_the_quantile_of_the_first_batch():
     run = make_run(LayerNormNet(), "ast.target_activation=0.25")
     images, labels = make_batch()
-    scores, _ = score(run, images, labels).read()
-    ast_forward(run, images, labels)
-    assert run.thresholds[0] == pytest.approx(torch.quantile(scores, 0.75).item())
-    assert run.activations == [0.25]
+    scores, _ = scores_of(run, images, labels).read()
+    sparse_step(run, images, labels)
+    assert run.selection.thresholds[0] == pytest.approx(torch.quantile(scores, 0.75).item())
+    assert run.selection.activations == [0.25]
 
 
 def test_a_threshold_left_behind_is_found_again():
     """Scores collapse a thousandfold between two batches: the next batch starts from its own quantile."""
     run = make_run(LayerNormNet(), "ast.target_activation=0.5")
     for _ in range(3):
-        ast_forward(run, *make_batch(64))
-    run.controller.threshold *= 1000
-    ast_forward(run, *make_batch(64, seed=9))
-    ast_forward(run, *make_batch(64, seed=10))
-    assert run.activations[-2:] == [0.0, 0.5]
+        sparse_step(run, *make_batch(64))
+    run.selection.controller.threshold *= 1000
+    sparse_step(run, *make_batch(64, seed=9))
+    sparse_step(run, *make_batch(64, seed=10))
+    assert run.selection.activations[-2:] == [0.0, 0.5]
 
 
 def test_float16_scales_the_loss_and_unscales_the_gradient():
@@ -172,10 +174,10 @@ def test_float16_scales_the_loss_and_unscales_the_gradient():
     model = LayerNormNet()
     reference = copy.deepcopy(model)
     run = make_run(model, "training.amp_dtype=float16", "ast.mode=dense", *PLAIN_SGD)
-    assert run.scaler.is_enabled()
+    assert run.trainer.scaler.is_enabled()
     images, labels = make_batch()
     before = [p.detach().clone() for p in model.parameters()]
-    train_one_epoch(run, loaded([(images, labels)]), 1, Stop())
+    train_one_epoch(run, loaded([(images, labels)]), 1)
     expected = reference_gradients(run, reference, [(images, labels)])
     for old, new, gradient in zip(before, model.parameters(), expected, strict=True):
         assert torch.allclose(old - new, gradient, atol=2e-3)
@@ -184,30 +186,31 @@ def test_float16_scales_the_loss_and_unscales_the_gradient():
 def test_a_step_the_scaler_skips_advances_neither_schedule_nor_ledger():
     model = LayerNormNet()
     run = make_run(model, "training.amp_dtype=float16", "ast.mode=dense")
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=1000)
+    run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=1000)
     before = copy.deepcopy(model.state_dict())
-    train_one_epoch(run, loaded([make_batch()]), 1, Stop())
+    train_one_epoch(run, loaded([make_batch()]), 1)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert (run.ledger.steps, run.ledger.trained, run.scheduled, run.ledger.loaded) == (0, 0, 0, 16)
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    run.start_epoch(0)
-    train_one_epoch(run, loaded([make_batch()]), 1, Stop())
-    assert (run.ledger.steps, run.ledger.trained, run.scheduled) == (1, 16, 1)
+    ledger = run.metrics.ledger
+    assert (ledger.steps, ledger.trained, run.trainer.scheduled, ledger.loaded) == (0, 0, 0, 16)
+    run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    run.start_epoch(0, np.arange(0))
+    train_one_epoch(run, loaded([make_batch()]), 1)
+    assert (ledger.steps, ledger.trained, run.trainer.scheduled) == (1, 16, 1)
 
 
 def test_gradient_clipping_bounds_the_step():
     model = LayerNormNet()
     run = make_run(model, "ast.mode=dense", "training.grad_clip_norm=0.01", *PLAIN_SGD)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    train_one_epoch(run, loaded([make_batch()]), 1, Stop())
+    train_one_epoch(run, loaded([make_batch()]), 1)
     moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
     assert moved.norm() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_leftover_of_a_window_steps_at_the_end_of_the_epoch():
     run = make_run(LayerNormNet(), "ast.mode=dense", "training.grad_accum_steps=4")
-    train_one_epoch(run, loaded([make_batch(seed=s) for s in range(6)]), 6, Stop())
-    assert (run.ledger.steps, run.ledger.trained, run.scheduled) == (2, 96, 6)
+    train_one_epoch(run, loaded([make_batch(seed=s) for s in range(6)]), 6)
+    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.trainer.scheduled) == (2, 96, 6)
 
 
 @given(st.lists(st.integers(0, 8), max_size=30))
@@ -215,11 +218,12 @@ def test_queue_gives_every_sample_once_in_order_and_only_full_batches(sizes):
     queue, given_out, pushed = ActiveQueue(8), [], 0
     for size in sizes:
         labels = torch.arange(pushed, pushed + size)
-        ready = queue.push(labels.view(-1, 1, 1, 1).expand(-1, 3, 2, 2).to(torch.uint8), labels)
+        ready = queue.push(as_batch(labels.view(-1, 1, 1, 1).expand(-1, 3, 2, 2).to(torch.uint8), labels, labels + 7))
         pushed += size
         if ready is not None:
             assert len(ready[1]) == 8
             assert torch.equal(ready[0][:, 0, 0, 0], ready[1].to(torch.uint8))
+            assert torch.equal(ready.indices, ready.labels + 7)
             given_out += ready[1].tolist()
     assert given_out == list(range(pushed // 8 * 8))
     assert len(queue) == pushed % 8
@@ -230,10 +234,10 @@ def test_the_rate_follows_the_loop_steps_and_ends_fully_decayed():
     run = make_run(LayerNormNet(), "ast.pack=true", "training.lr=0.4", "training.epochs=4")
     rates = []
     for epoch in range(10):
-        run.start_epoch(0)
-        train_one_epoch(run, loaded([make_batch(seed=10 * epoch + s) for s in range(10)]), 10, Stop())
-        rates.append(run.optimizer.param_groups[0]["lr"])
-    assert run.scheduled + run.unscheduled == run.planned_steps == 100
+        run.start_epoch(0, np.arange(0))
+        train_one_epoch(run, loaded([make_batch(seed=10 * epoch + s) for s in range(10)]), 10)
+        rates.append(run.trainer.optimizer.param_groups[0]["lr"])
+    assert run.trainer.scheduled + run.trainer.unscheduled == run.trainer.planned_steps == 100
     assert rates == sorted(rates, reverse=True)
     assert rates[4] == pytest.approx(0.2, rel=0.2)
     assert rates[-1] < 0.004
@@ -247,7 +251,7 @@ def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(ahead):
     run = make_run(model, f"ast.score_ahead={ahead}", "ast.initial_threshold=0", *PLAIN_SGD)
     batches = [make_batch(seed=s) for s in range(5)]
     weights, seen = [copy.deepcopy(model)], []
-    for (_, labels, _), scores in score_ahead(run, loaded(batches)):
+    for (_, labels, _), scores in run.ahead.pairs(loaded(batches), run.scoring):
         seen.append((labels, scores.read()[0].clone()))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -256,13 +260,13 @@ def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(ahead):
     assert [labels.tolist() for labels, _ in seen] == [labels.tolist() for _, labels in batches]
     for i, (images, labels) in enumerate(batches):
         reference = make_run(weights[max(0, i - ahead)])
-        assert torch.allclose(seen[i][1], score(reference, images, labels).read()[0])
+        assert torch.allclose(seen[i][1], scores_of(reference, images, labels).read()[0])
 
 
 def test_scoring_ahead_is_for_scoring_alone():
     run = make_run(LayerNormNet(), "ast.mode=dense")
     batches = [make_batch(seed=s) for s in range(3)]
-    assert [scores for _, scores in score_ahead(run, loaded(batches))] == [None] * 3
+    assert [scores for _, scores in run.ahead.pairs(loaded(batches), run.scoring)] == [None] * 3
 
 
 def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one():
@@ -275,15 +279,15 @@ def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one()
     images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (16,), generator=generator)
     try:
-        train_one_epoch(run, loaded([(images, labels)] * 8), 8, Stop())
+        train_one_epoch(run, loaded([(images, labels)] * 8), 8)
         assert sides == {True: {16}, False: {12}}
         shrunk = torchvision_resize(images, 12)
-        expected = copy.deepcopy(model).eval()(run.normalise(shrunk))
+        expected = copy.deepcopy(model).eval()(run.network.normalise(shrunk))
         hits = (expected.argmax(-1) == labels).sum()
-        assert score(run, images, labels).read()[1] == hits
+        assert scores_of(run, images, labels).read()[1] == hits
     finally:
         hook.remove()
-    assert run.scoring_cost == pytest.approx((12 / 16) ** 2 / 3)
+    assert run.scorer.cost == pytest.approx((12 / 16) ** 2 / 3)
 
 
 def torchvision_resize(images, size):
@@ -299,8 +303,8 @@ def test_compiled_steps_move_the_weights_as_eager_ones_do():
         run = make_run(model, f"training.compile={mode}", "training.grad_accum_steps=2", "ast.pack=true")
         if mode != "off":
             warm_up(run)
-        train_one_epoch(run, loaded([make_batch(seed=s) for s in range(12)]), 12, Stop())
-        assert run.ledger.steps >= 1
+        train_one_epoch(run, loaded([make_batch(seed=s) for s in range(12)]), 12)
+        assert run.metrics.ledger.steps >= 1
         moved[mode] = [tensor.clone() for tensor in model.state_dict().values()]
     for eager, compiled in zip(moved["off"], moved["reduce-overhead"], strict=True):
         assert torch.allclose(eager, compiled, atol=1e-5)

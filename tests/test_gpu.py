@@ -1,17 +1,19 @@
 """What only a GPU can show: skipped without one. The logic of each path has its own test on a CPU."""
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import REPO, loaded, make_config
-from lab.config import ModelConfig, checkpoint_folder, load_config
+from lab.config import ModelConfig, checkpoint_folder
 from lab.data.images import crop_resize
 from lab.data.loading import device_batches
 from lab.data.randomness import uniform
+from lab.models import get_model
 from lab.runtime.checkpoint import load_checkpoint
-from lab.runtime.clock import Stop
 from lab.runtime.devices import configure_backends
-from train_ast import Run, build_dataloaders, get_model, train_one_epoch, warm_up
+from lab.runtime.state import warm_up
+from train_ast import Run, build_dataloaders, load_config, train_one_epoch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
@@ -39,17 +41,19 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         model = get_model(ModelConfig(name="resnet18", small_stem=True), 10, 32)
-        run = Run(config, model, GPU, planned_steps=24, samples=32)
-        if run.past is not None:
-            run.past.kinds[::3] = 2
-        run.start_epoch(0)
+        run = Run.build(config, model, GPU, planned_steps=24, samples=32)
+        stored = getattr(run.selection, "store", None)
+        if stored is not None:
+            run.selection.kinds[::3] = 2
+        else:
+            run.start_epoch(0, np.arange(32))
         start = {name: tensor.double() for name, tensor in model.state_dict().items()}
         warm_up(run)
-        train_one_epoch(run, loaded(zip(images, labels, strict=True)), 24, Stop())
+        train_one_epoch(run, loaded(zip(images, labels, strict=True)), 24)
         ended[compile_] = {name: tensor.double() - start[name] for name, tensor in model.state_dict().items()}
-        ended[compile_ + " activation"] = run.activations
-        ended[compile_ + " stored"] = None if run.past is None else run.past.significance.clone()
-        assert run.ledger.steps >= 2
+        ended[compile_ + " activation"] = run.selection.activations
+        ended[compile_ + " stored"] = None if stored is None else stored.significance.clone()
+        assert run.metrics.ledger.steps >= 2
     assert ended["off activation"] == pytest.approx(ended["reduce-overhead activation"], abs=1 / 16)
     if ended["off stored"] is not None:
         assert torch.allclose(ended["off stored"], ended["reduce-overhead stored"], rtol=0.05, atol=0.05)
@@ -107,7 +111,7 @@ def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, s
         config = load_config(preset, overrides)
         ended[processes] = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
     one, two = (state["model"] for state in ended.values())
-    assert ended[2]["ledger"]["steps"] == ended[1]["ledger"]["steps"]
+    assert ended[2]["metrics"]["ledger"]["steps"] == ended[1]["metrics"]["ledger"]["steps"]
     for name, tensor in one.items():
         if tensor.dim() == 1:  # BatchNorm's, which begin as ones and zeros
             moved = tensor - float(name.endswith(("weight", "running_var")))

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import LayerNormNet, loaded, make_batch, make_config
+from conftest import LayerNormNet, as_batch, loaded, make_batch, make_config, trained_on
 from lab.data.loading import EpochPlan, device_batches
-from lab.runtime.clock import Stop
-from lab.runtime.sample_store import History
+from lab.runtime.sample_store import SampleStore
 from train_ast import (
     PIController,
     Run,
@@ -24,7 +23,6 @@ from train_ast import (
     significance,
     train,
     train_one_epoch,
-    train_step,
 )
 
 CPU = torch.device("cpu")
@@ -35,8 +33,8 @@ NEVER = math.inf  # the score of a sample never seen
 
 def history_run(samples: int, *overrides: str) -> Run:
     torch.manual_seed(0)
-    run = Run(make_config(*HISTORY, *overrides), LayerNormNet(), CPU, planned_steps=100, samples=samples)
-    run.start_epoch(run.config.ast.warmup_epochs)
+    run = Run.build(make_config(*HISTORY, *overrides), LayerNormNet(), CPU, planned_steps=100, samples=samples)
+    run.selection.start_dense_epoch()
     return run
 
 
@@ -44,7 +42,7 @@ def history_run(samples: int, *overrides: str) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("scores", "drawn", "leave_out", "kinds"),
+    ("scores", "drawn", "forget_rate", "kinds"),
     [
         ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.0, [0, 1, 0, 1]),
         ([1.0, 2.5, 2.0, 4.0], [0, 0, 0, 0], 0.0, [0, 0, 0, 1]),  # over, not at, the threshold
@@ -55,10 +53,10 @@ def history_run(samples: int, *overrides: str) -> Run:
         ([1.0, 3.0, NEVER, 4.0], [0, 0, 0, 0], 0.34, [0, 1, 1, 0]),  # never seen is not hopeless
     ],
 )
-def test_which_samples_an_epoch_takes(scores, drawn, leave_out, kinds):
+def test_which_samples_an_epoch_takes(scores, drawn, forget_rate, kinds):
     controller = PIController(0.5, kp=0.0, ki=0.0, threshold=2.5)
     chosen = choose_by_threshold(
-        np.array(scores, np.float32), np.array(drawn, bool), controller, 4, in_iqr=True, leave_out=leave_out
+        np.array(scores, np.float32), np.array(drawn, bool), controller, 4, in_iqr=True, forget_rate=forget_rate
     )
     assert chosen.kinds.tolist() == kinds
     assert chosen.threshold == 2.5
@@ -112,9 +110,10 @@ def test_infobatch_keeps_half_of_those_below_the_mean_at_twice_the_weight():
     assert chosen.threshold == pytest.approx(mean)
     assert (chosen.kinds[scores >= mean] == 1).all()
     assert (chosen.kinds[scores < mean] == 2 * drawn[scores < mean]).all()
-    store = History(3, 2.0, CPU)
-    store.kinds.copy_(torch.tensor([0, 1, 2]))
-    assert store.weights(torch.tensor([2, 1, 2])).tolist() == [2.0, 1.0, 2.0]
+    rule = ["ast.rule=infobatch", "ast.entropy_weight=0", "ast.explore=0.25", "ast.explore_weight_cap=4"]
+    selection = history_run(3, *rule).selection
+    selection.kinds.copy_(torch.tensor([0, 1, 2]))
+    assert selection.weights(as_batch(*make_batch(3), torch.tensor([2, 1, 2]))).tolist() == [2.0, 1.0, 2.0]
 
 
 def test_infobatch_is_dense_in_its_last_eighth(tmp_path):
@@ -142,33 +141,33 @@ def test_top_k_takes_the_same_number_of_every_batch(tmp_path):
 
 def test_a_step_records_the_significance_of_its_own_forward():
     run = history_run(40, "ast.entropy_weight=0.5")
-    run.epoch = 3
+    run.metrics.epoch = 3
     images, labels = make_batch()
     indices = torch.arange(16) * 2 + 5
     with torch.no_grad():
-        expected = significance(run.model(run.normalise(images)), labels, 0.5)
-    train_step(run, images, labels, indices)
-    assert torch.equal(run.past.significance[indices], expected)
-    assert set(run.past.seen[indices].tolist()) == {3}
+        expected = significance(run.network.model(run.network.normalise(images)), labels, 0.5)
+    trained_on(run, images, labels, indices)
+    assert torch.equal(run.selection.store.significance[indices], expected)
+    assert set(run.selection.store.seen[indices].tolist()) == {3}
     others = torch.ones(40, dtype=torch.bool).index_fill_(0, indices, False)
-    assert run.past.significance[others].isinf().all()
-    assert (run.past.seen[others] == -1).all()
+    assert run.selection.store.significance[others].isinf().all()
+    assert (run.selection.store.seen[others] == -1).all()
 
 
 def test_a_loss_that_is_not_finite_leaves_its_sample_as_never_seen():
-    store = History(4, 1.0, CPU)
+    store = SampleStore(4, CPU)
     store.record(torch.tensor([0, 1, 2]), torch.tensor([math.nan, 2.0, math.inf]), 0)
     assert store.significance.tolist() == [math.inf, 2.0, math.inf, math.inf]
 
 
 def test_explored_samples_weigh_more_in_the_gradient():
     run = history_run(16, "ast.explore=0.25", "ast.explore_weight_cap=3", "training.lr=1", "training.momentum=0")
-    run.past.kinds.copy_(torch.tensor([1, 2] * 8))
+    run.selection.kinds.copy_(torch.tensor([1, 2] * 8))
     images, labels = make_batch()
-    losses = F.cross_entropy(run.model(run.normalise(images)), labels, reduction="none")
-    expected = torch.autograd.grad((losses * torch.tensor([1.0, 3.0] * 8)).mean(), list(run.model.parameters()))
-    train_step(run, images, labels, torch.arange(16))
-    for parameter, gradient in zip(run.model.parameters(), expected, strict=True):
+    losses = F.cross_entropy(run.network.model(run.network.normalise(images)), labels, reduction="none")
+    expected = torch.autograd.grad((losses * torch.tensor([1.0, 3.0] * 8)).mean(), list(run.network.model.parameters()))
+    trained_on(run, images, labels, torch.arange(16))
+    for parameter, gradient in zip(run.network.model.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
 
 
@@ -177,25 +176,25 @@ def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
     run = history_run(64, "ast.explore=0.25", "ast.explore_weight_cap=4", "ast.kp=0", "ast.ki=0")
     images, labels = make_batch(64)
     with torch.no_grad():
-        scores = significance(run.model(run.normalise(images)), labels, 1.0)
-    run.past.record(torch.arange(64), scores, 0)
-    run.controller.start(float(scores.median()))
-    parameter = run.model.head.weight
+        scores = significance(run.network.model(run.network.normalise(images)), labels, 1.0)
+    run.selection.store.record(torch.arange(64), scores, 0)
+    run.selection.controller.start(float(scores.median()))
+    parameter = run.network.model.head.weight
 
     def gradient(indices: torch.Tensor) -> torch.Tensor:
-        parameter.grad, run.window_samples, run.window_divisor = None, 0, 0
-        kept = run.past.significance.clone()
-        train_step(run, images[indices], labels[indices], indices)
-        run.past.significance.copy_(kept)
+        parameter.grad, run.trainer.window_samples, run.trainer.window_divisor = None, 0, 0
+        kept = run.selection.store.significance.clone()
+        trained_on(run, images[indices], labels[indices], indices)
+        run.selection.store.significance.copy_(kept)
         return parameter.grad * len(indices) / 64
 
-    run.past.kinds.fill_(1)
+    run.selection.kinds.fill_(1)
     whole = gradient(torch.arange(64))
     plan, total, spread = EpochPlan(np.arange(64), 16, 0, lambda epoch: 1.0), 0.0, 0.0
     for draw in range(1500):
         plan.begin(draw)
-        run.choose(plan)
-        one = gradient(torch.from_numpy(np.flatnonzero(run.past.kinds.numpy())))
+        run.selection.start_epoch(draw, plan.shuffled())
+        one = gradient(torch.from_numpy(np.flatnonzero(run.selection.kinds.numpy())))
         total, spread = total + one, spread + (one - whole).square()
     error, chance = (total / 1500 - whole).norm(), (spread.sum() / 1500**2).sqrt()
     assert error < 3 * chance
@@ -204,11 +203,12 @@ def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
 
 def test_a_store_survives_saving_and_loading():
     one, two = history_run(16), history_run(16)
-    one.past.record(torch.arange(8), torch.rand(8), 4)
-    one.past.kinds[3] = 2
-    two.load_state_dict(one.state_dict())
-    for name, tensor in one.past.state_dict().items():
-        assert torch.equal(tensor, two.past.state_dict()[name]), name
+    one.selection.store.record(torch.arange(8), torch.rand(8), 4)
+    one.selection.kinds[3] = 2
+    two.selection.load_state_dict(one.selection.state_dict())
+    for name, tensor in one.selection.store.state_dict().items():
+        assert torch.equal(tensor, two.selection.store.state_dict()[name]), name
+    assert torch.equal(one.selection.kinds, two.selection.kinds)
 
 
 # ---------------------------------------------------------------------------------------- What is read, and run
@@ -264,32 +264,31 @@ def test_a_run_holds_its_target_and_trains_what_it_loads(cache, tmp_path):
 
 def test_dense_phases_fill_the_store_for_the_first_choice():
     run = history_run(64, "ast.warmup_epochs=1", "training.epochs=3")
-    run.start_epoch(0)
+    run.start_epoch(0, np.arange(64))
     pairs = loaded([make_batch(16, seed) for seed in range(4)])
     batches = [batch._replace(indices=batch.indices + 16 * i) for i, batch in enumerate(pairs)]
-    train_one_epoch(run, batches, 4, Stop())
-    assert run.past.significance.isfinite().all()
-    run.start_epoch(1)
-    run.choose(EpochPlan(np.arange(64), 16, 0, lambda epoch: 1.0))
-    assert 0 < np.count_nonzero(run.past.kinds) < 64
+    train_one_epoch(run, batches, 4)
+    assert run.selection.store.significance.isfinite().all()
+    run.start_epoch(1, np.random.default_rng((0, 1)).permutation(64))
+    assert 0 < np.count_nonzero(run.selection.kinds) < 64
 
 
 @pytest.mark.long
 def test_choosing_costs_at_most_50_ns_a_sample():
     """Beyond the shuffle, which every mode makes: at 1e6, 1e7 and 1e8 samples, batches of 512."""
     for size in (10**6, 10**7, 10**8):
-        run = History(size, 1.0, CPU)
-        run.significance.copy_(torch.rand(size))
+        store, on_device = SampleStore(size, CPU), torch.ones(size, dtype=torch.uint8)
+        store.significance.copy_(torch.rand(size))
         order = np.random.default_rng(0).permutation(size)
         controller, started = PIController(0.3, kp=1.0, ki=0.2), time.perf_counter()
-        scores = run.significance.numpy()[order]
+        scores = store.scores(order)
         drawn = np.random.default_rng((0, 1, 1)).random(size, dtype=np.float32) < 0.1
         chosen = choose_by_threshold(scores, drawn, controller, 512, in_iqr=True)
         kinds = np.zeros(size, np.uint8)
         kinds[order] = chosen.kinds
-        run.kinds.copy_(torch.from_numpy(kinds))
+        on_device.copy_(torch.from_numpy(kinds))
         nanoseconds = 1e9 * (time.perf_counter() - started) / size
-        kept = sum(tensor.nbytes for tensor in run.state_dict().values()) / size
+        kept = sum(tensor.nbytes for tensor in [*store.state_dict().values(), on_device]) / size
         share = np.count_nonzero(kinds) / size
         print(f"{size:>11,} samples: {nanoseconds:.1f} ns and {kept:g} bytes a sample, share {share:.4f}")
         assert nanoseconds <= 50

@@ -19,7 +19,7 @@ LIGHT += [f"lab.analysis.{name}" for name in ("study", "tables", "figures", "rep
 LIGHT += ["analyze_results"]
 
 
-STILL = {"train_ast": 3000, "run_sweep": 480, "run_experiment": 150}
+STILL = {"run_sweep": 480, "run_experiment": 150}
 
 
 def limit(name: str) -> int:

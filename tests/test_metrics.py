@@ -20,8 +20,8 @@ def test_meter_means_over_samples_not_over_batches():
     meter = Meter(CPU, epoch=0)
     meter.add_loss(torch.tensor(6.0), samples=3, step=0)
     meter.add_loss(torch.tensor(10.0), samples=1, step=1)
-    meter.add_hits(torch.tensor(1), samples=2)  # counted on the device
-    meter.add_hits(2, samples=2)  # or by the host
+    meter.add_correct(torch.tensor(1), samples=2)  # counted on the device
+    meter.add_correct(2, samples=2)  # or by the host
     assert meter.read() == (4.0, 75.0)
     assert Meter(CPU, 0).read() == (None, None)
 

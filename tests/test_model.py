@@ -7,8 +7,8 @@ from torch import nn
 from conftest import BatchNormNet, make_config
 from lab.config import ModelConfig
 from lab.errors import RequestError
-from lab.runtime.devices import count_flops, eval_view
-from train_ast import Run, get_model
+from lab.models import count_flops, eval_view, get_model
+from train_ast import Run
 
 
 @pytest.mark.parametrize(
@@ -67,4 +67,4 @@ def test_a_network_that_takes_no_smaller_images_cannot_score_at_them():
     config = make_config("model.name=vit_b_16", "dataset.image_size=32", "ast.score_resolution=16")
     model = get_model(config.model, 10, 32)
     with pytest.raises(RequestError, match=r"ast.score_resolution: vit_b_16 at 16 px: .*Wrong image height"):
-        Run(config, model, torch.device("cpu"), planned_steps=1)
+        Run.build(config, model, torch.device("cpu"), planned_steps=1)

@@ -14,8 +14,8 @@ import yaml
 import run_experiment
 from conftest import REPO
 from lab.cli import run_cli
-from lab.config import load_config
 from lab.errors import RequestError
+from train_ast import load_config
 
 CONFIG = str(REPO / "configs/digits_smoke.yaml")
 

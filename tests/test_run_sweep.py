@@ -17,7 +17,7 @@ import run_sweep
 from conftest import REPO
 from helpers import write_run
 from lab.cli import run_cli
-from lab.config import Config, load_config, run_id
+from lab.config import Config, run_id
 from lab.data import cache
 from lab.errors import RequestError
 from run_sweep import (
@@ -33,6 +33,7 @@ from run_sweep import (
     time_left,
     work_off,
 )
+from train_ast import load_config
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "training.batch_size=16"]

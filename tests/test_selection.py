@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_ast import per_sample_entropy, select_active, significance
+from conftest import LayerNormNet, as_batch, make_batch, make_run
+from lab.data.loading import Scores
+from lab.errors import TrainingFailed
+from train_ast import ast_forward, per_sample_entropy, select_active, significance
 
 
 def test_entropy_of_known_distributions():
@@ -45,7 +48,6 @@ def test_which_samples_are_active(scores, threshold, min_active, indices, activa
     chosen = select_active(torch.tensor(scores), threshold, min_active)
     assert chosen.indices.tolist() == indices
     assert chosen.activation == activation
-    assert chosen.finite
 
 
 @given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=40), st.floats(0, 10, width=32), st.integers(0, 8))
@@ -65,5 +67,12 @@ def test_spread_is_the_inter_quartile_range():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_scores_are_reported(bad):
-    assert not select_active(torch.tensor([1.0, bad, 2.0]), 0.5).finite
+def test_a_batch_with_a_score_that_is_not_finite_is_left_out(bad):
+    run = make_run(LayerNormNet(), "ast.initial_threshold=1", "training.max_nonfinite_steps=1")
+    rows = torch.stack([torch.full((16,), 2.0), torch.zeros(16)])
+    rows[0, 3] = bad
+    assert ast_forward(as_batch(*make_batch()), Scores(rows, None), run.selection, run.queue, run.trainer) == 0
+    assert run.selection.activations == []
+    assert run.metrics.ledger.trained == 0
+    with pytest.raises(TrainingFailed, match="non-finite loss in epoch 1, step 1"):
+        ast_forward(as_batch(*make_batch()), Scores(rows, None), run.selection, run.queue, run.trainer)

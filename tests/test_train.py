@@ -17,8 +17,10 @@ from lab.config import TrainingConfig
 from lab.errors import RequestError, TrainingFailed
 from lab.runtime.clock import Stop
 from lab.runtime.devices import resolve_amp_dtype, resolve_device
+from lab.runtime.optimizer import lr_at
 from lab.runtime.outputs import save_results
-from train_ast import HISTORY_KEYS, lr_at, train, warm_up
+from lab.runtime.state import warm_up
+from train_ast import HISTORY_KEYS, train
 
 DOCUMENTED = ["best_accuracy", "total_time_hours", "epochs_completed", "training_history"]
 FAST = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=64", "ast.pack=true"]
@@ -118,7 +120,7 @@ def test_warm_up_leaves_no_trace():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
-    assert run.ledger.scored == run.ledger.loaded == 0
+    assert run.metrics.ledger.scored == run.metrics.ledger.loaded == 0
 
 
 def test_early_stop_waits_for_its_patience(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -76,3 +77,26 @@ def summary(result: Mapping[str, Any]) -> str:
         "GPU energy": "not measured" if energy is None else f"{energy:.3f} kJ in training",
     }
     return "\n".join(["", *(f"{name:<16} {value}" for name, value in rows.items())])
+
+
+@contextlib.contextmanager
+def step_bar(label: str, steps: int) -> Iterator[Callable[[int, int, Callable[[], dict[str, str]]], None]]:
+    """A bar over an epoch's steps. Yields heartbeat(step, images, facts), to be called after each step.
+
+    `facts`, which may read the device, is called about once a second and not after every step.
+    """
+    started = shown = time.monotonic()
+    total = 0
+    with progress_bar(total=steps, desc=label, unit="step") as bar:
+
+        def heartbeat(step: int, images: int, facts: Callable[[], dict[str, str]]) -> None:
+            nonlocal shown, total
+            total += images
+            now = time.monotonic()
+            if now - shown < 1.0 and step < steps:
+                return
+            shown = now
+            bar.set_postfix(facts() | {"images/s": f"{total / max(now - started, 1e-9):,.0f}"}, refresh=False)
+            bar.update(step - bar.n)
+
+        yield heartbeat

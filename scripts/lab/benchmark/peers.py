@@ -32,7 +32,7 @@ class Bench:
         config, device = workload.config, workload.images.device
         self.kind = device.type
         self.keep = round(config.ast.target_activation * config.training.batch_size)
-        configure_backends(config.ast.model_copy(update={"mode": "dense"}), device)  # every batch has one shape
+        configure_backends(True, device)  # every batch has one shape
         layout = torch.channels_last if ours and self.kind == "cuda" else torch.contiguous_format
         model = workload.get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
         self.model = model.to(device, memory_format=layout).train()

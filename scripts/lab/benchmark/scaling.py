@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 from lab.console import Columns, table_line
 from lab.errors import RequestError
 from lab.runtime.devices import environment
-from lab.runtime.distributed import asking_interval
+from lab.runtime.distributed import vote_interval
 
 Measured = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Printable = Annotated[str, Field(pattern=r"^[ -~]{1,80}$")]  # anybody may have written the file that it is shown from
@@ -137,7 +137,7 @@ def parts_at(
       scores        t as a fixed price, (N - 1) x B / pace, and ceil(log2 M) hops
       evening out   t, with M > 1 at least B / --network-gb and a hop: a GPU's surplus does not grow with N
       agreement     gloo's all_gather is a ring of N - 1 hops: t / (n - 1) each, with M > 1 at least --latency-us. It
-                    comes once in `asking_interval` batches, while all else goes on
+                    comes once in `vote_interval` batches, while all else goes on
       choosing      `choose_ms` over the scores of all GPUs
     All but the device's are of one call, and are multiplied by the calls a considered batch. Assumed: no GPU is slower
     than those measured, nobody else uses the network, and memory for N processes' results costs no time.
@@ -151,7 +151,7 @@ def parts_at(
         "gradients": lambda c: 2 * (gpus - 1) / gpus * c.bytes / pace + 2 * hops * hop,
         "scores": lambda c: c.transfer_ms + (gpus - 1) * c.bytes / pace + hops * hop,
         "evening out": lambda c: max(c.transfer_ms, c.bytes / network + hop),
-        "agreement": lambda c: (gpus - 1) * max(c.transfer_ms / (n - 1), hop) / asking_interval(gpus),
+        "agreement": lambda c: (gpus - 1) * max(c.transfer_ms / (n - 1), hop) / vote_interval(gpus),
     }
     parts = {"device": row.computing_ms(), "choosing": 0.0}
     for kind, price in a_call.items():

@@ -77,19 +77,19 @@ class TimedDist(Dist):
     def all_sum(self, tensor: Tensor) -> Tensor:
         return self._timed("gradients", tensor.nbytes, partial(super().all_sum, tensor))
 
-    def join_columns(self, facts: Tensor, size: int) -> Tensor:
+    def all_gather_columns(self, facts: Tensor, size: int) -> Tensor:
         filled = len(facts) * size * facts.element_size()
-        return self._timed("scores", filled, partial(super().join_columns, facts, size))
+        return self._timed("scores", filled, partial(super().all_gather_columns, facts, size))
 
-    def gather_later(self, values: Sequence[float]) -> Callable[[], np.ndarray]:
-        later = super().gather_later
+    def all_gather_async(self, values: Sequence[float]) -> Callable[[], np.ndarray]:
+        later = super().all_gather_async
         if self.device is None:
             return later(values)
         rows = self._timed("agreement", 8 * len(values), lambda: later(values)())  # float64
         return lambda: rows
 
-    def exchange(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
-        return self._timed("evening out", tensor.nbytes, partial(super().exchange, tensor, moves))
+    def all_to_all(self, tensor: Tensor, moves: np.ndarray) -> Tensor:
+        return self._timed("evening out", tensor.nbytes, partial(super().all_to_all, tensor, moves))
 
 
 Step = Callable[[int], None]  # trains on so many considered batches
@@ -130,7 +130,7 @@ def random_workload(config: Config, device: torch.device, dist: Dist, **rest: An
     side, batch_size = config.dataset.image_size, config.training.batch_size
     images = torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8)
     labels = torch.randint(0, config.dataset.num_classes, (batch_size,))
-    return Workload(config, dist.part(images).to(device), dist.part(labels).to(device), dist, **rest)
+    return Workload(config, dist.shard(images).to(device), dist.shard(labels).to(device), dist, **rest)
 
 
 def choose_loops(
@@ -190,11 +190,11 @@ def measure(steps: Step, device: torch.device, count: int, repeats: int, dist: D
     drawn = meter.read_kj()
     for _ in range(repeats):
         synchronize(device)
-        dist.gather([0])  # wait for all processes
+        dist.all_gather([0])  # wait for all processes
         started = time.perf_counter()
         steps(count)
         synchronize(device)
-        times.append(1000 * dist.gather([time.perf_counter() - started]).max() / count)
+        times.append(1000 * dist.all_gather([time.perf_counter() - started]).max() / count)
     joules = None if drawn is None else 1000 * (meter.read_kj() - drawn) / (count * repeats)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     row = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
@@ -203,7 +203,7 @@ def measure(steps: Step, device: torch.device, count: int, repeats: int, dist: D
 
 def over_processes(dist: Dist, value: float | None, merge: Callable[[np.ndarray], float]) -> float | None:
     """One number out of every process's; None where one has none."""
-    found = float(merge(dist.gather([math.nan if value is None else value])))
+    found = float(merge(dist.all_gather([math.nan if value is None else value])))
     return None if math.isnan(found) else found
 
 
@@ -219,7 +219,7 @@ def time_collectives(steps: Step, device: torch.device, count: int, dist: TimedD
     steps(count)
     found = {}
     for kind, calls in dist.watched().items():
-        times, sizes = (dist.gather(each) for each in zip(*calls, strict=True))
+        times, sizes = (dist.all_gather(each) for each in zip(*calls, strict=True))
         found[kind] = {"calls": len(calls) / count, "bytes": float(sizes.mean()), "ms": float(times.mean())}
         found[kind]["transfer_ms"] = float(np.median(times.min(0)))
     return found

@@ -75,7 +75,7 @@ class ResidentLoader:
         batch_size = batch_size or config.training.batch_size
         self.plan, self.indices, self.batch_size = plan, indices, batch_size
         self.dist = plan.dist if plan else Dist()  # without a plan `indices` are this process's alone
-        self.edges = self.dist.edges(len(indices))
+        self.edges = self.dist.shard_edges(len(indices))
         self.view, self.side = dataset.view, kept_side(config.dataset)
         self.keys = torch.from_numpy(indices).to(device)
         self.bad = BadImages(config.dataset.max_bad_images)
@@ -97,7 +97,7 @@ class ResidentLoader:
     ) -> tuple[Tensor, np.ndarray, Tensor]:
         """This process's pictures [own, 3, side, side] on the device, and of all samples the labels [n] on the host
         and the heights over widths [n] on the device."""
-        own = self.dist.part(self.indices)
+        own = self.dist.shard(self.indices)
         images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
         labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
         decoder = DataLoader(_Kept(dataset, self.side), 256, sampler=own.tolist(), **shared)
@@ -106,7 +106,7 @@ class ResidentLoader:
             part = slice(done, done + len(shapes))
             images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels.numpy(), shapes.numpy()
             done = part.stop
-        everyone = zip(*self.dist.gather_objects((labels, aspects)), strict=True)
+        everyone = zip(*self.dist.all_gather_objects((labels, aspects)), strict=True)
         labels, aspects = (np.concatenate(each) for each in everyone)
         return images, labels, torch.from_numpy(aspects).to(device)
 
@@ -126,7 +126,7 @@ class ResidentLoader:
             for share, kept, part, *view in zip(block, own, *views, strict=True):
                 images = self.images[kept]
                 if share.moves is not None:
-                    images = self.dist.exchange(images, share.moves)
+                    images = self.dist.all_to_all(images, share.moves)
                 images = self.crop(images, *view) if view and len(part) else images
                 yield Batch(images, self.labels[part], self.bad.found, self.keys[part])
 
@@ -136,7 +136,7 @@ class ResidentLoader:
             return Share(batch, batch, None)
         keeper = np.searchsorted(self.edges[1:], batch, side="right")
         parts = [batch[keeper == rank] for rank in range(self.dist.world)]
-        kept, moves = parts[self.dist.rank], self.dist.evening([len(part) for part in parts])
+        kept, moves = parts[self.dist.rank], self.dist.balancing_moves([len(part) for part in parts])
         if moves is None:
             return Share(kept, kept - self.edges[self.dist.rank], None)
         ends = moves.cumsum(1)[:, self.dist.rank]

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from lab.config import DatasetConfig
+from lab.config import DatasetConfig, first_complaint
 from lab.data.images import View, decode_image
 from lab.data.randomness import DRAWS
 from lab.errors import RequestError, one_line
@@ -57,6 +57,17 @@ class ImageDataset(Dataset):
     `samples[index]` is (what holds the image: a path, bytes or a uint8 tensor [3, H, W]; label); `draws` are the
     random numbers of its augmentation, see `EpochPlan`.
     """
+
+    IN_MEMORY: ClassVar[bool] = False  # whether loading takes so little that no worker is worth it
+
+    @classmethod
+    def check(cls, config: DatasetConfig) -> None:
+        """Raises ValueError naming the key where the config lacks what this data set needs."""
+
+    @classmethod
+    def splits(cls, config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
+        """(training, validation). Raises RequestError naming the key where data is missing."""
+        raise NotImplementedError
 
     def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
         self.samples, self.classes = samples, classes
@@ -195,3 +206,29 @@ def find_column(key: str, asked: str | None, features: Any, kind: type) -> str:
         problem = "cannot tell the column" if asked is None else f"no column {asked!r}"
         raise RequestError(f"dataset.{key}: {problem}; set it to one of {', '.join(features)}")
     return found[0]
+
+
+class DigitsDataset(ImageDataset):
+    """`digits_dataset`, both parts."""
+
+    IN_MEMORY = True
+
+    @classmethod
+    def splits(cls, config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
+        return digits_dataset("train"), digits_dataset("val")
+
+
+class FolderDataset(ImageDataset):
+    """`folder_dataset`, both parts."""
+
+    @classmethod
+    def check(cls, config: DatasetConfig) -> None:
+        first_complaint(
+            (not config.train_dir, "dataset.train_dir: needed with dataset.type=folder"),
+            (not config.val_dir, "dataset.val_dir: needed with dataset.type=folder"),
+        )
+
+    @classmethod
+    def splits(cls, config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
+        train = folder_dataset("dataset.train_dir", config.train_dir)
+        return train, folder_dataset("dataset.val_dir", config.val_dir, train.classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from lab.config import TrainingConfig
 from lab.data.datasets import BadImages, Batch
 from lab.data.randomness import DRAWS, uniform
 from lab.runtime.distributed import Dist
@@ -98,7 +100,7 @@ class EpochPlan(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
         order = self.order()
         for start in range(self.start * self.batch_size, len(order), self.batch_size):
-            chunk = self.dist.part(order[start : start + self.batch_size])
+            chunk = self.dist.shard(order[start : start + self.batch_size])
             draws = uniform(self.seed, self.epoch, torch.from_numpy(chunk), DRAWS)
             yield list(zip(chunk.tolist(), draws.numpy(), strict=True))
 
@@ -134,3 +136,61 @@ def _arrived(batch: Loaded, copied: torch.cuda.Event) -> Loaded:
     for tensor in batch:
         tensor.record_stream(stream)
     return batch
+
+
+class Scores(NamedTuple):
+    """The scores of a batch on their way to the host; of several processes, of the batches of all ranks in order."""
+
+    rows: Tensor  # float32 [2, batch] on the host: significance, nats; 1 for a correct prediction
+    arrived: torch.cuda.Event | None  # when they are there; None: now
+    is_model: bool = True  # whether the predictions are those of the network that is trained
+
+    def wait(self) -> Tensor:
+        """The rows, once the scoring forward has finished."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.rows
+
+    def read(self) -> tuple[Tensor, int]:
+        """(significance float32 [batch] on the host, number of correct predictions)."""
+        significance, correct = self.wait()
+        if len(significance) and significance.min() == -math.inf:  # padding of a rank with a smaller part
+            significance, correct = self.rows[:, significance != -math.inf]
+        return significance, int(correct.sum())
+
+
+class ScoreAhead:
+    """Gives each batch with its scores while the scoring of the next one has already started (`ast.score_ahead`).
+
+    So the device has work while the host reads scores and chooses. The price: scores come from the weights before the
+    previous batch was trained on. The threshold is not delayed, because the host chooses.
+    """
+
+    def __init__(self, score: Callable[[Loaded], Scores] | None, ahead: bool):
+        """score: starts scoring a batch; None: nothing is scored. ahead: if false, each is scored at its turn."""
+        self.score, self.depth = score, int(ahead and score is not None)
+        self.pending: Scores | None = None  # of a batch that is scored and not yet trained on
+
+    def pairs(self, batches: Iterable[Loaded], scoring: bool) -> Iterator[tuple[Loaded, Scores | None]]:
+        """The batches with their scores; with None where `scoring` is false."""
+        waiting: list[tuple[Loaded, Scores | None]] = []
+        depth = self.depth if scoring else 0
+        restored, self.pending = self.pending, None  # of a checkpoint: the weights that gave these scores are gone
+        for batch in batches:
+            scores = restored or (self.score(batch) if scoring else None)
+            restored = None
+            waiting.append((batch, scores))
+            if len(waiting) > depth:
+                ready = waiting.pop(0)
+                self.pending = scores if waiting else None
+                yield ready
+        self.pending = None
+        yield from waiting
+
+
+def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
+    """training.num_workers, or by default one a core of this process, at most 16; none for data in memory."""
+    if training.num_workers is not None:
+        return training.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if in_memory else min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lab.config import Config, checkpoint_folder, config_keys
 from lab.errors import RequestError, TrainingFailed, one_line
@@ -26,15 +26,14 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+FORMAT = 2  # of the state: nested by object
 MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
-
 MAGIC = b"AST-LAB checkpoint, sha256: "
-
-CAPPED = "capped.json"  # beside the checkpoint: what was logged of an epoch that it has not finished
+CAPPED = "capped.json"  # beside the checkpoint: the logged line of an epoch that a time cap cut short
 
 
 def file_digest(path: Path, size: int) -> bytes:
-    """SHA-256, in hexadecimal, of the first `size` bytes."""
+    """SHA-256 of the first `size` bytes of a file, hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(min(2**20, size)):
@@ -44,9 +43,9 @@ def file_digest(path: Path, size: int) -> bytes:
 
 
 def save_checkpoint(state: dict[str, Any], path: Path, best: bool = False) -> None:
-    """Write `state` to `path`, whole or not at all, followed by its SHA-256; the best one to best.pt beside it too.
+    """Write `state` to `path`, whole or not at all, followed by its SHA-256. The best also goes to best.pt beside it.
 
-    Raises OSError where the disk does not take it; what stood at `path` then still does.
+    Raises OSError where the disk does not take it; `path` then holds what it held before.
     """
 
     def write(part: Path) -> None:
@@ -70,8 +69,8 @@ def save_checkpoint(state: dict[str, Any], path: Path, best: bool = False) -> No
 def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
     """What `save_checkpoint` wrote, tensors on the host. No code in it is run (`weights_only`).
 
-    Raises RequestError for a file that cannot be read, is not whole or altered, or belongs to another config: that
-    names the keys that differ. Those of MAY_CHANGE and logging may.
+    Raises RequestError for a file that cannot be read, is damaged or of another format, or belongs to another config.
+    The last names the keys that differ; those of MAY_CHANGE and logging may.
     """
     try:
         size = path.stat().st_size - len(MAGIC) - 64
@@ -81,6 +80,8 @@ def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
         if not whole:
             raise RequestError(f"{path}: damaged, or no checkpoint of this lab; best.pt beside it may be whole")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("format") != FORMAT:
+            raise RequestError(f"{path}: a checkpoint of another version of the lab; start the run afresh")
         saved = Config.model_validate(state["config"]).model_dump()
     except OSError as error:
         raise RequestError(f"{path}: cannot read the checkpoint: {error.strerror or one_line(error)}") from None
@@ -97,7 +98,7 @@ def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
 
 
 def host_copy(state: Any) -> Any:
-    """A copy of nested dicts, lists and tensors that later steps do not touch; the caller synchronises."""
+    """A copy on the host of nested dicts, lists and tensors; from a GPU it is there once the GPU is synchronised."""
     if isinstance(state, Tensor):
         copied = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
         return copied.copy_(state.detach(), non_blocking=True)
@@ -107,7 +108,7 @@ def host_copy(state: Any) -> Any:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints on a thread of its own, one at a time, while the training goes on."""
+    """Writes a run's checkpoints in a thread, one at a time, while the training goes on."""
 
     def __init__(self, folder: Path):
         """Raises RequestError where `folder` cannot be made or written to."""
@@ -120,7 +121,7 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def require_space(self, size: int) -> None:
-        """Raises RequestError where the disk has no room for three files of `size` bytes: last, best, and the next."""
+        """Raises RequestError where the disk has no room for three files of `size` bytes: last, best and the next."""
         there = sum(file.stat().st_size for file in self.folder.glob("*.pt"))
         needed, free = 3 * size - there, shutil.disk_usage(self.folder).free
         if needed > free:
@@ -128,7 +129,7 @@ class Checkpoints:
             raise RequestError(f"logging.output_dir: the checkpoints in {self.folder} need {room}")
 
     def save(self, state: dict[str, Any], device: torch.device, best: bool = False) -> None:
-        """Copy `state`, write it in the background. Raises TrainingFailed where the one before was not written."""
+        """Copy `state` and write it in the background. Raises TrainingFailed where the one before was not written."""
         self.wait()
         copied = host_copy(state)
         synchronize(device)
@@ -137,11 +138,11 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def then(self, write: Callable, *arguments: Any) -> None:
-        """Have `write` called once what was saved is on the disk: a log never knows more than the checkpoint."""
+        """Call `write` once what was saved is on the disk: a log never knows more than the checkpoint."""
         self.pending.append(self.writer.submit(write, *arguments))
 
     def wait(self) -> None:
-        """Until what was saved is on the disk. Raises TrainingFailed where it cannot be."""
+        """Wait until what was saved is on the disk. Raises TrainingFailed where the disk does not take it."""
         pending, self.pending = self.pending, []
         try:
             for each in pending:
@@ -153,7 +154,7 @@ class Checkpoints:
             raise TrainingFailed(f"{path}: cannot write, the checkpoint before is whole: {why}") from None
 
     def close(self) -> None:
-        """Until the disk has what was saved, or has refused it; nothing can be saved any more."""
+        """Wait until the disk has taken or refused what was saved. Nothing can be saved afterwards."""
         self.writer.shutdown()
 
 
@@ -192,9 +193,17 @@ def _remove_unused(folder: Path, lock: Path) -> None:
 
 
 def find_checkpoint(config: Config, resume: str | None) -> Path | None:
-    """The file that `--resume` means: a path, a folder's last.pt, or with `auto` the config's own if there is one."""
+    """The file that `--resume` means: a path, a folder's last.pt, or with `auto` the config's own; None: none."""
     if resume is None:
         return None
     path = checkpoint_folder(config) if resume == "auto" else Path(resume)
     path = path / "last.pt" if resume == "auto" or path.is_dir() else path
     return path if resume != "auto" or path.exists() else None
+
+
+def state_bytes(model: nn.Module, copies: int) -> int:
+    """About how large a checkpoint is: weights and buffers, and `copies` of each weight in the optimizer."""
+    sizes = {True: 0, False: 0}
+    for tensor in model.state_dict(keep_vars=True).values():
+        sizes[tensor.requires_grad] += tensor.nbytes
+    return (1 + copies) * sizes[True] + sizes[False]

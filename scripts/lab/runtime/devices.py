@@ -1,30 +1,29 @@
-"""Devices, number types, compilation and normalisation."""
+"""Devices, number types, compilation, and models as functions of shapes."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from lab.config import ASTConfig, ModelConfig, TrainingConfig
-from lab.errors import RequestError, one_line
+from lab.config import TrainingConfig
+from lab.errors import RequestError
 from lab.runtime.launch import launched
 
 
 def resolve_device(training: TrainingConfig) -> torch.device:
-    """The device to train on, of several processes each its own. Raises RequestError for `cuda` where there is none,
-    or where there are fewer GPUs than processes."""
+    """The device to train on; each of several processes has its own.
+
+    Raises RequestError for `cuda` where there is none, or where there are fewer GPUs than processes.
+    """
     if training.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("training.device: cuda, but torch sees no GPU here; set training.device=cpu or auto")
     if training.device == "cpu" or not torch.cuda.is_available():
@@ -47,11 +46,11 @@ def resolve_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.d
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def configure_backends(ast: ASTConfig, device: torch.device) -> None:
-    """On a GPU: TF32 where float32 remains, and cuDNN autotuning where shapes repeat, for unpacked sparse steps
-    have a new one nearly every time."""
+def configure_backends(shapes_repeat: bool, device: torch.device) -> None:
+    """On a GPU: TF32 where float32 remains; cuDNN autotuning only where shapes repeat, because it costs a search for
+    each new shape."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = ast.pack or ast.mode != "ast" or ast.scoring == "history"
+        torch.backends.cudnn.benchmark = shapes_repeat
         torch.set_float32_matmul_precision("high")
 
 
@@ -79,7 +78,7 @@ def compiled(function: Callable, mode: str) -> Callable:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and commit a result came from; never environment variables."""
+    """Versions, machine and commit behind a result. Environment variables stay out: they may hold secrets."""
     folder = str(Path(__file__).resolve().parent)
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
@@ -94,7 +93,8 @@ IMAGENET_MOMENTS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Normalise:
-    """uint8 [batch, 3, H, W] to the float32 the model was built for, and the autocast it runs under."""
+    """uint8 [batch, 3, H, W] to float32 by the mean and standard deviation that the model expects (of pixels from 0 to
+    1); and the autocast the model runs under."""
 
     def __init__(
         self,
@@ -114,31 +114,19 @@ class Normalise:
         return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
 
 
-def eval_view(model: nn.Module) -> nn.Module:
-    """A second module tree over the same parameters and buffers, in eval mode: nothing to copy or to toggle."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared).eval()
+def random_states(device: torch.device) -> list[Tensor | None]:
+    """States of the generators that dropout draws from: the host's and the device's."""
+    return [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None]
 
 
-def synchronised(model: nn.Module) -> nn.Module:
-    """The model with every BatchNorm over the samples of all ranks; timm's keep the activation that is part of them."""
-    from timm.layers import convert_sync_batchnorm
-
-    return convert_sync_batchnorm(model)
-
-
-def count_flops(model: nn.Module, image_size: int) -> float:
-    """Forward + backward FLOP of one sample, counted on shapes alone (torch.utils.flop_counter)."""
-    twin = copy.deepcopy(model).to("meta").train()
-    with FlopCounterMode(display=False) as counter:  # two samples: BatchNorm refuses one
-        twin(torch.empty(2, 3, image_size, image_size, device="meta")).sum().backward()
-    return counter.get_total_flops() / 2
+def set_random_states(states: Sequence[Tensor | None], device: torch.device) -> None:
+    """Set what `random_states` returned."""
+    host, cuda = states
+    torch.set_rng_state(host)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
 
 
-def check_resolution(model: nn.Module, config: ModelConfig, resolution: int) -> None:
-    """Raises RequestError where the network takes no images of `resolution` px; tried on shapes alone."""
-    twin = copy.deepcopy(model).to("meta").eval()
-    try:
-        twin(torch.empty(1, 3, resolution, resolution, device="meta"))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise RequestError(f"ast.score_resolution: {config.name} at {resolution} px: {one_line(error)}") from None
+def seed_rank(seed: int, rank: int, epoch: int = 0) -> None:
+    """Give a rank random numbers of its own for dropout."""
+    torch.manual_seed(seed + 1000003 * rank + epoch)

@@ -1,40 +1,62 @@
-"""Sums and counts of what was done: loss, hits, samples, joules."""
+"""Sums and counts of what was done: loss, correct predictions, samples, joules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lab.console import print_rank0
 from lab.errors import TrainingFailed, one_line
+from lab.runtime.stateful import Stateful
 
 
-class Meter:
-    """Sums of loss and hits over an epoch, kept on the device so that counting never waits for it.
+@dataclass
+class Ledger(Stateful):
+    """Work done, in samples and optimizer steps."""
 
-    `allowed`: how many steps with a loss or score that is not finite the rest of the run may have.
+    STATE: ClassVar[tuple[str, ...]] = ("loaded", "scored", "trained", "steps")
+
+    loaded: int = 0
+    scored: int = 0
+    trained: int = 0
+    steps: int = 0
+
+    def dense_equivalents(self, scoring_cost: float = 1 / 3) -> float:
+        """The forward + backward passes this work amounts to. A scored sample costs `scoring_cost` of one."""
+        return self.trained + self.scored * scoring_cost
+
+    def since(self, earlier: Ledger) -> Ledger:
+        return Ledger(*(now - then for now, then in zip(asdict(self).values(), asdict(earlier).values(), strict=True)))
+
+
+class Meter(Stateful):
+    """Sums of loss and correct predictions over an epoch. They stay on the device, so counting never waits for it.
+
+    allowed: how many steps with a loss or score that is not finite the rest of the run may have.
     """
+
+    STATE = ("sums", "correct", "trained", "predicted")
 
     def __init__(self, device: torch.device, epoch: int, allowed: int = 0):
         self.epoch, self.allowed = epoch, allowed
-        # loss, hits, non-finite steps, 1 + the first of them, their samples, optimizer steps skipped, their samples
+        # loss, correct, non-finite steps, 1 + the first of them, their samples, optimizer steps skipped, their samples
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
-        self.hits = self.trained = self.predicted = 0  # hits: those the host has counted
+        self.correct = self.trained = self.predicted = 0  # correct: those counted on the host
 
     def add_loss(self, loss: Tensor, samples: int, step: int) -> Tensor:
-        """`loss`: summed over the samples, on the device. Returns whether it is not finite, on the device too."""
+        """Add a loss summed over `samples`. Returns, on the device, whether it is not finite."""
         bad = ~loss.isfinite()
         self.sums[0] += loss.masked_fill(bad, 0.0)
         self._add_bad(bad, samples, step)
         self.trained += samples
         return bad
 
-    def leave_out(self, step: int) -> None:
+    def skip_batch(self, step: int) -> None:
         """Count a batch whose scores are not finite. Raises TrainingFailed where it is one too many."""
         self._add_bad(torch.ones((), dtype=torch.bool, device=self.sums.device), 0, step)
         self.read()
@@ -46,15 +68,16 @@ class Meter:
             self.sums[4] += bad * samples
 
     def add_skipped(self, bad: Tensor, samples: int) -> None:
-        """Count an optimizer step over so many samples as skipped where `bad`, on the device, is true."""
+        """Count an optimizer step over `samples` as skipped where `bad`, on the device, is true."""
         self.sums[5] += bad
         self.sums[6] += bad * samples
 
-    def add_hits(self, hits: Tensor | int, samples: int) -> None:
-        if isinstance(hits, int):
-            self.hits += hits
+    def add_correct(self, correct: Tensor | int, samples: int) -> None:
+        """Add the number of correct predictions among `samples`, counted on the device or on the host."""
+        if isinstance(correct, int):
+            self.correct += correct
         else:
-            self.sums[1] += hits
+            self.sums[1] += correct
         self.predicted += samples
 
     def skipped(self) -> tuple[int, int, int]:
@@ -64,26 +87,19 @@ class Meter:
     def read(self) -> tuple[float | None, float | None]:
         """(mean loss of the trained, accuracy of the predicted in percent), None without any.
 
-        Costs one device-to-host read. Raises TrainingFailed, naming the epoch's first step with a loss or score
-        that is not finite, once there are more of them than `allowed`.
+        One device-to-host read. Raises TrainingFailed, naming the epoch's first step with a loss or score that is not
+        finite, once there are more of them than `allowed`.
         """
-        loss, hits, bad_steps, first, bad_samples, *_ = self.sums.tolist()
+        loss, correct, bad_steps, first, bad_samples, *_ = self.sums.tolist()
         if bad_steps > self.allowed:
             raise TrainingFailed(f"non-finite loss in epoch {self.epoch + 1}, step {int(first)}")
         trained = self.trained - bad_samples
-        accuracy = 100 * (hits + self.hits) / self.predicted if self.predicted else None
+        accuracy = 100 * (correct + self.correct) / self.predicted if self.predicted else None
         return (loss / trained if trained else None), accuracy
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("sums", "hits", "trained", "predicted")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self.hits, self.trained, self.predicted = (state[name] for name in ("hits", "trained", "predicted"))
 
 
 class EnergyMeter:
-    """Energy the GPU has drawn, from NVML's counter; `read_kj` is None where there is no such counter."""
+    """Energy the GPU has drawn, from NVML's counter. `read_kj` gives None where there is no such counter."""
 
     def __init__(self, device: torch.device):
         self._read: Callable[[], float] | None = None
@@ -101,20 +117,3 @@ class EnergyMeter:
 
     def read_kj(self) -> float | None:
         return None if self._read is None else self._read() / 1e6  # the counter is in millijoules
-
-
-@dataclass
-class Ledger:
-    """What was really done, in samples and optimizer steps."""
-
-    loaded: int = 0
-    scored: int = 0
-    trained: int = 0
-    steps: int = 0
-
-    def dense_equivalents(self, scoring_cost: float = 1 / 3) -> float:
-        """Forward + backward passes this work amounts to; a scoring forward is `scoring_cost` of one."""
-        return self.trained + self.scored * scoring_cost
-
-    def since(self, earlier: Ledger) -> Ledger:
-        return Ledger(*(now - then for now, then in zip(asdict(self).values(), asdict(earlier).values(), strict=True)))

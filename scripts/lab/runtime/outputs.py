@@ -1,20 +1,96 @@
-"""What a run writes: results, log, TensorBoard."""
+"""What a run writes: checkpoints, log, TensorBoard, results."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from lab.config import LoggingConfig
+import torch
+
+from lab.config import Config, LoggingConfig, checkpoint_folder
+from lab.console import epoch_line, print_rank0, summary
 from lab.errors import RequestError
-from lab.files import require_folder, write_result
+from lab.files import append_jsonl, replace_text, require_folder, write_result
+from lab.runtime.checkpoint import Checkpoints
+from lab.runtime.devices import environment
+from lab.runtime.distributed import Dist
+
+
+class Outputs:
+    """Checkpoints, log and TensorBoard of a run. Of several processes rank 0 writes, with what all have."""
+
+    def __init__(self, config: Config, device: torch.device, dist: Dist):
+        self.config, self.device, self.dist = config, device, dist
+        self.checkpoints: Checkpoints | None = None  # from `open` on
+        self.board: Any | None = None
+        self.saved_at: tuple[int, int] | None = None  # (epoch, step) of this session's newest checkpoint
+        # now: at the end, a dead loader worker would break into its subprocess
+        self.environment = environment(device) | {"processes": dist.world}
+
+    def open(self, board: Any | None, checkpoint_size: int) -> None:
+        """Begin to write. Raises RequestError where the disk has no room for checkpoints of so many bytes."""
+        if self.dist.rank == 0:
+            self.board, self.checkpoints = board, Checkpoints(checkpoint_folder(self.config))
+            self.checkpoints.require_space(checkpoint_size)
+
+    def save(self, state_dict: Callable[[], dict[str, Any]], at: tuple[int, int], best: bool = False) -> None:
+        """Write a checkpoint, where the run keeps any. Collective. at: (epoch, step)."""
+        if self.checkpoints is None and self.dist.world == 1:
+            return
+        state, self.saved_at = state_dict(), at
+        if self.checkpoints is not None:
+            self.checkpoints.save(state, self.device, best)
+
+    def checkpoint_due(self) -> bool:
+        """Whether logging.checkpoint_minutes have passed since the last checkpoint."""
+        minutes = self.config.logging.checkpoint_minutes if self.dist.rank == 0 else None
+        return minutes is not None and time.monotonic() - self.checkpoints.saved >= 60 * minutes
+
+    def close_epoch(self, row: dict[str, Any]) -> None:
+        """Show an epoch's row of the history, on the console and in TensorBoard."""
+        print_rank0(epoch_line(self.config, row))
+        if self.board is not None:
+            add_scalars(self.board, row)
+
+    def log(self, row: dict[str, Any], whole: bool) -> None:
+        """Append the row to the log once the checkpoint is on the disk.
+
+        Of an epoch cut short (`whole` false) the line is kept beside the checkpoint too: a resumed run repeats the
+        epoch, and takes the line back.
+        """
+        if self.checkpoints is not None and self.config.logging.jsonl_path is not None:
+            self.checkpoints.then(self._append, row, whole)
+
+    def _append(self, row: dict[str, Any], whole: bool) -> None:
+        if not whole:
+            replace_text(self.checkpoints.capped, json.dumps(row) + "\n")
+        append_jsonl(self.config.logging.jsonl_path, row)
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk. Raises TrainingFailed where the disk does not take it."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+
+    def close(self, result: dict[str, Any]) -> Path | None:
+        """Write the results file and print the summary. Returns the file, None on ranks other than 0."""
+        if self.checkpoints is None:
+            return None
+        self.checkpoints.close()
+        path = save_results(result, self.config.logging.output_dir)
+        print_rank0(f"{summary(result)}\nresults: {path}")
+        return path
 
 
 def open_tensorboard(outputs: LoggingConfig) -> Any | None:
-    """torch's SummaryWriter into a folder of its own, None where none is asked for.
+    """torch's SummaryWriter into a folder of this run, or None where none is asked for.
 
     Raises RequestError, saying what to install, where the package is missing.
     """
@@ -28,7 +104,7 @@ def open_tensorboard(outputs: LoggingConfig) -> Any | None:
 
 
 def add_scalars(board: Any, row: dict[str, Any]) -> None:
-    """The epoch's row of the history to TensorBoard, what was measured of it."""
+    """Write what was measured of an epoch's row to TensorBoard."""
     for key, value in row.items():
         if value is not None:
             board.add_scalar(key, value, row["epoch"])
@@ -60,3 +136,30 @@ def prepare_outputs(outputs: LoggingConfig) -> None:
     require_folder(Path(outputs.output_dir), "logging.output_dir", outputs.output_dir)
     if outputs.jsonl_path is not None:
         require_folder(Path(outputs.jsonl_path).parent, "logging.jsonl_path", outputs.jsonl_path)
+
+
+def build_result(run: Any, outcome: dict[str, str]) -> dict[str, Any]:
+    """The contents of a results file: the documented keys first, then how they came about."""
+    metrics, clock = run.metrics, run.clock
+    with contextlib.suppress(RuntimeError):  # of an unfinished epoch; a device that failed cannot say
+        metrics.settle()
+    accuracies = metrics.history["val_acc"]
+    best = max(accuracies, default=0.0)
+    return {
+        "best_accuracy": best,
+        "total_time_hours": clock.elapsed() / 3600,
+        "epochs_completed": metrics.epochs_completed,
+        "training_history": metrics.history,
+        **outcome,
+        "seed": run.config.training.seed,
+        "best_epoch": accuracies.index(best) + 1 if accuracies else None,
+        "final_accuracy": accuracies[-1] if accuracies else None,
+        "train_seconds": clock.train_seconds,
+        "energy_kj": clock.energy_kj,
+        "base_flop_per_sample": run.network.base_flop,
+        "ledger": asdict(metrics.ledger),
+        "nonfinite_steps": metrics.nonfinite_steps,
+        "bad_images": metrics.read_errors.found,
+        "config": run.config.model_dump(),
+        "environment": run.outputs.environment,
+    }

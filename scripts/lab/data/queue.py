@@ -1,0 +1,71 @@
+"""Packing: full batches out of the active samples of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lab.data.loading import Loaded
+from lab.runtime.distributed import Dist
+
+
+class ActiveQueue:
+    """Collects samples on the device until a full batch is there, so that every training step has one shape.
+
+    Keeps uint8 pixels [pending, 3, H, W], labels and indices. What is pending carries over epochs.
+
+    Of several processes each keeps its own samples and knows how many the others have. Together they form the batches
+    that one process would form, spread evenly.
+    """
+
+    def __init__(self, batch_size: int, dist: Dist | None = None):
+        self.batch_size, self.dist = batch_size, dist or Dist()
+        self.clear()
+
+    def __len__(self) -> int:
+        return 0 if self.samples is None else len(self.samples.labels)
+
+    def clear(self) -> None:
+        self.samples: Loaded | None = None
+        self.pending = [0] * self.dist.world  # samples that each rank keeps
+
+    def push(self, batch: Loaded, counts: Sequence[int] = ()) -> Loaded | None:
+        """Add samples, at most batch_size over all ranks. Returns the oldest batch_size samples once there are so many,
+        else None. counts: how many each rank adds, where there are several."""
+        counts = counts or [len(batch.labels)]
+        if self.samples is not None:
+            batch = Loaded(*(torch.cat(pair) for pair in zip(self.samples, batch, strict=True)))
+        room, taken = self.batch_size - sum(self.pending), []
+        for pending, new in zip(self.pending, counts, strict=True):  # of the new ones, those of the first ranks
+            taken.append(pending + min(new, room))
+            room -= min(new, room)
+        self.pending = [pending + new for pending, new in zip(self.pending, counts, strict=True)]
+        if room:
+            self.samples = batch
+            return None
+        self.pending = [pending - gone for pending, gone in zip(self.pending, taken, strict=True)]
+        own = taken[self.dist.rank]
+        self.samples = Loaded(*(tensor[own:] for tensor in batch))
+        return Loaded(*self.dist.balance(taken, [tensor[:own] for tensor in batch]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is pending on any rank, and how many samples are each rank's. Collective."""
+        samples = self.samples
+        if self.dist.world > 1 and sum(self.pending):
+            parts = self.dist.all_gather_objects(None if samples is None else [each.cpu() for each in samples])
+            samples = [torch.cat(each) for each in zip(*(part for part in parts if part is not None), strict=True)]
+        return {"samples": None if samples is None else list(samples), "pending": self.pending}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take this rank's part. Each keeps what it had; where the number of ranks has changed, they share evenly."""
+        self.clear()
+        if state["samples"] is not None:
+            edges = self.dist.shard_edges(len(state["samples"][1]))
+            same = len(state["pending"]) == self.dist.world
+            self.pending = list(state["pending"]) if same else np.diff(edges).tolist()
+            start = sum(self.pending[: self.dist.rank])
+            own = slice(start, start + self.pending[self.dist.rank])
+            self.samples = Loaded(*(tensor[own].to(device) for tensor in state["samples"]))
