@@ -161,7 +161,7 @@ def terminate_test(tmp_path: Path, times: int) -> None:
         if "results: " in printed:
             (last,) = (folder / "out").glob("checkpoints/*/last.pt")
             config = Config.model_validate(json.loads(path.read_text())["config"])
-            assert load_checkpoint(last, config)["step"] >= 0
+            assert load_checkpoint(last, config)["metrics"]["step"] >= 0
     print(f"{times} times told to end, the slowest took {slowest:.2f} s")
     assert slowest < 5.0
 

@@ -177,7 +177,7 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
     parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     grey = torch.from_numpy(np.round(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
     chosen = parts[0 if part == "train" else 1]
-    return ImageDataset([(grey[i], int(labels[i])) for i in chosen], [str(digit) for digit in range(10)])
+    return DigitsDataset([(grey[i], int(labels[i])) for i in chosen], [str(digit) for digit in range(10)])
 
 
 def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val"]) -> Any:
