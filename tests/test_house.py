@@ -14,17 +14,10 @@ MODULES = {
     ".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SCRIPTS.rglob("*.py"))
 }
-LIGHT = ["lab.config", "lab.console", "lab.cli", "lab.errors", "lab.files", "lab.runtime.launch"]
+LIGHT = ["lab.config", "lab.console", "lab.cli", "lab.errors", "lab.files", "lab.runtime.launch", "lab.sweep"]
 
 
-STILL = {
-    "train_ast": 3000,
-    "analyze_results": 700,
-    "report": 400,
-    "run_sweep": 480,
-    "benchmark": 830,
-    "run_experiment": 150,
-}
+STILL = {"train_ast": 3000, "analyze_results": 700, "report": 400, "benchmark": 830}
 
 
 def limit(name: str) -> int:

@@ -45,8 +45,18 @@ class _Kept(Dataset):
         return collate(samples), torch.tensor(aspects, dtype=torch.float64)
 
 
-# What runs in one process have decoded, by data set; None where a process has one run (see run_sweep.py --one-process)
-SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor]] | None = None
+SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor]] | None = None  # by data set; None: nothing is shared
+
+
+@contextlib.contextmanager
+def shared_pictures() -> Iterator[None]:
+    """Let the runs of one process share what they decode. Afterwards nothing stays on the device."""
+    global SHARED_PICTURES
+    SHARED_PICTURES = {}
+    try:
+        yield
+    finally:
+        SHARED_PICTURES = None
 
 
 class Share(NamedTuple):
