@@ -176,3 +176,28 @@ def test_runs_in_one_process_end_as_those_in_their_own(tmp_path):
 def test_one_process_takes_no_slots():
     with pytest.raises(RequestError, match="--one-process: one run at a time"):
         main(["--configs", DIGITS, "--one-process", "--runs-per-gpu", "2"])
+
+
+def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path, image_folder):
+    for name in ("train/red/3.jpg", "val/blue/0.jpg"):
+        (image_folder / name).write_bytes(b"no image")
+    (tmp_path / "config.yaml").write_text("model: {name: test_resnet}\nast: {mode: dense}\n")
+    data = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    data += ["dataset.cache=device", "dataset.max_bad_images=2", "training.num_workers=0", "training.epochs=1"]
+    args = [
+        "--configs",
+        str(tmp_path / "config.yaml"),
+        "--output-dir",
+        str(tmp_path / "out"),
+        *data,
+        "--seeds",
+        "0",
+        "1",
+    ]
+    assert run_cli(lambda: main([*args, "--one-process", "training.batch_size=8", "training.device=cpu"])) == 0
+    rows = rows_of(tmp_path / "out")
+    listed = [json.loads(Path(row["results_file"]).read_text())["bad_images"] for row in rows]
+    assert [len(each) for each in listed] == [2, 2]
+    assert listed[0] == listed[1]
+    asked = ["dataset.cache: " in Path(row["log"]).read_text() for row in rows]
+    assert asked == [True, False]  # the second run needs no memory of its own
