@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from lab.cli import command_parser, run_cli
-from lab.config import Config
 from lab.errors import RequestError
-from lab.files import append_jsonl, require_folder
+from lab.files import append_jsonl, locked, require_folder
 from lab.sweep import (
     Halt,
     Planned,
     as_written,
     cross,
     finished_runs,
+    hand_over,
     is_done,
     open_summary,
     plan_row,
@@ -91,18 +91,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = cross(args.grid, args.variants, args.seeds)
     plans = plan_runs(args.configs, args.overrides, points, args.dense_twin, args.resume)
     slots = slots_of(args.gpus, args.runs_per_gpu)
-    output_dir = Path(next((plan.config for plan in plans if plan.config), Config()).logging.output_dir)
+    output_dir = Path(next(plan.config for plan in plans if plan.config).logging.output_dir)
     finished = as_written(output_dir, finished_runs(plans))
     done = [plan.id for plan in plans if args.resume and is_done(plan, finished.get(plan.id))]
     if args.dry_run:
         return show_plan(plans, done, list(finished.values()), len(slots))
     logs = output_dir / "logs"
     require_folder(logs, "logging.output_dir", logs)
-    rows = {plan.id: plan_row(plan) | finished[plan.id] for plan in plans if plan.id in done}
-    summary = open_summary(output_dir, args.resume, list(rows.values()), {plan.id for plan in plans})
-    ahead = [plan for plan in plans if plan.id not in done]
-    print(f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}", flush=True)
-    names = {plan.id: plan.name for plan in plans}
+    taken = f"{output_dir}: another sweep is writing to it; wait for it to end, or set another --output-dir"
+    with locked(logs / "lock", taken):
+        rows = {plan.id: plan_row(plan) | finished[plan.id] for plan in plans if plan.id in done}
+        summary = open_summary(output_dir, args.resume, list(rows.values()), {plan.id for plan in plans})
+        print(f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}", flush=True)
+        return run_all(args, plans, rows, slots, summary, logs)
+
+
+def run_all(
+    args: argparse.Namespace,
+    plans: Sequence[Planned],
+    rows: dict[str, dict[str, Any]],
+    slots: Sequence[str | None],
+    summary: Path,
+    logs: Path,
+) -> int:
+    """Run the `plans` without a line in `rows`, add their lines to the `summary`, and return the exit code."""
+    ahead, names = [plan for plan in plans if plan.id not in rows], {plan.id: plan.name for plan in plans}
 
     def record(row: dict[str, Any], still: Sequence[Planned]) -> None:
         rows[row["id"]] = row
@@ -117,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if plan.error is not None:
             wrong = {"status": "failed", "exit_code": 2, "duration_seconds": 0.0, "error": plan.error}
             record(plan_row(plan) | wrong, [other for other in ahead if other.id not in rows and other != plan])
-    sound = [plan for plan in ahead if plan.error is None]
+    sound = hand_over([plan for plan in ahead if plan.error is None], logs)
     if args.one_process:
         import run_experiment  # and torch with it, which a sweep of processes does not need
 

@@ -14,7 +14,16 @@ MODULES = {
     ".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SCRIPTS.rglob("*.py"))
 }
-LIGHT = ["lab.config", "lab.console", "lab.cli", "lab.errors", "lab.files", "lab.runtime.launch", "lab.sweep"]
+LIGHT = [
+    "lab.config",
+    "lab.console",
+    "lab.cli",
+    "lab.errors",
+    "lab.files",
+    "lab.runtime.launch",
+    "lab.sweep",
+    "run_sweep",
+]
 
 
 STILL = {"train_ast": 3000, "analyze_results": 700, "report": 400, "benchmark": 830}

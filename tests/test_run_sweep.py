@@ -121,6 +121,11 @@ def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
         (["--runs-per-gpu", "0"], "--runs-per-gpu: expected at least 1, got 0"),
         (["--dense-twin", "ast.mode=dense"], "--dense-twin: none of the runs is sparse"),
         (["--output-dir", "/proc/nowhere"], "logging.output_dir: cannot write to /proc/nowhere"),
+        (["training.epochs=2", "ast.warmup_epochs=3"], f"error: {DIGITS}: ast.warmup_epochs: with anneal_epochs it"),
+        (
+            ["--grid", "training.lr=-1,0", "--dry-run"],
+            "training.lr=-1: training.lr: expected greater than 0, got -1; none of 2 runs can start",
+        ),
     ],
 )
 def test_a_wrong_request_starts_nothing(args, message, tmp_path, capsys):
@@ -176,6 +181,66 @@ def test_runs_in_one_process_end_as_those_in_their_own(tmp_path):
 def test_one_process_takes_no_slots():
     with pytest.raises(RequestError, match="--one-process: one run at a time"):
         main(["--configs", DIGITS, "--one-process", "--runs-per-gpu", "2"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--one-process"], ["--dry-run"]])
+def test_missing_configs_are_refused_and_write_nothing_anywhere(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["--configs", "no.yaml", "nor.yaml", "--output-dir", "out", *flags]
+    assert run_cli(lambda: main(args)) == 2
+    assert (
+        "error: no.yaml: cannot read the config: No such file or directory; none of 2 runs can start\n"
+        in capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def sweep_from_stdin(text, *args):
+    command = [sys.executable, "scripts/run_sweep.py", "--configs", "/dev/stdin", *args]
+    return subprocess.run(command, cwd=REPO, input=text, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("flags", [[], ["--one-process"]])
+def test_a_config_that_can_be_read_only_once_reaches_every_run(flags, tmp_path):
+    text = "model: {name: test_resnet}\ntraining: {epochs: 1, device: cpu}\nast: {mode: dense}  # and so on\n"
+    text += "dataset: {max_train_samples: 64}\n"
+    done = sweep_from_stdin(text, "--seeds", "0", "1", "--output-dir", str(tmp_path), *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(path.read_text())["config"] for path in tmp_path.glob("final_results_*.json")]
+    assert [(each["model"]["name"], each["training"]["epochs"]) for each in results] == [("test_resnet", 1)] * 2
+    assert {row["config"] for row in rows_of(tmp_path)} == {"/dev/stdin"}
+    (copy,) = (tmp_path / "logs").glob("stdin.*.yaml")
+    assert copy.read_text() == text
+
+
+def test_an_empty_config_of_a_sweep_is_refused(tmp_path):
+    done = sweep_from_stdin("", "--output-dir", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /dev/stdin: empty")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_sweep_into_the_same_folder_is_refused_and_disturbs_nothing(tmp_path, capsys):
+    args = ["--configs", DIGITS, "--output-dir", str(tmp_path), *ENDLESS]
+    first = subprocess.Popen(
+        [sys.executable, "scripts/run_sweep.py", *args], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    (log,) = wait_for(lambda: [path for path in tmp_path.glob("logs/*.log") if "dense" in path.read_text()])
+    before = log.read_text()
+    for again in (args, [*args, "--resume"], [*args, "--one-process", "--seeds", "5"]):
+        assert run_cli(lambda again=again: main(again)) == 2
+        refusal = (
+            f"error: {tmp_path}: another sweep is writing to it; wait for it to end, or set another --output-dir\n"
+        )
+        assert capsys.readouterr().err == refusal
+    assert main([*args, "--dry-run"]) == 0
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert log.read_text().startswith(before)
+    (row,) = rows_of(tmp_path)
+    assert (row["status"], row["exit_code"]) == ("interrupted", 130)
 
 
 def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path, image_folder):

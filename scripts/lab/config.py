@@ -280,17 +280,35 @@ _Loader.add_implicit_resolver(
 BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05") over it.
+def read_config(path: str | Path) -> str:
+    """The text of a config file.
 
-    Raises RequestError, one line naming the file or the key, for a file that is missing or no mapping, an
-    unknown key (with the nearest known one) and a value of the wrong type or range.
+    Raises RequestError naming the file where it cannot be read, or where it is empty: a pipe that was read before
+    gives nothing, which must not mean all defaults.
     """
-    raw: dict = {}
     try:
-        raw = (yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) if path else None) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise RequestError(f"{path}: cannot read the config: {error.strerror}") from None
+    except ValueError as error:
+        raise RequestError(f"{path}: not valid YAML or JSON: {one_line(error)}") from None
+    if not text.strip():
+        raise RequestError(f"{path}: empty; a config of nothing but defaults is {{}}")
+    return text
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), text: str | None = None) -> Config:
+    """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05") over it.
+
+    `text`: the file's text, where it has been read before. Raises RequestError, one line naming the file or the key,
+    for a file that is missing, empty or no mapping, an unknown key (with the nearest known one) and a value of the
+    wrong type or range.
+    """
+    if text is None:
+        text = read_config(path) if path else ""
+    raw: dict = {}
+    try:
+        raw = yaml.load(text, Loader=_Loader) or {}
     except BAD_YAML as error:
         raise RequestError(f"{path}: not valid YAML or JSON: {one_line(error)}") from None
     if not isinstance(raw, dict):

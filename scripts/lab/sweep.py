@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import product
 from operator import attrgetter
@@ -24,7 +24,7 @@ from typing import Any
 
 from analyze_results import read_run
 from lab.cli import run_cli
-from lab.config import Config, config_keys, load_config, run_id
+from lab.config import Config, config_keys, load_config, read_config, run_id
 from lab.errors import RequestError, one_line
 from lab.files import replace_text
 
@@ -36,9 +36,6 @@ ERROR_CHARACTERS = 300  # of a run's last line, in the summary
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None) if sys.platform == "linux" else None, 1
 
 Record = Callable[[dict[str, Any], Sequence["Planned"]], None]  # gets a run's summary line and the plans still ahead
-
-
-# ------------------------------------------------------------------------------------------------ Plan
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,8 @@ class Planned:
     error: str | None = None
     twin: bool = False  # followed by a time-matched baseline
     resume: bool = False  # from its own checkpoint, if there is one
+    text: str = ""  # of the config file, as it was read
+    copy: Path | None = None  # what the run reads instead of the file, see `hand_over`; None: the file
 
 
 def parse_grid(texts: Sequence[str]) -> list[list[str]]:
@@ -101,29 +100,65 @@ def plan_runs(
     """Every config file with every point of the sweep; a run that is asked for twice is planned once.
 
     `common`: overrides of all runs. `points`: those of one run each, see `cross`. Raises RequestError for a wrong
-    override in `common`, and for `dense_twin` without a sparse run.
+    override in `common`, for a request that is wrong for every run, and for `dense_twin` without a sparse run.
     """
     check_keys(common)
+    texts = {path: read_once(path) for path in dict.fromkeys(configs)}
     plans: dict[str, Planned] = {}
     for path, own in product(configs, points):
-        plan = plan_run(path, (*common, *own), " ".join([path, *own]), dense_twin, resume)
+        plan = plan_run(path, texts[path], (*common, *own), " ".join([path, *own]), dense_twin, resume)
         plans.setdefault(plan.id, plan)
+    if all(plan.error for plan in plans.values()):
+        first = next(iter(plans.values()))
+        why = first.error.removeprefix(f"{first.path}: ")  # the name begins with it
+        raise RequestError(
+            f"{first.name}: {why}" + (f"; none of {len(plans)} runs can start" if len(plans) > 1 else "")
+        )
     if dense_twin and not any(plan.twin for plan in plans.values()):
         raise RequestError("--dense-twin: none of the runs is sparse")
     return list(plans.values())
 
 
-def plan_run(path: str, overrides: tuple[str, ...], name: str, dense_twin: bool, resume: bool = False) -> Planned:
-    """One run. A request that is wrong for it alone does not raise: it is the plan's `error`."""
+def read_once(path: str) -> str | RequestError:
+    """The text of a config file, or what is wrong with it. A pipe gives its text only once."""
     try:
-        config = load_config(path, overrides)
+        return read_config(path)
     except RequestError as error:
-        return Planned(hashlib.sha256(name.encode()).hexdigest()[:12], path, overrides, name, None, str(error))
-    key = run_id(config)
+        return error
+
+
+def plan_run(path: str, text: str | RequestError, overrides: tuple[str, ...], name: str, dense_twin: bool,
+             resume: bool = False) -> Planned:  # fmt: skip
+    """One run. `text`: what reading the config file gave. Nothing is raised: what is wrong is the plan's `error`."""
+    try:
+        if isinstance(text, RequestError):
+            raise text
+        config = load_config(path, overrides, text)
+    except RequestError as error:
+        return Planned(digest(name), path, overrides, name, None, str(error))
+    key, twin = run_id(config), dense_twin and config.ast.mode != "dense"
     if config.logging.jsonl_path is not None:  # each run gets a log of its own
         log = Path(config.logging.jsonl_path)
         overrides += (f"logging.jsonl_path={log.with_name(f'{log.stem}.{key}{log.suffix}')}",)
-    return Planned(key, path, overrides, name, config, None, dense_twin and config.ast.mode != "dense", resume)
+    return Planned(key, path, overrides, name, config, None, twin, resume, text)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def hand_over(plans: Sequence[Planned], folder: Path) -> list[Planned]:
+    """`plans`, each with a copy in `folder` of its config file as it was read.
+
+    The runs read the copy: a pipe cannot be read again, and a file may change before its last run starts.
+    """
+    handed = []
+    for plan in plans:
+        copy = folder / f"{Path(plan.path).stem}.{digest(plan.text)}.yaml"
+        if not copy.exists():
+            replace_text(copy, plan.text)
+        handed.append(replace(plan, copy=copy))
+    return handed
 
 
 def slots_of(gpus: Sequence[str], runs_per_gpu: int) -> list[str | None]:
@@ -142,9 +177,6 @@ def slots_of(gpus: Sequence[str], runs_per_gpu: int) -> list[str | None]:
             raise RequestError(f"--gpus {gpu}: torch sees {count} GPUs here, the first one is 0")
         devices.append(visible[int(gpu)] if visible and gpu.isdecimal() else gpu)
     return [device for device in devices for _ in range(runs_per_gpu)]
-
-
-# --------------------------------------------------------------------------------------------- Summary
 
 
 def result_row(path: Path) -> dict[str, Any]:
@@ -261,13 +293,10 @@ def show_plan(plans: Sequence[Planned], done: Sequence[str], rows: Sequence[Mapp
     return 0
 
 
-# ------------------------------------------------------------------------------------------- Processes
-
-
 def arguments_for(plan: Planned) -> list[str]:
     """The command line of run_experiment.py for this run."""
     flags = ["--dense-twin"] * plan.twin + ["--resume", "auto"] * plan.resume
-    return ["--config", plan.path, *flags, *plan.overrides]
+    return ["--config", str(plan.copy or plan.path), *flags, *plan.overrides]
 
 
 def end_with_parent() -> None:
@@ -353,8 +382,12 @@ class Halt:
             self.passed_on += 1
 
 
-def announce(plan: Planned) -> None:
+def begin(plan: Planned, logs: Path) -> Path:
+    """Announce a run. Returns the path of its log."""
     print(f"{'':>9} start        {plan.name}", flush=True)
+    log = logs / f"{plan.id}.log"
+    log.unlink(missing_ok=True)  # a run that has outlived a killed sweep may still write to the old one
+    return log
 
 
 def work_off(
@@ -365,8 +398,7 @@ def work_off(
     while running or (waiting and not halt.signals):
         while waiting and free and not halt.signals:
             plan = waiting.pop(0)
-            announce(plan)
-            running.append(Running(plan, runner, free.pop(0), logs / f"{plan.id}.log", len(slots) - 1))
+            running.append(Running(plan, runner, free.pop(0), begin(plan, logs), len(slots) - 1))
         halt.pass_on(running)
         for run in [run for run in running if run.process.poll() is not None]:
             running.remove(run)
@@ -390,8 +422,7 @@ def work_off_here(
         for number, plan in enumerate(plans):
             if halt.signals:
                 break
-            announce(plan)
-            log, started = logs / f"{plan.id}.log", time.monotonic()
+            log, started = begin(plan, logs), time.monotonic()
             code = run_here(plan, run_main, log)
             halt.watch_signals()  # the run has set handlers of its own
             if code in (130, 143):

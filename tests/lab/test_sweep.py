@@ -9,7 +9,7 @@ import pytest
 
 from conftest import REPO
 from helpers import wait_for
-from lab.config import Config, load_config, run_id
+from lab.config import Config, load_config, read_config, run_id
 from lab.errors import RequestError
 from lab.sweep import (
     Halt,
@@ -98,7 +98,8 @@ def test_results_of_others_are_not_taken_for_finished_runs(tmp_path):
 
 
 def test_with_dense_twins_a_run_is_done_when_its_twin_is_there(tmp_path):
-    plan, dense = (plan_run(DIGITS, (f"ast.mode={mode}",), mode, dense_twin=True) for mode in ("random", "dense"))
+    text, modes = read_config(DIGITS), ("random", "dense")
+    plan, dense = (plan_run(DIGITS, text, (f"ast.mode={mode}",), mode, dense_twin=True) for mode in modes)
     assert ["--dense-twin" in arguments_for(each) for each in (plan, dense)] == [True, False]
     assert not is_done(plan, None)
     row = {"results_file": str(write_run(tmp_path, "1"))}
@@ -107,3 +108,15 @@ def test_with_dense_twins_a_run_is_done_when_its_twin_is_there(tmp_path):
     assert not is_done(plan, row)
     write_run(tmp_path, "2", ast__mode="dense")
     assert is_done(plan, row)
+
+
+def test_a_run_that_outlives_a_killed_sweep_keeps_the_log_it_writes_to(tmp_path):
+    script, plans = stand_in(tmp_path, "import sys; sys.exit('error: refused')")
+    log, rows = tmp_path / "a.log", []
+    with log.open("w") as old:
+        old.write("epoch 1\n")
+        old.flush()
+        work_off(plans[:1], script, [None], tmp_path, Halt(), lambda row, still: rows.append(row))
+        old.write("epoch 2\n")
+    assert [(row["exit_code"], row["error"]) for row in rows] == [(1, "error: refused")]
+    assert log.read_text() == "error: refused\n"
