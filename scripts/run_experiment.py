@@ -39,17 +39,17 @@ FLAGS = {
     "--output-dir": "logging.output_dir",
 }
 
-TWIN_EPOCHS = 100  # times the sparse run's: a bound no dense run comes near in the same time
+EPOCHS_FACTOR = 100  # training.epochs of the baseline over those of the sparse run: its time ends it long before
 
 
-def dense_twin(config: Config, train_seconds: float) -> Config:
-    """The same config in dense mode, its schedule decayed over exactly `train_seconds` of training."""
+def time_matched_baseline(config: Config, train_seconds: float) -> Config:
+    """The dense twin of `config`: the same but dense, its schedule decayed over exactly `train_seconds` of training."""
     training = config.training.model_copy(
         update={
             "lr_decay": "time",
             "max_minutes": train_seconds / 60,
-            "epochs": TWIN_EPOCHS * config.training.epochs,
-            "lr_warmup_epochs": TWIN_EPOCHS * config.training.epochs * lr_warmup_share(config),
+            "epochs": EPOCHS_FACTOR * config.training.epochs,
+            "lr_warmup_epochs": EPOCHS_FACTOR * config.training.epochs * lr_warmup_share(config),
         }
     )
     ast, outputs = config.ast.model_copy(update={"mode": "dense"}), config.logging
@@ -60,10 +60,10 @@ def dense_twin(config: Config, train_seconds: float) -> Config:
     return Config.model_validate(twin.model_dump())
 
 
-def execute_with_twin(config: Config, resume: str | None = None) -> int:
-    """Train `config`, then its dense twin on the training time that took; both results name each other.
+def execute_with_baseline(config: Config, resume: str | None = None) -> int:
+    """Train `config`, then its time-matched baseline. Each of the two results names the other as `twin`.
 
-    `resume`: the first one's checkpoint; its twin then goes on from its own, where it has one. Returns the exit code.
+    `resume`: the checkpoint of `config`; the baseline then goes on from its own, if it has one. Returns the exit code.
     Raises RequestError for a config that is dense itself.
     """
     if config.ast.mode == "dense":
@@ -73,19 +73,19 @@ def execute_with_twin(config: Config, resume: str | None = None) -> int:
     result, path = train(config, stop, resume)
     if result["status"] == "interrupted":
         return 128 + stop.signal
-    stop.deadline = math.inf  # a cap in wall time was the sparse run's
-    twin, twin_path = train(dense_twin(config, result["train_seconds"]), stop, resume and "auto")
+    stop.deadline = math.inf  # training.max_minutes caps the sparse run; the baseline has its own budget
+    twin, twin_path = train(time_matched_baseline(config, result["train_seconds"]), stop, resume and "auto")
     if twin["status"] == "interrupted":
         return 128 + stop.signal
     if launched()[0] == 0:
         write_result(twin | {"twin": path.name}, twin_path)
         write_result(result | {"twin": twin_path.name}, path)
-    print_rank0(twin_verdict(result, twin))
+    print_rank0(verdict(result, twin))
     return 0
 
 
-def twin_verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
-    """Who won, by how many points of final accuracy, in what training time."""
+def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
+    """Which of the two has the higher final accuracy, by how many percentage points, and the training time of each."""
     lead, mode = result["final_accuracy"] - twin["final_accuracy"], result["config"]["ast"]["mode"]
     winner = "a draw" if lead == 0 else f"{mode if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
     texts = [f"{each['final_accuracy']:.2f} % in {each['train_seconds']:.1f} s" for each in (result, twin)]
@@ -99,11 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"short for {key}=VALUE")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config as YAML and stop")
     parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one a GPU, by torchrun; 1: none")
     parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="M", help="with --nproc: go on so often after a process has died"
+        "--nproc", type=int, default=1, metavar="N", help="processes, one for each GPU, started by torchrun"
     )
-    parser.add_argument("--dense-twin", action="store_true", help="then train dense for the same time, and compare")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="M",
+        help="with --nproc: resume at most M times after a process has died",
+    )
+    parser.add_argument(
+        "--dense-twin",
+        action="store_true",
+        help="then train its time-matched baseline: dense, in the same training time",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, for example ast.pack=true")
     args = parser.parse_intermixed_args(argv)
     flags = [f"{key}={value}" for key in FLAGS.values() if (value := getattr(args, key)) is not None]
@@ -114,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.nproc < 1 or args.max_restarts < 0:
         raise RequestError("--nproc: at least 1, and --max-restarts: at least 0")
     if args.nproc == 1 and not args.max_restarts:
-        return (execute_with_twin if args.dense_twin else execute)(config, args.resume)
+        return (execute_with_baseline if args.dense_twin else execute)(config, args.resume)
     resume = args.resume or ("auto" if args.max_restarts else None)
     resuming = [] if resume is None else ["--resume", resume]
     twin = ["--dense-twin"] if args.dense_twin else []

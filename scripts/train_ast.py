@@ -41,7 +41,7 @@ import lab.config
 from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import ASTConfig, Config, DatasetConfig, checkpoint_folder, first_complaint, require_known
 from lab.console import epoch_line, print_rank0, step_bar
-from lab.data.cache import SHARED_PICTURES, ResidentLoader, require_memory
+from lab.data.cache import ResidentLoader, require_memory
 from lab.data.datasets import (
     BadImages,
     DigitsDataset,
@@ -868,8 +868,7 @@ def build_dataloaders(
     shared = {"num_workers": workers, "worker_init_fn": ignore_signals}
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
-        if not SHARED_PICTURES:
-            require_memory(len(dist.shard(indices)) + len(val_indices), kept_side(dataset), device)
+        require_memory(len(dist.shard(indices)) + len(val_indices), kept_side(dataset), device)
         shared["collate_fn"] = as_is
         resident = partial(ResidentLoader, config=config, device=device, shared=shared)
         kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)

@@ -1,7 +1,10 @@
-"""Results files made on the spot, and what several files of tests do with them."""
+"""What several files of tests use: results files made on the spot, processes."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import analyze_results
 from conftest import make_config
@@ -67,3 +70,24 @@ def study_of(*folders: Path, **options: str) -> Study:
 def analyze(argv: list[str]) -> int:
     """The exit code of the command."""
     return run_cli(lambda: analyze_results.main(argv))
+
+
+def processes(word: str) -> list[int]:
+    """The ids of the processes with `word` on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"\0{word}\0" in path.read_text():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """What `condition` returns once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value

@@ -129,6 +129,8 @@ def test_a_wrong_value_is_one_line_that_names_the_key(override, message):
     ("text", "message"),
     [
         (None, "cannot read the config: No such file or directory"),
+        ("", "empty"),
+        ("\n \n", "empty"),
         ("training: [1, 2]", "training: expected"),
         ("- 1\n- 2", "expected a mapping of sections, got list"),
         ("training: {lr: 1", "not valid YAML or JSON"),
@@ -149,8 +151,9 @@ def test_a_wrong_file_is_one_line_that_names_it(tmp_path, text, message):
 
 
 def test_empty_config_is_all_defaults(tmp_path):
-    (tmp_path / "empty.yaml").write_text("# nothing\ntraining:\n")
-    assert load_config(tmp_path / "empty.yaml") == Config()
+    for text in ("# nothing\ntraining:\n", "# nothing\n", "{}"):
+        (tmp_path / "empty.yaml").write_text(text)
+        assert load_config(tmp_path / "empty.yaml") == Config()
 
 
 def test_phases():

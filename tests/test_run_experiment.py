@@ -134,7 +134,7 @@ def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processe
 
 def test_a_twin_warms_up_for_the_same_share_of_its_time():
     config = load_config(CONFIG, SMALL)
-    twin = run_experiment.dense_twin(config, 90.0)
+    twin = run_experiment.time_matched_baseline(config, 90.0)
     assert (twin.training.max_minutes, twin.ast.mode) == (1.5, "dense")
     shares = [each.training.lr_warmup_epochs / each.training.epochs for each in (config, twin)]
     assert shares[0] == shares[1] == 0.25

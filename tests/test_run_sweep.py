@@ -1,4 +1,4 @@
-"""The sweep: plans, identities, processes, signals, and a summary that holds each run once."""
+"""The sweep as a command: real runs, signals, resumption, wrong requests, and a summary that holds each run once."""
 
 import json
 import os
@@ -7,33 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-import run_sweep
 from conftest import REPO
-from helpers import write_run
+from helpers import processes, wait_for
 from lab.cli import run_cli
-from lab.config import Config, run_id
 from lab.data import cache
 from lab.errors import RequestError
-from run_sweep import (
-    Halt,
-    Planned,
-    Running,
-    command_for,
-    finished_runs,
-    is_done,
-    main,
-    plan_run,
-    slots_of,
-    time_left,
-    work_off,
-)
-from train_ast import load_config
+from run_sweep import main
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "training.batch_size=16"]
@@ -43,35 +26,6 @@ ENDLESS = ["training.epochs=100000", "dataset.max_train_samples=64"]
 def rows_of(folder):
     (summary,) = folder.glob("sweep_summary_*.jsonl")
     return [json.loads(line) for line in summary.read_text().splitlines()]
-
-
-def processes(word):
-    """The ids of the processes with `word` on their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if f"\0{word}\0" in path.read_text():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return value
-
-
-def test_identity_is_the_config_with_its_seed_without_its_logging():
-    base = load_config(DIGITS)
-    assert run_id(base) == run_id(load_config(DIGITS, ["logging.output_dir=elsewhere", "logging.jsonl_path=log"]))
-    assert run_id(base) == run_id(load_config(DIGITS, ["training.seed=0", "ast.kp=1"]))
-    assert run_id(base) == run_id(Config.model_validate(json.loads(json.dumps(base.model_dump()))))
-    others = [["training.seed=1"], ["ast.kp=1.5"], ["ast.mode=dense"], ["dataset.max_val_samples=9"]]
-    assert len({run_id(base), *(run_id(load_config(DIGITS, other)) for other in others)}) == 5
 
 
 def test_failed_and_killed_runs_are_listed_and_the_others_complete(tmp_path, capsys):
@@ -144,54 +98,6 @@ def test_ctrl_c_lets_the_running_ones_save_and_starts_no_other(tmp_path, capsys)
     assert "0 of 2 runs done, 1 not started" in capsys.readouterr().out
 
 
-def stand_in(monkeypatch, program):
-    """Runs that are `program` instead of the lab, where only their processes matter."""
-    monkeypatch.setattr(run_sweep, "command_for", lambda plan: [sys.executable, "-c", program, plan.name])
-    return [Planned(name, "config", (), name, load_config(DIGITS)) for name in "abcd"]
-
-
-def test_a_second_signal_kills(tmp_path, monkeypatch):
-    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-    plan, halt = stand_in(monkeypatch, deaf)[0], Halt()
-    run = Running(plan, None, tmp_path / "log")
-    wait_for(lambda: "up" in (tmp_path / "log").read_text())
-    halt.signals.append(signal.SIGINT)
-    halt.pass_on([run])
-    time.sleep(0.2)
-    assert run.process.poll() is None
-    halt.signals.append(signal.SIGINT)
-    halt.pass_on([run])
-    assert run.process.wait(10) == -signal.SIGKILL
-    assert run.row()["status"] == "failed"
-
-
-def test_each_gpu_works_off_the_queue(tmp_path, monkeypatch):
-    """Two devices, one run at a time on each: never two on one, and the quick device takes what is left."""
-    program = "import os, time; time.sleep(1.5 if os.environ['CUDA_VISIBLE_DEVICES'] == 'slow' else 0.05)"
-    plans, rows = stand_in(monkeypatch, program), []
-    work_off(plans, ["slow", "quick"], tmp_path, Halt(), lambda row, still: rows.append((row, len(still))))
-    assert [row["device"] for row, _ in rows] == ["quick", "quick", "quick", "slow"]
-    assert [still for _, still in rows] == [3, 2, 1, 0]
-
-
-def test_slots(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert slots_of([], 2) == [None, None]
-    assert slots_of(["0", "1"], 2) == ["0", "0", "1", "1"]
-    with pytest.raises(RequestError, match="--gpus 2: torch sees 2 GPUs"):
-        slots_of(["2"], 1)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")  # numbers count what this process may see
-    assert slots_of(["1", "0"], 1) == ["6", "4"]
-
-
-def test_time_left_goes_by_epochs():
-    plans = [Planned("a", "", (), "", load_config(DIGITS, ["training.epochs=30"]))]
-    rows = [{"status": "completed", "epochs": 10, "duration_seconds": 20.0}, {"status": "failed"}]
-    assert time_left(rows, plans, 2) == timedelta(seconds=30)
-    assert time_left(rows[1:], plans, 2) is None
-
-
 def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
     grid = ["--grid", "ast.mode=ast,dense", "ast.target_activation=0.25,0.5", "--seeds", "0", "0", "1"]
     assert main(["--configs", DIGITS, DIGITS, "--output-dir", str(tmp_path / "out"), *grid, "--dry-run"]) == 0
@@ -215,6 +121,11 @@ def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
         (["--runs-per-gpu", "0"], "--runs-per-gpu: expected at least 1, got 0"),
         (["--dense-twin", "ast.mode=dense"], "--dense-twin: none of the runs is sparse"),
         (["--output-dir", "/proc/nowhere"], "logging.output_dir: cannot write to /proc/nowhere"),
+        (["training.epochs=2", "ast.warmup_epochs=3"], f"error: {DIGITS}: ast.warmup_epochs: with anneal_epochs it"),
+        (
+            ["--grid", "training.lr=-1,0", "--dry-run"],
+            "training.lr=-1: training.lr: expected greater than 0, got -1; none of 2 runs can start",
+        ),
     ],
 )
 def test_a_wrong_request_starts_nothing(args, message, tmp_path, capsys):
@@ -224,29 +135,6 @@ def test_a_wrong_request_starts_nothing(args, message, tmp_path, capsys):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_results_of_others_are_not_taken_for_finished_runs(tmp_path):
-    config = load_config(DIGITS, [f"logging.output_dir={tmp_path}"])
-    plan = Planned(run_id(config), "", (), "", config)
-    write_run(tmp_path, "0", extra={"config": config.model_dump(), "status": "interrupted"})
-    write_run(tmp_path, "1", extra={"config": load_config(DIGITS, ["training.seed=3"]).model_dump()})
-    write_run(tmp_path, "2", extra={"config": config.model_dump(), "training_history": None})
-    assert plan.id not in finished_runs([plan])
-    path = write_run(tmp_path, "3", extra={"config": config.model_dump()})
-    assert finished_runs([plan])[plan.id]["results_file"] == str(path)
-
-
-def test_with_dense_twins_a_run_is_done_when_its_twin_is_there(tmp_path):
-    plan, dense = (plan_run(DIGITS, (f"ast.mode={mode}",), mode, dense_twin=True) for mode in ("random", "dense"))
-    assert ["--dense-twin" in command_for(each) for each in (plan, dense)] == [True, False]
-    assert not is_done(plan, None)
-    row = {"results_file": str(write_run(tmp_path, "1"))}
-    assert [is_done(plan, row), is_done(dense, row)] == [False, True]
-    row["twin"] = "final_results_2.json"
-    assert not is_done(plan, row)
-    write_run(tmp_path, "2", ast__mode="dense")
-    assert is_done(plan, row)
 
 
 def test_variants_are_sets_of_overrides_that_go_together(tmp_path, capsys):
@@ -293,3 +181,88 @@ def test_runs_in_one_process_end_as_those_in_their_own(tmp_path):
 def test_one_process_takes_no_slots():
     with pytest.raises(RequestError, match="--one-process: one run at a time"):
         main(["--configs", DIGITS, "--one-process", "--runs-per-gpu", "2"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--one-process"], ["--dry-run"]])
+def test_missing_configs_are_refused_and_write_nothing_anywhere(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["--configs", "no.yaml", "nor.yaml", "--output-dir", "out", *flags]
+    assert run_cli(lambda: main(args)) == 2
+    assert (
+        "error: no.yaml: cannot read the config: No such file or directory; none of 2 runs can start\n"
+        in capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def sweep_from_stdin(text, *args):
+    command = [sys.executable, "scripts/run_sweep.py", "--configs", "/dev/stdin", *args]
+    return subprocess.run(command, cwd=REPO, input=text, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("flags", [[], ["--one-process"]])
+def test_a_config_that_can_be_read_only_once_reaches_every_run(flags, tmp_path):
+    text = "model: {name: test_resnet}\ntraining: {epochs: 1, device: cpu}\nast: {mode: dense}  # and so on\n"
+    text += "dataset: {max_train_samples: 64}\n"
+    done = sweep_from_stdin(text, "--seeds", "0", "1", "--output-dir", str(tmp_path), *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(path.read_text())["config"] for path in tmp_path.glob("final_results_*.json")]
+    assert [(each["model"]["name"], each["training"]["epochs"]) for each in results] == [("test_resnet", 1)] * 2
+    assert {row["config"] for row in rows_of(tmp_path)} == {"/dev/stdin"}
+    (copy,) = (tmp_path / "logs").glob("stdin.*.yaml")
+    assert copy.read_text() == text
+
+
+def test_an_empty_config_of_a_sweep_is_refused(tmp_path):
+    done = sweep_from_stdin("", "--output-dir", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /dev/stdin: empty")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_sweep_into_the_same_folder_is_refused_and_disturbs_nothing(tmp_path, capsys):
+    args = ["--configs", DIGITS, "--output-dir", str(tmp_path), *ENDLESS]
+    first = subprocess.Popen(
+        [sys.executable, "scripts/run_sweep.py", *args], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    (log,) = wait_for(lambda: [path for path in tmp_path.glob("logs/*.log") if "dense" in path.read_text()])
+    before = log.read_text()
+    for again in (args, [*args, "--resume"], [*args, "--one-process", "--seeds", "5"]):
+        assert run_cli(lambda again=again: main(again)) == 2
+        refusal = (
+            f"error: {tmp_path}: another sweep is writing to it; wait for it to end, or set another --output-dir\n"
+        )
+        assert capsys.readouterr().err == refusal
+    assert main([*args, "--dry-run"]) == 0
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert log.read_text().startswith(before)
+    (row,) = rows_of(tmp_path)
+    assert (row["status"], row["exit_code"]) == ("interrupted", 130)
+
+
+def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path, image_folder):
+    for name in ("train/red/3.jpg", "val/blue/0.jpg"):
+        (image_folder / name).write_bytes(b"no image")
+    (tmp_path / "config.yaml").write_text("model: {name: test_resnet}\nast: {mode: dense}\n")
+    data = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    data += ["dataset.cache=device", "dataset.max_bad_images=2", "training.num_workers=0", "training.epochs=1"]
+    args = [
+        "--configs",
+        str(tmp_path / "config.yaml"),
+        "--output-dir",
+        str(tmp_path / "out"),
+        *data,
+        "--seeds",
+        "0",
+        "1",
+    ]
+    assert run_cli(lambda: main([*args, "--one-process", "training.batch_size=8", "training.device=cpu"])) == 0
+    rows = rows_of(tmp_path / "out")
+    listed = [json.loads(Path(row["results_file"]).read_text())["bad_images"] for row in rows]
+    assert [len(each) for each in listed] == [2, 2]
+    assert listed[0] == listed[1]
+    asked = ["dataset.cache: " in Path(row["log"]).read_text() for row in rows]
+    assert asked == [True, False]  # the second run needs no memory of its own

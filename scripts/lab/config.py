@@ -273,32 +273,51 @@ BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, 
 RENAMED = {"ast.leave_out": "ast.forget_rate"}
 
 
+def read_config(path: str | Path) -> str:
+    """The text of a config file.
+
+    Raises RequestError naming the file where it cannot be read, or where it is empty: a pipe that was read before
+    gives nothing, which must not mean all defaults.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot read the config: {error.strerror}") from None
+    except ValueError as error:
+        raise RequestError(f"{path}: not valid YAML or JSON: {one_line(error)}") from None
+    if not text.strip():
+        raise RequestError(f"{path}: empty; a config of nothing but defaults is {{}}")
+    return text
+
+
 def load_config(
-    path: str | Path | None, overrides: Sequence[str] = (), check: Callable[[Config], None] | None = None
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    text: str | None = None,
+    check: Callable[[Config], None] | None = None,
 ) -> Config:
     """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05") over it.
 
-    check: raises ValueError for what the lab's tables do not know (`train_ast.check_config`).
-
-    Raises RequestError, one line naming the file or the key, for a file that is missing or no mapping, an
-    unknown key (with the nearest known one) and a value of the wrong type or range.
+    text: the file's text, where it has been read before. check: raises ValueError for what the lab's tables do not know
+    (`train_ast.check_config`). Raises RequestError, one line naming the file or the key, for a file that is missing,
+    empty or no mapping, an unknown key (with the nearest known one) and a value of the wrong type or range.
     """
+    if text is None:
+        text = read_config(path) if path else ""
     raw: dict = {}
     try:
-        raw = (yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) if path else None) or {}
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the config: {error.strerror}") from None
+        raw = yaml.load(text, Loader=_Loader) or {}
     except BAD_YAML as error:
         raise RequestError(f"{path}: not valid YAML or JSON: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise RequestError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
     for override in overrides:
-        key, equals, text = override.partition("=")
+        key, equals, written = override.partition("=")
         section, dot, name = key.partition(".")
         if not (equals and dot and name):
             raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = yaml.load(written, Loader=_Loader)
         except BAD_YAML as error:
             raise RequestError(f"override {override!r}: not a valid value: {one_line(error)}") from None
         part = raw[section] = {} if raw.get(section) is None else raw[section]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lab.errors import RequestError, TrainingFailed
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def require_folder(folder: Path, key: str, path: str | Path) -> None:
@@ -22,6 +28,22 @@ def require_folder(folder: Path, key: str, path: str | Path) -> None:
             file.write(bytes(2**16))  # a full disk still takes names
     except OSError as error:
         raise RequestError(f"{key}: cannot write to {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is made. Raises RequestError(`taken`) where another process holds it.
+
+    The lock belongs to this process alone, not to its children. The kernel takes it back however the process ends.
+    """
+    with path.open("ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+                raise RequestError(taken) from None
+        yield
 
 
 def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:

@@ -45,8 +45,20 @@ class _Kept(Dataset):
         return collate(samples), torch.tensor(aspects, dtype=torch.float64)
 
 
-# What runs in one process have decoded, by data set; None where a process has one run (see run_sweep.py --one-process)
-SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor]] | None = None
+SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor, list[str]]] | None = (
+    None  # by data set; None: nothing is shared
+)
+
+
+@contextlib.contextmanager
+def shared_pictures() -> Iterator[None]:
+    """Let the runs of one process share what they decode. Afterwards nothing stays on the device."""
+    global SHARED_PICTURES
+    SHARED_PICTURES = {}
+    try:
+        yield
+    finally:
+        SHARED_PICTURES = None
 
 
 class Share(NamedTuple):
@@ -85,7 +97,8 @@ class ResidentLoader:
             SHARED_PICTURES[which] = kept
             if len(SHARED_PICTURES) > 4:  # two data sets
                 del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
-        self.images, labels, self.aspects = kept
+        self.images, labels, self.aspects, unreadable = kept
+        self.bad.add(unreadable)  # of a run before this one
         self.labels = torch.from_numpy(dataset.noisy(labels, indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         self.crop = compiled(partial(crop_resize, size=self.view.size), mode)
@@ -94,9 +107,9 @@ class ResidentLoader:
 
     def _decode(
         self, dataset: ImageDataset, device: torch.device, shared: dict[str, Any]
-    ) -> tuple[Tensor, np.ndarray, Tensor]:
-        """This process's pictures [own, 3, side, side] on the device, and of all samples the labels [n] on the host
-        and the heights over widths [n] on the device."""
+    ) -> tuple[Tensor, np.ndarray, Tensor, list[str]]:
+        """This process's pictures [own, 3, side, side] on the device; of all samples the labels [n] on the host and
+        the heights over widths [n] on the device; and what this process could not read."""
         own = self.dist.shard(self.indices)
         images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
         labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
@@ -108,7 +121,7 @@ class ResidentLoader:
             done = part.stop
         everyone = zip(*self.dist.all_gather_objects((labels, aspects)), strict=True)
         labels, aspects = (np.concatenate(each) for each in everyone)
-        return images, labels, torch.from_numpy(aspects).to(device)
+        return images, labels, torch.from_numpy(aspects).to(device), self.bad.found
 
     def __len__(self) -> int:
         return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
@@ -153,7 +166,12 @@ class ResidentLoader:
 
 
 def require_memory(samples: int, side: int, device: torch.device) -> None:
-    """Say how much `dataset.cache: device` takes. Raises RequestError where nine tenths of what is free are less."""
+    """Say how much `dataset.cache: device` takes. Raises RequestError where nine tenths of what is free are less.
+
+    Neither is done where earlier runs of this process share their pictures.
+    """
+    if SHARED_PICTURES:
+        return
     needed, free = samples * (3 * side**2 + 24), free_memory(device)
     size = f"{samples:,} pictures of {side} px need {needed / 2**30:,.2f} GiB"
     if needed > 0.9 * free:

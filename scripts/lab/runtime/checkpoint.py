@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -11,20 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lab.config import Config, checkpoint_folder, config_keys
 from lab.errors import RequestError, TrainingFailed, one_line
-from lab.files import replace_file, require_folder
+from lab.files import locked, replace_file, require_folder
 from lab.runtime.devices import synchronize
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FORMAT = 2  # of the state: nested by object
 MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
@@ -162,28 +156,17 @@ class Checkpoints:
 def claimed(folder: Path) -> Iterator[None]:
     """Keep the checkpoint `folder` to this process. If nothing came of the run, the folder goes again.
 
-    Raises RequestError where another process has it, or where it cannot be made or written to. The lock belongs to the
-    process alone, not to its loader workers; the kernel takes it back however the process ends.
+    Raises RequestError where another process has it, or where it cannot be made or written to.
     """
     made, lock = not folder.exists(), folder / "lock"
     require_folder(folder, "logging.output_dir", folder)
-    with lock.open("ab") as file:
-        _lock(file, folder)
+    todo = "wait for it to end, or set another logging.output_dir"
+    with locked(lock, f"{folder}: another process is running this config into it; {todo}"):
         try:
             yield
         finally:
             if made:
                 _remove_unused(folder, lock)
-
-
-def _lock(file: BinaryIO, folder: Path) -> None:
-    try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
-            todo = "wait for it to end, or set another logging.output_dir"
-            raise RequestError(f"{folder}: another process is running this config into it; {todo}") from None
 
 
 def _remove_unused(folder: Path, lock: Path) -> None:
