@@ -55,7 +55,7 @@ from lab.data.datasets import (
 )
 from lab.data.images import View, axis_weights, kept_side
 from lab.data.loading import EpochPlan, Loaded, Loader, as_is, device_batches, ignore_signals
-from lab.data.randomness import DRAWS, label_shifts, random_subset
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset
 from lab.errors import RequestError, TrainingFailed, one_line
 from lab.files import align_jsonl, append_jsonl, replace_text
 from lab.runtime.checkpoint import CAPPED, Checkpoints, claimed, find_checkpoint, load_checkpoint
@@ -660,7 +660,7 @@ def build_dataloaders(
         resident = partial(ResidentLoader, config=config, device=device, shared=shared)
         kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)
         return *kept, plan, len(train.classes)
-    keys = [(index, np.zeros(DRAWS)) for index in val_indices.tolist()]
+    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in val_indices.tolist()]
     chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
     shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
     streaming = partial(DataLoader, **shared)

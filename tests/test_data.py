@@ -15,7 +15,7 @@ from lab.config import load_config
 from lab.data.datasets import collate
 from lab.data.images import View, crop_resize, decode_image, random_crops
 from lab.data.loading import EpochPlan, device_batches
-from lab.data.randomness import DRAWS, uniform
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.errors import RequestError
 from train_ast import build_dataloaders, build_datasets
 
@@ -65,7 +65,7 @@ def test_images_and_labels_belong_together(kind, image_folder, parquet_folder):
     assert (len(train), len(val)) == (24, 9)
     for dataset in (train, val):
         for index in range(len(dataset)):
-            image, label, *_ = dataset[(index, np.zeros(DRAWS))]
+            image, label, *_ = dataset[(index, np.zeros(UNIFORMS_PER_SAMPLE))]
             assert image.shape == (3, config.dataset.image_size, config.dataset.image_size)
             assert image.dtype == torch.uint8
             brightest = int(image.float().mean((1, 2)).argmax())
@@ -110,7 +110,7 @@ def test_an_epoch_draws_without_repeats_in_full_chunks(n, batch_size, share, epo
         assert {len(chunk) for chunk in chunks} == {batch_size}
     again = [key for chunk in plan for key in chunk]  # a function of (seed, epoch)
     assert [index for index, _ in again] == drawn
-    rows = uniform(3, epoch, torch.tensor(drawn), DRAWS).numpy()
+    rows = uniform(3, epoch, torch.tensor(drawn), UNIFORMS_PER_SAMPLE).numpy()
     assert all(np.array_equal(draws, row) for (_, draws), row in zip(again, rows, strict=True))
 
 
@@ -159,7 +159,7 @@ def test_neither_workers_nor_order_change_what_a_sample_looks_like(image_folder,
 
 def test_a_picture_is_augmented_by_its_draws_alone(image_folder):
     train, _ = build_datasets(folder_config(image_folder, "dataset.augment=random_resized_crop").dataset)
-    draws = uniform(0, 0, torch.arange(3), DRAWS).numpy()
+    draws = uniform(0, 0, torch.arange(3), UNIFORMS_PER_SAMPLE).numpy()
     first = train[(5, draws[0])][0]
     before = torch.get_rng_state()
     assert not torch.equal(train[(5, draws[1])][0], first)
@@ -206,7 +206,7 @@ def test_a_bad_row_of_a_parquet_file_is_named(parquet_folder):
     rows[4] = {**rows[4], "img": {"bytes": b"rubbish", "path": None}}
     rows[5] = {**rows[5], "kind": None}
     train.samples = rows
-    samples = [train[(index, np.zeros(DRAWS))] for index in (3, 4, 5)]
+    samples = [train[(index, np.zeros(UNIFORMS_PER_SAMPLE))] for index in (3, 4, 5)]
     assert samples[1].unreadable[0].startswith(f"{parquet_folder} [train] sample 4: not a readable image")
     assert "no class" in samples[2].unreadable[0]
     batch = collate(samples)
@@ -267,7 +267,7 @@ def test_a_streamed_crop_is_torchvisions(train):
     """The stated box, cut and resized; for validation the same picture as torchvision's resize and centre crop."""
     view = View(load_config(None, ["dataset.image_size=72", "dataset.augment=random_resized_crop"]).dataset, train)
     image = v2.functional.resize(pictures(1, 90)[0], [120, 200], antialias=True)
-    draws = uniform(0, 1, torch.arange(8), DRAWS)
+    draws = uniform(0, 1, torch.arange(8), UNIFORMS_PER_SAMPLE)
     sides = torch.tensor([[120.0, 200.0]], dtype=torch.float64)
     boxes, mirrors = view.boxes(draws, torch.full((8,), 0.6, dtype=torch.float64), sides)
     for row, box, mirror in zip(draws, boxes.int().tolist(), mirrors, strict=True):
@@ -286,7 +286,7 @@ def test_a_shifted_picture_is_padded_and_cropped():
     view = View(load_config(None, ["dataset.image_size=32", "dataset.augment=pad_crop"]).dataset, train=True)
     image = pictures(1, 32)[0]
     padded, seen = v2.functional.pad(image, [4, 4, 4, 4]), set()
-    for row in uniform(0, 0, torch.arange(400), DRAWS):
+    for row in uniform(0, 0, torch.arange(400), UNIFORMS_PER_SAMPLE):
         boxes, mirror = view.boxes(row[None], torch.ones(1), torch.full((1, 2), 32.0))
         top, left, height, width = boxes[0].int().tolist()
         expected = v2.functional.crop(padded, top + 4, left + 4, height, width)

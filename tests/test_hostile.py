@@ -22,7 +22,7 @@ from conftest import REPO, make_config
 from lab.cli import run_cli
 from lab.data.datasets import BadImages, ImageDataset
 from lab.data.loading import device_batches
-from lab.data.randomness import DRAWS
+from lab.data.randomness import UNIFORMS_PER_SAMPLE
 from lab.errors import RequestError
 from train_ast import build_dataloaders, train
 
@@ -121,7 +121,7 @@ def fuzz_images(times: int, folder: Path) -> None:
     train_set.view, train_set.stand_ins = (lambda images, draws: images), 1
     for _ in range(times):
         victim.write_bytes(mutated(original, dice))
-        sample = train_set[(0, np.zeros(DRAWS))]
+        sample = train_set[(0, np.zeros(UNIFORMS_PER_SAMPLE))]
         assert sample.image.dtype == torch.uint8
         assert sample.image.shape[0] == 3
         assert all(str(victim) in name and "\n" not in name for name in sample.unreadable)

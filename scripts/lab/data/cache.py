@@ -21,7 +21,7 @@ from lab.console import print_rank0, progress_bar
 from lab.data.datasets import BadImages, Batch, ImageDataset, collate
 from lab.data.images import crop_resize, kept_side, resize
 from lab.data.loading import EpochPlan
-from lab.data.randomness import DRAWS, uniform
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.errors import RequestError
 from lab.runtime.devices import compiled, to_device
 from lab.runtime.distributed import Dist
@@ -149,7 +149,7 @@ class ResidentLoader:
             return ()
         seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
         sides = torch.full((1, 2), self.side, dtype=torch.float64, device=rows.device)
-        return self.view.boxes(uniform(seed, epoch, self.keys[rows], DRAWS), self.aspects[rows], sides)
+        return self.view.boxes(uniform(seed, epoch, self.keys[rows], UNIFORMS_PER_SAMPLE), self.aspects[rows], sides)
 
 
 def require_memory(samples: int, side: int, device: torch.device) -> None:

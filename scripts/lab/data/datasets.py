@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 
 from lab.config import DatasetConfig
 from lab.data.images import View, decode_image
-from lab.data.randomness import DRAWS
+from lab.data.randomness import UNIFORMS_PER_SAMPLE
 from lab.errors import RequestError, one_line
 
 
@@ -118,7 +118,9 @@ class ImageDataset(Dataset):
                 labels = self.noisy([sample.label for sample in loaded], [index for index, _ in chunk])
                 loaded = [sample._replace(label=int(label)) for sample, label in zip(loaded, labels, strict=True)]
             good = [i for i, sample in enumerate(loaded) if sample.image is not None]
-            draws = torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, DRAWS)
+            draws = (
+                torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, UNIFORMS_PER_SAMPLE)
+            )
             for i, image in zip(good, self.view([loaded[i].image for i in good], draws), strict=True):
                 loaded[i] = loaded[i]._replace(image=image)
             samples += loaded

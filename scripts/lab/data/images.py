@@ -80,7 +80,7 @@ class View:
         self.margin = max(1, self.size // 8)  # of the shift, pixels: 4 at 32
 
     def boxes(self, draws: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [n, 4] and mirrors [n]; arguments as of `random_crops`, with [n, DRAWS] draws."""
+        """Boxes [n, 4] and mirrors [n]; arguments as of `random_crops`, with [n, UNIFORMS_PER_SAMPLE] draws."""
         mirror = (draws[:, 22] < 0.5) & self.random
         if self.crops:
             return random_crops(draws, aspects, sides) if self.random else centre_crops(aspects, sides), mirror
@@ -88,7 +88,7 @@ class View:
         return torch.cat([starts, torch.full_like(starts, self.size)], 1), mirror
 
     def __call__(self, images: Sequence[Tensor], draws: Tensor) -> list[Tensor]:
-        """Each picture by its row of `draws` [n, DRAWS]."""
+        """Each picture by its row of `draws` [n, UNIFORMS_PER_SAMPLE]."""
         if not self.crops:
             images = [image if image.shape[1:] == (self.size,) * 2 else resize(image, self.size) for image in images]
         if not images or not (self.crops or self.random):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from lab.data.datasets import BadImages, Batch
-from lab.data.randomness import DRAWS, uniform
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.runtime.distributed import Dist
 
 
@@ -99,7 +99,7 @@ class EpochPlan(Sampler):
         order = self.order()
         for start in range(self.start * self.batch_size, len(order), self.batch_size):
             chunk = self.dist.part(order[start : start + self.batch_size])
-            draws = uniform(self.seed, self.epoch, torch.from_numpy(chunk), DRAWS)
+            draws = uniform(self.seed, self.epoch, torch.from_numpy(chunk), UNIFORMS_PER_SAMPLE)
             yield list(zip(chunk.tolist(), draws.numpy(), strict=True))
 
 
