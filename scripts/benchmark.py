@@ -65,7 +65,7 @@ from lab.config import Config
 from lab.console import progress_bar
 from lab.data.cache import ResidentLoader
 from lab.data.datasets import collate, folder_dataset
-from lab.data.images import View
+from lab.data.images import Augmentation
 from lab.data.loading import EpochPlan, Loaded, as_is, device_batches
 from lab.errors import RequestError
 from lab.runtime.clock import Stop
@@ -408,7 +408,7 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
     config.training.batch_size = args.batch_size
     device = resolve_device(config.training)
     dataset = folder_dataset("--folder", args.folder)
-    dataset.view = View(config.dataset, train=True)
+    dataset.augmentation = Augmentation(config.dataset, train=True)
     lead, whole = 2 * args.workers + 2, np.arange(len(dataset))  # batches in flight before the clock starts
     count = 2 * lead + args.steps * args.repeats
     plan = EpochPlan(np.arange(count * args.batch_size) % len(dataset), args.batch_size, 0, lambda epoch: 1.0)

@@ -53,7 +53,7 @@ from lab.data.datasets import (
     folder_dataset,
     load_hub_split,
 )
-from lab.data.images import View, axis_weights, kept_side
+from lab.data.images import Augmentation, axis_weights, cached_side
 from lab.data.loading import EpochPlan, Loaded, Loader, as_is, device_batches, ignore_signals
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset
 from lab.errors import RequestError, TrainingFailed, one_line
@@ -620,7 +620,7 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         raise RequestError(f"dataset: {len(train.classes)} training and {len(val.classes)} validation classes")
     if not len(train) or not len(val):
         raise RequestError(f"dataset: {len(train)} training and {len(val)} validation samples")
-    train.view, val.view = View(config, train=True), View(config, train=False)
+    train.augmentation, val.augmentation = Augmentation(config, train=True), Augmentation(config, train=False)
     train.stand_ins = val.stand_ins = config.max_bad_images
     return train, val
 
@@ -655,7 +655,7 @@ def build_dataloaders(
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
         if not SHARED_PICTURES:
-            require_memory(len(dist.part(indices)) + len(val_indices), kept_side(dataset), device)
+            require_memory(len(dist.part(indices)) + len(val_indices), cached_side(dataset), device)
         shared["collate_fn"] = as_is
         resident = partial(ResidentLoader, config=config, device=device, shared=shared)
         kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)

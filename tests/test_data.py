@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from conftest import COLOURS, make_config, save_picture
 from lab.config import load_config
 from lab.data.datasets import collate
-from lab.data.images import View, crop_resize, decode_image, random_crops
+from lab.data.images import Augmentation, crop_resize, decode_image, random_crops
 from lab.data.loading import EpochPlan, device_batches
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.errors import RequestError
@@ -111,7 +111,7 @@ def test_an_epoch_draws_without_repeats_in_full_chunks(n, batch_size, share, epo
     again = [key for chunk in plan for key in chunk]  # a function of (seed, epoch)
     assert [index for index, _ in again] == drawn
     rows = uniform(3, epoch, torch.tensor(drawn), UNIFORMS_PER_SAMPLE).numpy()
-    assert all(np.array_equal(draws, row) for (_, draws), row in zip(again, rows, strict=True))
+    assert all(np.array_equal(uniforms, row) for (_, uniforms), row in zip(again, rows, strict=True))
 
 
 def test_epochs_and_seeds_order_differently():
@@ -141,7 +141,7 @@ def test_random_mode_draws_before_loading_and_dense_phases_load_all(image_folder
         loaded.clear()
         list(loader)
         counts.append(len(loaded))
-    assert counts == [24, 8, 8]  # no file of an undrawn sample is read
+    assert counts == [24, 8, 8]  # no file of a sample not drawn is read
     assert plan.considered == 24
 
 
@@ -157,13 +157,13 @@ def test_neither_workers_nor_order_change_what_a_sample_looks_like(image_folder,
         assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, shared, strict=True))
 
 
-def test_a_picture_is_augmented_by_its_draws_alone(image_folder):
+def test_a_picture_is_augmented_by_its_uniforms_alone(image_folder):
     train, _ = build_datasets(folder_config(image_folder, "dataset.augment=random_resized_crop").dataset)
-    draws = uniform(0, 0, torch.arange(3), UNIFORMS_PER_SAMPLE).numpy()
-    first = train[(5, draws[0])][0]
+    uniforms = uniform(0, 0, torch.arange(3), UNIFORMS_PER_SAMPLE).numpy()
+    first = train[(5, uniforms[0])][0]
     before = torch.get_rng_state()
-    assert not torch.equal(train[(5, draws[1])][0], first)
-    assert torch.equal(train[(5, draws[0])][0], first)
+    assert not torch.equal(train[(5, uniforms[1])][0], first)
+    assert torch.equal(train[(5, uniforms[0])][0], first)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -258,39 +258,45 @@ def test_a_class_without_validation_images_keeps_the_labels_right(image_folder):
 )
 def test_augmentation_by_size_and_dataset(overrides, crops, moves):
     config = load_config(None, ["dataset.type=hf", "dataset.name=x", *overrides]).dataset
-    assert (View(config, train=True).crops, View(config, train=True).random) == (crops, moves)
-    assert not View(config, train=False).random
+    assert (Augmentation(config, train=True).crops, Augmentation(config, train=True).random) == (crops, moves)
+    assert not Augmentation(config, train=False).random
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_a_streamed_crop_is_torchvisions(train):
     """The stated box, cut and resized; for validation the same picture as torchvision's resize and centre crop."""
-    view = View(load_config(None, ["dataset.image_size=72", "dataset.augment=random_resized_crop"]).dataset, train)
+    augmentation = Augmentation(
+        load_config(None, ["dataset.image_size=72", "dataset.augment=random_resized_crop"]).dataset, train
+    )
     image = v2.functional.resize(pictures(1, 90)[0], [120, 200], antialias=True)
-    draws = uniform(0, 1, torch.arange(8), UNIFORMS_PER_SAMPLE)
+    uniforms = uniform(0, 1, torch.arange(8), UNIFORMS_PER_SAMPLE)
     sides = torch.tensor([[120.0, 200.0]], dtype=torch.float64)
-    boxes, mirrors = view.boxes(draws, torch.full((8,), 0.6, dtype=torch.float64), sides)
-    for row, box, mirror in zip(draws, boxes.int().tolist(), mirrors, strict=True):
+    boxes, mirrors = augmentation.boxes(uniforms, torch.full((8,), 0.6, dtype=torch.float64), sides)
+    for row, box, mirror in zip(uniforms, boxes.int().tolist(), mirrors, strict=True):
         expected = v2.functional.resized_crop(image, *box, [72, 72], antialias=True)
         if not train:
             expected = v2.functional.center_crop(v2.functional.resize(image, 82, antialias=True), [72, 72])
         expected = v2.functional.horizontal_flip(expected) if mirror else expected
-        assert (view([image], row[None])[0].int() - expected.int()).abs().max() <= (1 if train else 12)
-        assert (view([image], row[None])[0].float() - expected.float()).abs().mean() < (
+        assert (augmentation([image], row[None])[0].int() - expected.int()).abs().max() <= (1 if train else 12)
+        assert (augmentation([image], row[None])[0].float() - expected.float()).abs().mean() < (
             0.5 if train else 4
         )  # half a pixel
     assert mirrors.any() == train
 
 
 def test_a_shifted_picture_is_padded_and_cropped():
-    view = View(load_config(None, ["dataset.image_size=32", "dataset.augment=pad_crop"]).dataset, train=True)
+    augmentation = Augmentation(
+        load_config(None, ["dataset.image_size=32", "dataset.augment=pad_crop"]).dataset, train=True
+    )
     image = pictures(1, 32)[0]
     padded, seen = v2.functional.pad(image, [4, 4, 4, 4]), set()
     for row in uniform(0, 0, torch.arange(400), UNIFORMS_PER_SAMPLE):
-        boxes, mirror = view.boxes(row[None], torch.ones(1), torch.full((1, 2), 32.0))
+        boxes, mirror = augmentation.boxes(row[None], torch.ones(1), torch.full((1, 2), 32.0))
         top, left, height, width = boxes[0].int().tolist()
         expected = v2.functional.crop(padded, top + 4, left + 4, height, width)
-        assert torch.equal(view([image], row[None])[0], v2.functional.horizontal_flip(expected) if mirror else expected)
+        assert torch.equal(
+            augmentation([image], row[None])[0], v2.functional.horizontal_flip(expected) if mirror else expected
+        )
         seen |= {top, left + 100, 1000 + int(mirror)}
     assert seen == {*range(-4, 5), *range(96, 105), 1000, 1001}
 
@@ -358,10 +364,10 @@ def test_random_numbers_are_splitmix64_over_seed_epoch_and_index():
 
 
 def test_random_crops_have_torchvisions_distribution():
-    draws = uniform(0, 0, torch.arange(20000), 22)
+    uniforms = uniform(0, 0, torch.arange(20000), 22)
     for height, width in ((300, 400), (100, 400), (640, 200)):
         aspects = torch.full((20000,), height / width, dtype=torch.float64)
-        top, left, tall, wide = (random_crops(draws, aspects, torch.full((1, 2), 512.0)) / 512).T
+        top, left, tall, wide = (random_crops(uniforms, aspects, torch.full((1, 2), 512.0)) / 512).T
         assert top.min() >= 0 and left.min() >= 0 and (top + tall).max() <= 1 and (left + wide).max() <= 1  # noqa: PT018
         torch.manual_seed(0)
         params = [v2.RandomResizedCrop(8).make_params([torch.empty(3, height, width)]) for _ in range(4000)]

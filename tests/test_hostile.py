@@ -118,7 +118,7 @@ def fuzz_images(times: int, folder: Path) -> None:
     victim = folder / "train" / "red" / "0.jpg"
     original, dice, bad = victim.read_bytes(), random.Random(0), 0
     train_set = ImageDataset([(victim, 0), (folder / "train" / "red" / "1.jpg", 0)], ["red"])
-    train_set.view, train_set.stand_ins = (lambda images, draws: images), 1
+    train_set.augmentation, train_set.stand_ins = (lambda images, uniforms: images), 1
     for _ in range(times):
         victim.write_bytes(mutated(original, dice))
         sample = train_set[(0, np.zeros(UNIFORMS_PER_SAMPLE))]

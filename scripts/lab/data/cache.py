@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lab.config import Config
 from lab.console import print_rank0, progress_bar
 from lab.data.datasets import BadImages, Batch, ImageDataset, collate
-from lab.data.images import crop_resize, kept_side, resize
+from lab.data.images import cached_side, crop_resize, resize
 from lab.data.loading import EpochPlan
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.errors import RequestError
@@ -76,7 +76,7 @@ class ResidentLoader:
         self.plan, self.indices, self.batch_size = plan, indices, batch_size
         self.dist = plan.dist if plan else Dist()  # without a plan `indices` are this process's alone
         self.edges = self.dist.edges(len(indices))
-        self.view, self.side = dataset.view, kept_side(config.dataset)
+        self.augmentation, self.side = dataset.augmentation, cached_side(config.dataset)
         self.keys = torch.from_numpy(indices).to(device)
         self.bad = BadImages(config.dataset.max_bad_images)
         which = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
@@ -88,7 +88,7 @@ class ResidentLoader:
         self.images, labels, self.aspects = kept
         self.labels = torch.from_numpy(dataset.noisy(labels, indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
-        self.crop = compiled(partial(crop_resize, size=self.view.size), mode)
+        self.crop = compiled(partial(crop_resize, size=self.augmentation.size), mode)
         if mode != "off":  # compile before the clock of the training starts
             next(iter(self))
 
@@ -145,11 +145,13 @@ class ResidentLoader:
 
     def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
         """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
-        if not self.view.crops and not self.view.random:
+        if not self.augmentation.crops and not self.augmentation.random:
             return ()
         seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
         sides = torch.full((1, 2), self.side, dtype=torch.float64, device=rows.device)
-        return self.view.boxes(uniform(seed, epoch, self.keys[rows], UNIFORMS_PER_SAMPLE), self.aspects[rows], sides)
+        return self.augmentation.boxes(
+            uniform(seed, epoch, self.keys[rows], UNIFORMS_PER_SAMPLE), self.aspects[rows], sides
+        )
 
 
 def require_memory(samples: int, side: int, device: torch.device) -> None:

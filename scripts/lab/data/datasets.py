@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lab.config import DatasetConfig
-from lab.data.images import View, decode_image
+from lab.data.images import Augmentation, decode_image
 from lab.data.randomness import UNIFORMS_PER_SAMPLE
 from lab.errors import RequestError, one_line
 
@@ -60,7 +60,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
         self.samples, self.classes = samples, classes
-        self.view: View | None = None  # what `build_datasets` adds
+        self.augmentation: Augmentation | None = None  # what `build_datasets` adds
         self.stand_ins = 0  # and this: dataset.max_bad_images
         self.shifts: np.ndarray | None = None  # by how many classes `dataset.label_noise` moves each label
         self.origin = ""  # what a sample that is no file is named after
@@ -121,7 +121,7 @@ class ImageDataset(Dataset):
             draws = (
                 torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, UNIFORMS_PER_SAMPLE)
             )
-            for i, image in zip(good, self.view([loaded[i].image for i in good], draws), strict=True):
+            for i, image in zip(good, self.augmentation([loaded[i].image for i in good], draws), strict=True):
                 loaded[i] = loaded[i]._replace(image=image)
             samples += loaded
         return samples
