@@ -44,9 +44,9 @@ from lab.config import Config, DatasetConfig, ModelConfig, TrainingConfig, check
 from lab.console import epoch_line, print_rank0, progress_bar, summary
 from lab.data.cache import SHARED_PICTURES, ResidentLoader, require_memory
 from lab.data.datasets import (
-    BadImages,
-    Batch,
     ImageDataset,
+    LoaderBatch,
+    ReadErrors,
     collate,
     digits_dataset,
     find_column,
@@ -587,7 +587,7 @@ class HFDataset(ImageDataset):
         if isinstance(rows.features[self.image_key], datasets.Image):
             rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
         super().__init__(rows.select_columns([self.image_key, self.label_key]), names)
-        self.origin = f"{config.name} [{rows.split}] "
+        self.name_prefix = f"{config.name} [{rows.split}] "
 
     def labels(self) -> Iterable[int]:
         return (-1 if label is None else label for label in self.samples[self.label_key])
@@ -621,7 +621,7 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
     if not len(train) or not len(val):
         raise RequestError(f"dataset: {len(train)} training and {len(val)} validation samples")
     train.augmentation, val.augmentation = Augmentation(config, train=True), Augmentation(config, train=False)
-    train.stand_ins = val.stand_ins = config.max_bad_images
+    train.max_bad_images = val.max_bad_images = config.max_bad_images
     return train, val
 
 
@@ -641,7 +641,7 @@ def build_dataloaders(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = 0 if dataset.type == "digits" else min(16, cores)
-    train.shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
+    train.label_shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
     indices, val_indices = (
         random_subset(len(train), dataset.max_train_samples),
         random_subset(len(val), dataset.max_val_samples),
@@ -762,7 +762,7 @@ class Run:
         self.epochs_completed, self.train_seconds, self.eval_seconds = 0, 0.0, 0.0
         self.eval_steps = 0  # batches of the validation
         self.nonfinite_steps = 0  # of the finished epochs
-        self.bad_images = BadImages(config.dataset.max_bad_images)
+        self.bad_images = ReadErrors(config.dataset.max_bad_images)
         self.board: Any | None = None  # TensorBoard's writer
         # now: at the end, a dead loader worker would break into its subprocess
         self.environment = environment(device) | {"processes": self.dist.world}
@@ -1163,7 +1163,7 @@ def warm_up(run: Run) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, loader: Iterable[Batch], stop: Stop | None = None) -> float | None:
+def evaluate(run: Run, loader: Iterable[LoaderBatch], stop: Stop | None = None) -> float | None:
     """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape. Of
     several processes each forwards its part, and all get the whole's accuracy.
 

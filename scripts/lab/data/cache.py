@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lab.config import Config
 from lab.console import print_rank0, progress_bar
-from lab.data.datasets import BadImages, Batch, ImageDataset, collate
+from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
 from lab.data.images import cached_side, crop_resize, resize
 from lab.data.loading import EpochPlan
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
@@ -28,13 +28,13 @@ from lab.runtime.distributed import Dist
 
 
 class _Kept(Dataset):
-    """The items of `indices` are (a Batch of side `side`, their heights over widths), to be sent as one; see
+    """The items of `indices` are (a LoaderBatch of side `side`, their heights over widths), to be sent as one; see
     ImageDataset."""
 
     def __init__(self, dataset: ImageDataset, side: int):
         self.dataset, self.side = dataset, side
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Batch, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[LoaderBatch, Tensor]:
         samples, aspects = [self.dataset.load(index) for index in indices], []
         for i, sample in enumerate(samples):
             if (image := sample.image) is None:
@@ -78,7 +78,7 @@ class ResidentLoader:
         self.edges = self.dist.edges(len(indices))
         self.augmentation, self.side = dataset.augmentation, cached_side(config.dataset)
         self.keys = torch.from_numpy(indices).to(device)
-        self.bad = BadImages(config.dataset.max_bad_images)
+        self.bad = ReadErrors(config.dataset.max_bad_images)
         which = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
         kept = (SHARED_PICTURES or {}).get(which) or self._decode(dataset, device, shared)
         if SHARED_PICTURES is not None:
@@ -86,7 +86,7 @@ class ResidentLoader:
             if len(SHARED_PICTURES) > 4:  # two data sets
                 del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
         self.images, labels, self.aspects = kept
-        self.labels = torch.from_numpy(dataset.noisy(labels, indices)).to(device)
+        self.labels = torch.from_numpy(dataset.noisy_labels(labels, indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         self.crop = compiled(partial(crop_resize, size=self.augmentation.size), mode)
         if mode != "off":  # compile before the clock of the training starts
@@ -113,7 +113,7 @@ class ResidentLoader:
     def __len__(self) -> int:
         return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LoaderBatch]:
         order = self.indices if self.plan is None else self.plan.order()
         order = np.searchsorted(self.indices, order)
         starts = range(self.batch_size * (self.plan.start if self.plan else 0), len(order), self.batch_size)
@@ -128,7 +128,7 @@ class ResidentLoader:
                 if share.moves is not None:
                     images = self.dist.exchange(images, share.moves)
                 images = self.crop(images, *view) if view and len(part) else images
-                yield Batch(images, self.labels[part], self.bad.found, self.keys[part])
+                yield LoaderBatch(images, self.labels[part], self.keys[part], self.bad.found)
 
     def _share(self, batch: np.ndarray) -> Share:
         """What this process has to do with the `batch`, rows of `indices`."""

@@ -1,4 +1,8 @@
-"""Data sets: a picture and a label by index, and what could not be read."""
+"""Data sets: a picture and a label by index, and what could not be read.
+
+A loader asks a data set for samples and collates them to batches. Pictures come from a folder, from the `datasets`
+library (`train_ast.HFDataset`) or from scikit-learn's digits.
+"""
 
 from __future__ import annotations
 
@@ -18,87 +22,113 @@ from torch.utils.data import Dataset, default_collate
 
 from lab.config import DatasetConfig
 from lab.data.images import Augmentation, decode_image
-from lab.data.randomness import UNIFORMS_PER_SAMPLE
 from lab.errors import RequestError, one_line
 
 
-class Batch(NamedTuple):
+class Sample(NamedTuple):
+    """One item of an ImageDataset.
+
+    An unreadable picture is replaced by the next readable one, with the label of that one; `index` stays the one that
+    was asked for.
+    """
+
+    image: Tensor | None  # uint8 [3, H, W]; None where no replacement could be read either
+    label: int
+    index: int
+    unreadable: list[str]  # the pictures that it replaces: "<name>: <reason>"
+
+
+class LoaderBatch(NamedTuple):
+    """What a loader yields: a batch of samples, and what could not be read on the way to it."""
+
     images: Tensor  # uint8 [batch, 3, H, W]
     labels: Tensor  # int64 [batch]
-    unreadable: list[str]  # what could not be decoded, by name, with the reason; other samples stand in for it
-    indices: Tensor  # int64 [batch], of the samples asked for
+    indices: Tensor  # int64 [batch]
+    unreadable: list[str]  # of all its samples
 
 
-class BadImages:
-    """The images that could not be read, each counted once, in the order they were met."""
+def collate(samples: list[Sample]) -> LoaderBatch:
+    """Samples as one batch, without those that have no image."""
+    good = [sample for sample in samples if sample.image is not None]
+    images = default_collate([sample.image for sample in good]) if good else torch.empty(0, dtype=torch.uint8)
+    labels = torch.tensor([sample.label for sample in good], dtype=torch.int64)
+    indices = torch.tensor([sample.index for sample in good], dtype=torch.int64)
+    return LoaderBatch(images, labels, indices, [text for sample in samples for text in sample.unreadable])
+
+
+class ReadErrors:
+    """The pictures that could not be read, "<name>: <reason>", each once, in the order they were met."""
 
     def __init__(self, limit: int):
+        """limit: how many are allowed, `dataset.max_bad_images`."""
         self.limit, self.found = limit, []
 
     def add(self, unreadable: Iterable[str]) -> None:
-        """Raises RequestError naming the first image beyond `limit`."""
-        known = {text.partition(": ")[0]: text for text in [*unreadable, *self.found]}  # reasons may change
-        self.found += [text for name, text in known.items() if not any(t.startswith(f"{name}: ") for t in self.found)]
+        """Take in what is new. Raises RequestError naming the first picture beyond `limit`."""
+        reasons = {text.partition(": ")[0]: text for text in [*unreadable, *self.found]}  # those found keep theirs
+        known = {text.partition(": ")[0] for text in self.found}
+        self.found += [text for name, text in reasons.items() if name not in known]
         if len(self.found) > self.limit:
             allowed = f"; dataset.max_bad_images={self.limit} allows no more" if self.limit else ""
             raise RequestError(f"dataset: {self.found[self.limit]}{allowed}")
 
 
-class Sample(NamedTuple):
-    image: Tensor | None  # uint8 [3, H, W]; None where nothing could be read
-    label: int
-    unreadable: list[str]  # what this one stands in for, by name, with the reason
-    index: int  # as it was asked for
-
-
 class ImageDataset(Dataset):
-    """Item (index, draws) is a Sample of side `size`: the index's own or, where that cannot be read, a later one.
+    """Pictures with labels. The item at (index, uniforms) is a Sample whose image is augmented.
 
-    `samples[index]` is (what holds the image: a path, bytes or a uint8 tensor [3, H, W]; label); `draws` are the
-    random numbers of its augmentation, see `EpochPlan`.
+    An item's index may lie beyond the last sample: with `dataset.repeat` the samples come several times, and copy c of
+    sample i has the index i + c * len(self). The uniforms, float64 [UNIFORMS_PER_SAMPLE], decide the augmentation; a
+    training epoch takes them from `loading.EpochPlan`.
+
+    `build_datasets` sets the attributes that depend on the config.
     """
 
     def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
+        """samples: (a file's path, its bytes or a uint8 tensor [3, H, W]; label). classes: the name of each label."""
         self.samples, self.classes = samples, classes
-        self.augmentation: Augmentation | None = None  # what `build_datasets` adds
-        self.stand_ins = 0  # and this: dataset.max_bad_images
-        self.shifts: np.ndarray | None = None  # by how many classes `dataset.label_noise` moves each label
-        self.origin = ""  # what a sample that is no file is named after
+        self.augmentation: Augmentation | None = None
+        self.max_bad_images = 0  # how many samples after an unreadable one are tried in its place
+        self.label_shifts: np.ndarray | None = None  # int64 [samples], see `randomness.label_shifts`
+        self.name_prefix = ""  # before "sample <index>", the name of a sample that is no file
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Path | bytes | Tensor, int]:
+        """The picture of a sample, not yet decoded, and its label. Raises ValueError where the sample has none."""
         return self.samples[index]
 
     def load(self, index: int) -> Sample:
-        """The picture as it is, or the first readable one of the `stand_ins` after it. Beyond the last index it goes
-        on with the first (`dataset.repeat`)."""
+        """The sample at `index` decoded, not augmented, or the first readable one after it.
+
+        `max_bad_images` of them are tried. The first sample follows the last one.
+        """
         unreadable = []
-        for at in range(index, index + self.stand_ins + 1):
+        for at in range(index, index + self.max_bad_images + 1):
             at, source = at % len(self), None
             try:
                 source, label = self.read(at)
                 data = source.read_bytes() if isinstance(source, Path) else source
                 image = data if isinstance(data, Tensor) else decode_image(data)
-                return Sample(image, label, unreadable, index)
+                return Sample(image, label, index, unreadable)
             except (OSError, ValueError) as error:
-                name = source if isinstance(source, Path) else f"{self.origin}sample {at}"
+                name = source if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
                 unreadable.append(f"{name}: {one_line(error)}")
-        return Sample(None, -1, unreadable, index)
+        return Sample(None, -1, index, unreadable)
 
-    def noisy(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-        """The labels as `dataset.label_noise` has them, int64 [n], of the samples at `indices`."""
+    def noisy_labels(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
+        """The labels of the samples at `indices` after `dataset.label_noise`, int64 [n]."""
         labels = np.asarray(labels, dtype=np.int64)
-        if self.shifts is None:
+        if self.label_shifts is None:
             return labels
-        return (labels + self.shifts[np.asarray(indices) % len(self)]) % len(self.classes)
+        return (labels + self.label_shifts[np.asarray(indices) % len(self)]) % len(self.classes)
 
     def labels(self) -> Iterable[int]:
+        """The label of every sample, without noise."""
         return (label for _, label in self.samples)
 
     def fingerprint(self) -> str:
-        """A hash of what tells this data from other: names of classes and files, labels."""
+        """SHA-256 over the class names, the labels and the names of the files: processes compare their data by it."""
         digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
         digest.update(np.fromiter(self.labels(), np.int64).tobytes())
         for source, _ in self.samples if isinstance(self.samples, list) else ():
@@ -109,35 +139,32 @@ class ImageDataset(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[Sample]:
-        """The items of `keys`, four at a time: boxes cost less drawn together, and pictures are cut while in cache."""
-        samples: list[Sample] = []
-        for start in range(0, len(keys), 4):
-            chunk = keys[start : start + 4]
-            loaded = [self.load(index) for index, _ in chunk]
-            if self.shifts is not None:
-                labels = self.noisy([sample.label for sample in loaded], [index for index, _ in chunk])
-                loaded = [sample._replace(label=int(label)) for sample, label in zip(loaded, labels, strict=True)]
-            good = [i for i, sample in enumerate(loaded) if sample.image is not None]
-            draws = (
-                torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, UNIFORMS_PER_SAMPLE)
-            )
-            for i, image in zip(good, self.augmentation([loaded[i].image for i in good], draws), strict=True):
-                loaded[i] = loaded[i]._replace(image=image)
-            samples += loaded
+        """The samples of several keys; a DataLoader asks for a batch at a time.
+
+        Four are worked on together. Their boxes cost less than one by one, and four pictures still fit into the
+        processor's cache.
+        """
+        return [sample for start in range(0, len(keys), 4) for sample in self._augmented(keys[start : start + 4])]
+
+    def _augmented(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[Sample]:
+        samples = [self.load(index) for index, _ in keys]
+        if self.label_shifts is not None:
+            labels = self.noisy_labels([sample.label for sample in samples], [sample.index for sample in samples])
+            samples = [sample._replace(label=int(label)) for sample, label in zip(samples, labels, strict=True)]
+        good = [i for i, sample in enumerate(samples) if sample.image is not None]
+        if good:
+            uniforms = torch.from_numpy(np.stack([keys[i][1] for i in good]))
+            images = self.augmentation([samples[i].image for i in good], uniforms)
+            for i, image in zip(good, images, strict=True):
+                samples[i] = samples[i]._replace(image=image)
         return samples
 
 
-def collate(samples: list[Sample]) -> Batch:
-    good = [sample for sample in samples if sample.image is not None]
-    images = default_collate([sample.image for sample in good]) if good else torch.empty(0, dtype=torch.uint8)
-    labels, indices = (torch.tensor([s[at] for s in good], dtype=torch.int64) for at in (1, 3))
-    return Batch(images, labels, [bad for sample in samples for bad in sample.unreadable], indices)
-
-
 def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> ImageDataset:
-    """ImageFolder layout, <folder>/<class>/<image>. `classes` fixes the labels; None: the folder's own.
+    """The pictures of a folder in torchvision's ImageFolder layout, <folder>/<class>/<image>.
 
-    Raises RequestError naming the config `key` where folders, classes or images are missing.
+    classes: the class names in the order of their labels; None takes those of the folder, sorted. Raises RequestError
+    naming the config `key` where folders, classes or images are missing.
     """
     try:
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
@@ -157,9 +184,9 @@ def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> I
 
 
 def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak, UCI 1998): nothing to download.
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak, UCI 1998), which need no download.
 
-    A fixed stratified fifth is for validation.
+    A fifth of them, the same in every run and stratified by class, is for validation.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -172,16 +199,20 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
 
 
 def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val"]) -> Any:
+    """A split of a data set of the `datasets` library; `key` is the config key that names the split.
+
+    Raises RequestError naming the config key where there is no such data set or split.
+    """
     import datasets
 
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it has to say is in the one line
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its message becomes part of our one line
     name, split = config.name, getattr(config, key)
     if name.startswith((".", "/")) and not Path(name).exists():
         raise RequestError(f"dataset.name: {name}: no such folder")
     options = {"split": split, "revision": config.revision, "cache_dir": config.cache_dir}
     try:
         return datasets.load_dataset(name, config.subset, **options)
-    except Exception as error:  # the library raises dozens of kinds, all of them about the request or the network
+    except Exception as error:  # dozens of kinds, all of them about the request or the network
         why = f"{type(error).__name__}: {one_line(error)[:300]}"
         if isinstance(error, ValueError) and "split" in str(error).lower():
             raise RequestError(f"dataset.{key}: no split {split!r} in {name}: {why}") from None
@@ -190,6 +221,11 @@ def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val
 
 
 def find_column(key: str, asked: str | None, features: Any, kind: type) -> str:
+    """The name of the image or label column: the one `asked` for, or else the only one whose feature is of `kind`.
+
+    Without either, a column that is named like the config key without "_key". Raises RequestError naming the `key`
+    where that leaves none or several.
+    """
     usual = key.removesuffix("_key")
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     found = [asked] if asked is not None else found or [name for name in features if name == usual]

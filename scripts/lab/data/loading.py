@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lab.data.datasets import BadImages, Batch
+from lab.data.datasets import LoaderBatch, ReadErrors
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.runtime.distributed import Dist
 
@@ -25,7 +25,7 @@ class Loaded(NamedTuple):
     indices: Tensor  # int64 [batch], which samples of the data set
 
 
-Loader = Iterable[Batch]
+Loader = Iterable[LoaderBatch]
 
 
 def as_is(batch: Any) -> Any:
@@ -103,12 +103,12 @@ class EpochPlan(Sampler):
             yield list(zip(chunk.tolist(), draws.numpy(), strict=True))
 
 
-def device_batches(loader: Loader, device: torch.device, bad_images: BadImages | None = None) -> Iterator[Loaded]:
+def device_batches(loader: Loader, device: torch.device, bad_images: ReadErrors | None = None) -> Iterator[Loaded]:
     """The loader's batches on `device`, each copied there while the one before it is worked on.
 
     Raises RequestError naming the first unreadable image that `bad_images` does not allow; None allows none.
     """
-    bad_images = bad_images or BadImages(0)
+    bad_images = bad_images or ReadErrors(0)
     copier = torch.cuda.Stream(device) if device.type == "cuda" else None
     ahead: tuple[Loaded, torch.cuda.Event] | None = None
     for batch in loader:
