@@ -66,7 +66,7 @@ from lab.console import progress_bar
 from lab.data.cache import ResidentLoader
 from lab.data.datasets import collate, folder_dataset
 from lab.data.images import Augmentation
-from lab.data.loading import EpochPlan, Loaded, as_is, device_batches
+from lab.data.loading import DeviceBatch, EpochPlan, as_is, device_batches
 from lab.errors import RequestError
 from lab.runtime.clock import Stop
 from lab.runtime.devices import (
@@ -142,7 +142,7 @@ def lab_steps(
 
     def steps(n: int) -> None:
         run.step, n = 0, max(1, round(share * n))
-        train_one_epoch(run, islice(repeat(Loaded(images, labels, rows)), n), n, Stop())
+        train_one_epoch(run, islice(repeat(DeviceBatch(images, labels, rows)), n), n, Stop())
 
     return steps, run
 
@@ -397,7 +397,7 @@ def pil_float_loader(folder: str, size: int, plan: EpochPlan, shared: dict[str, 
     """The pipeline of most training scripts: Pillow, float32 and normalised in the workers."""
     floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET_MOMENTS)]
     transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *floats])
-    order = plan.order().reshape(-1, plan.batch_size).tolist()
+    order = plan.indices_to_load().reshape(-1, plan.batch_size).tolist()
     return DataLoader(ImageFolder(folder, transform), batch_sampler=order, **shared)
 
 

@@ -54,7 +54,7 @@ from lab.data.datasets import (
     load_hub_split,
 )
 from lab.data.images import Augmentation, axis_weights, cached_side
-from lab.data.loading import EpochPlan, Loaded, Loader, as_is, device_batches, ignore_signals
+from lab.data.loading import DeviceBatch, EpochPlan, Loader, as_is, device_batches, ignore_signals
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset
 from lab.errors import RequestError, TrainingFailed, one_line
 from lab.files import align_jsonl, append_jsonl, replace_text
@@ -355,13 +355,13 @@ def score(run: Run, images: Tensor, labels: Tensor) -> Scores:
     return Scores(host, arrived)
 
 
-def score_ahead(run: Run, batches: Iterable[Loaded]) -> Iterator[tuple[Loaded, Scores | None]]:
+def score_ahead(run: Run, batches: Iterable[DeviceBatch]) -> Iterator[tuple[DeviceBatch, Scores | None]]:
     """Every batch with its scores, the next one's scoring already started (`ast.score_ahead`).
 
     The device has work while the host reads scores and chooses. The price: scores come from the weights before
     the previous batch was trained on. The threshold is not delayed, for the choice is made on the host.
     """
-    waiting: list[tuple[Loaded, Scores | None]] = []
+    waiting: list[tuple[DeviceBatch, Scores | None]] = []
     depth = 1 if run.scoring and run.config.ast.score_ahead else 0
     kept, run.ahead = run.ahead, None  # of a checkpoint: the weights that gave these scores are gone
     for batch in batches:
@@ -806,7 +806,7 @@ class Run:
         if not self.config.is_sparse(self.epoch):
             self.past.kinds.fill_(1)
             return
-        ast, order = self.config.ast, plan.shuffled()
+        ast, order = self.config.ast, plan.permutation()
         scores = self.past.scores(order)
         draws = np.random.default_rng((plan.seed, plan.epoch, 1)).random(len(order), dtype=np.float32)
         if ast.rule == "infobatch":
@@ -1073,7 +1073,7 @@ class Run:
         return minutes is not None and time.monotonic() - self.checkpoints.saved >= 60 * minutes
 
 
-def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int, stop: Stop) -> bool:
+def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int, stop: Stop) -> bool:
     """Train on `batches`, the rest of `steps`; False where `stop` ended the epoch early.
 
     An open accumulation window ends with the epoch, and with a time cap, which checkpoints before; after a signal it
@@ -1251,7 +1251,7 @@ def train_claimed(
     configure_backends(config.ast, device)
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device, dist)
     model = get_model(config.model, num_classes, config.dataset.image_size)
-    planned = sum(plan.steps(epoch) for epoch in range(config.training.epochs))
+    planned = sum(plan.planned_steps(epoch) for epoch in range(config.training.epochs))
     run = Run(config, model, device, planned, int(plan.indices.max()) + 1, dist)
     if dist.rank:  # dropout is each rank's own
         torch.manual_seed(config.training.seed + 1000003 * dist.rank)
@@ -1329,7 +1329,7 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
                 print_rank0("training.max_minutes are over: the last validation did not fit in and was left")
             break
         run.eval_seconds = time.monotonic() - started
-        row = close_epoch(run, val_acc, plan.considered * run.step / len(plan))
+        row = close_epoch(run, val_acc, plan.dense_samples * run.step / len(plan))
         run.epochs_completed += whole
         print_rank0(epoch_line(run.config, row))
         if run.board is not None:
@@ -1349,13 +1349,13 @@ def fit(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan, sto
 
 def begin_epoch(run: Run, plan: EpochPlan) -> None:
     """Take `plan` to where the run stands; at an epoch's start, choose what it trains on."""
-    plan.begin(run.epoch, run.step)
+    plan.start_epoch(run.epoch, run.step)
     if run.step == 0:
         run.start_epoch(run.epoch)
         run.choose(plan)
     if run.past is not None and run.config.is_sparse(run.epoch):
-        plan.begin(run.epoch, run.step, run.past.kinds.cpu().numpy())
-    run.pace = plan.steps(run.epoch) / len(plan)
+        plan.start_epoch(run.epoch, run.step, run.past.kinds.cpu().numpy())
+    run.pace = plan.planned_steps(run.epoch) / len(plan)
 
 
 def signalled(run: Run, stop: Stop) -> bool:

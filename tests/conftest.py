@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from lab.config import Config, load_config
-from lab.data.loading import Loaded
+from lab.data.loading import DeviceBatch
 from train_ast import Run
 
 REPO = Path(__file__).resolve().parent.parent
@@ -83,10 +83,10 @@ def make_batch(size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     return images, torch.randint(0, 10, (size,), generator=generator)
 
 
-def loaded(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Loaded]:
+def loaded(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[DeviceBatch]:
     """(images, labels) pairs as they come from the loader."""
     for images, labels in pairs:
-        yield Loaded(images, labels, torch.arange(len(labels), device=labels.device))
+        yield DeviceBatch(images, labels, torch.arange(len(labels), device=labels.device))
 
 
 def save_picture(path: Path, colour: Sequence[int], seed: int, side: int = 40) -> None:

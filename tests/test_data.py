@@ -103,7 +103,7 @@ def test_an_epoch_draws_without_repeats_in_full_chunks(n, batch_size, share, epo
     drawn = [index for chunk in chunks for index, _ in chunk]
     assert len(set(drawn)) == len(drawn)
     assert set(drawn) <= set(range(7, n + 7))
-    assert len(plan) == len(chunks) == plan.steps(epoch)
+    assert len(plan) == len(chunks) == plan.planned_steps(epoch)
     wanted = max(1, round(share * n))
     assert len(drawn) == (wanted // batch_size * batch_size or wanted)
     if wanted >= batch_size:
@@ -142,7 +142,7 @@ def test_random_mode_draws_before_loading_and_dense_phases_load_all(image_folder
         list(loader)
         counts.append(len(loaded))
     assert counts == [24, 8, 8]  # no file of a sample not drawn is read
-    assert plan.considered == 24
+    assert plan.dense_samples == 24
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -422,7 +422,7 @@ def test_resident_batches_follow_the_plan_and_depend_on_the_seed_and_epoch_alone
         train, _, plan, _ = build_dataloaders(config, CPU)
         plan.epoch = number
         images, labels, _ = (torch.cat(part) for part in zip(*device_batches(train, CPU), strict=True))
-        return plan.order().tolist(), images, labels
+        return plan.indices_to_load().tolist(), images, labels
 
     order, images, labels = epoch(1)
     assert labels.tolist() == [index // 8 for index in order]  # eight pictures a class
@@ -468,7 +468,7 @@ def test_label_noise_is_symmetric_seeded_and_of_training_labels_alone(cache):
         train, val, plan, _ = build_dataloaders(make_config(*keys, "training.num_workers=0", "ast.mode=dense"), CPU)
         pairs = [torch.cat([batch.labels for batch in device_batches(loader, CPU)]) for loader in (train, val)]
         indices = torch.cat([batch.indices for batch in device_batches(train, CPU)])
-        assert sorted(indices.tolist()) == sorted(plan.order().tolist())
+        assert sorted(indices.tolist()) == sorted(plan.indices_to_load().tolist())
         return dict(zip(indices.tolist(), pairs[0].tolist(), strict=True)), pairs[1].tolist()
 
     digits = build_datasets(make_config().dataset)

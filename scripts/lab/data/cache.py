@@ -114,9 +114,9 @@ class ResidentLoader:
         return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[LoaderBatch]:
-        order = self.indices if self.plan is None else self.plan.order()
+        order = self.indices if self.plan is None else self.plan.indices_to_load()
         order = np.searchsorted(self.indices, order)
-        starts = range(self.batch_size * (self.plan.start if self.plan else 0), len(order), self.batch_size)
+        starts = range(self.batch_size * (self.plan.first_batch if self.plan else 0), len(order), self.batch_size)
         shares = (self._share(order[start : start + self.batch_size]) for start in starts)
         while block := [*islice(shares, 64)]:  # few, large launches for the crops' numbers
             sizes = [[len(share[i]) for share in block] for i in (0, 1)]
