@@ -657,7 +657,7 @@ def build_dataloaders(
         if not SHARED_PICTURES:
             require_memory(len(dist.part(indices)) + len(val_indices), cached_side(dataset), device)
         shared["collate_fn"] = as_is
-        resident = partial(ResidentLoader, config=config, device=device, shared=shared)
+        resident = partial(ResidentLoader, config=config, device=device, loader_options=shared)
         kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)
         return *kept, plan, len(train.classes)
     keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in val_indices.tolist()]

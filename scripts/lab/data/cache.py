@@ -1,4 +1,4 @@
-"""A data set decoded once and cached on the training device."""
+"""`dataset.cache: device`: a data set decoded once, its pictures kept on the training device."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ from lab.runtime.devices import compiled, to_device
 from lab.runtime.distributed import Dist
 
 
-class _Kept(Dataset):
-    """The items of `indices` are (a LoaderBatch of side `side`, their heights over widths), to be sent as one; see
-    ImageDataset."""
+class DecodedDataset(Dataset):
+    """The pictures of an ImageDataset decoded and resized to squares, as batches; for a DataLoader to fill a cache by.
+
+    The items of several indices are one pair: (LoaderBatch with images uint8 [n, 3, side, side]; float64 [n], height /
+    width of the pictures before they were resized).
+    """
 
     def __init__(self, dataset: ImageDataset, side: int):
         self.dataset, self.side = dataset, side
@@ -39,72 +42,85 @@ class _Kept(Dataset):
         for i, sample in enumerate(samples):
             if (image := sample.image) is None:
                 continue
-            kept = image if image.shape[1:] == (self.side, self.side) else resize(image, self.side)
-            samples[i] = sample._replace(image=kept)
+            square = image if image.shape[1:] == (self.side, self.side) else resize(image, self.side)
+            samples[i] = sample._replace(image=square)
             aspects.append(image.shape[1] / image.shape[2])
         return collate(samples), torch.tensor(aspects, dtype=torch.float64)
 
 
-# What runs in one process have decoded, by data set; None where a process has one run (see run_sweep.py --one-process)
+# The decoded pictures of the runs that one process makes one after the other (run_sweep.py --one-process), so that
+# runs on the same data decode them once. Keys tell data sets apart, see `ResidentLoader`; values are what its `_decode`
+# returns. None, the default: nothing is shared, and pictures live as long as their run. The sweep sets it to {} and in
+# the end back to None, through the module (`cache.SHARED_PICTURES = ...`).
 SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor]] | None = None
+MOST_SHARED = 4  # entries of SHARED_PICTURES: training and validation pictures of two data sets
 
 
-class Share(NamedTuple):
-    """A process's part in a batch of resident pictures."""
+class BatchPart(NamedTuple):
+    """One process's part of a batch. A row is the position of a sample in `ResidentLoader.indices`."""
 
-    rows: np.ndarray  # int64: those it yields
-    kept: np.ndarray  # int64: those it has the pictures of, counted from its first one
-    moves: np.ndarray | None  # int [world, world]: how many pictures go from whom to whom
+    rows: np.ndarray  # int64: the samples that it yields
+    cached: np.ndarray  # int64: the samples of the batch whose pictures it has, as positions in `ResidentLoader.images`
+    moves: np.ndarray | None  # int [world, world], see `Dist.exchange`: pictures that go from one process to another
 
 
 class ResidentLoader:
-    """A data set decoded once and kept on the device: uint8 [n, 3, side, side]. Yields batches in the order of
-    `plan`, or, without one, in the order of `indices` and not augmented.
+    """A loader whose pictures are decoded once and stay on the training device (`dataset.cache: device`).
 
-    Pictures to be cropped at random are kept as squares, both axes resized, with the ratio of their sides: a crop is
-    drawn in the shape of the original and maps to the square axis by axis. Augmentation happens on the device and is
-    a function of (seed, epoch, index). `shared`: options of the DataLoader that decodes. Raises RequestError naming
-    the first unreadable image beyond `dataset.max_bad_images`.
+    It yields LoaderBatches in the order of `plan`, augmented on the device. Without a plan it yields the samples of
+    `indices` in their order, augmented as for validation.
 
-    Of several processes each keeps a range of the pictures. A batch takes from each what it has of it, more from one
-    and fewer from another; those that one has too many go to who has too few before they are cropped.
+    Pictures are cached as squares, uint8 [n, 3, side, side], beside the ratio of their sides. A random crop is drawn
+    for the shape of the original. Its box in the square follows axis by axis. The uniform numbers are those of
+    streaming: a function of (seed, epoch, index).
+
+    With several processes each caches a range of the pictures, about as many as the others. A batch consists of random
+    samples, so that a process may have the pictures of more samples than its part of the batch, or of fewer. Pictures
+    then move between the processes before they are cropped.
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
-                 device: torch.device, shared: dict[str, Any], batch_size: int | None = None):  # fmt: skip
+                 device: torch.device, loader_options: dict[str, Any], batch_size: int | None = None):  # fmt: skip
+        """Decode the pictures, with a progress bar.
+
+        indices: int64 [n], ascending, the samples to cache; without a plan, those of this process alone.
+        loader_options: of the DataLoader that decodes. batch_size: samples in a batch, of all processes together;
+        training.batch_size where it is None. Raises RequestError naming the first unreadable picture beyond
+        `dataset.max_bad_images`.
+        """
         batch_size = batch_size or config.training.batch_size
         self.plan, self.indices, self.batch_size = plan, indices, batch_size
-        self.dist = plan.dist if plan else Dist()  # without a plan `indices` are this process's alone
+        self.dist = plan.dist if plan else Dist()
         self.edges = self.dist.edges(len(indices))
         self.augmentation, self.side = dataset.augmentation, cached_side(config.dataset)
-        self.keys = torch.from_numpy(indices).to(device)
-        self.bad = ReadErrors(config.dataset.max_bad_images)
-        which = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
-        kept = (SHARED_PICTURES or {}).get(which) or self._decode(dataset, device, shared)
+        self.sample_indices = torch.from_numpy(indices).to(device)
+        self.read_errors = ReadErrors(config.dataset.max_bad_images)
+        key = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
+        decoded = (SHARED_PICTURES or {}).get(key) or self._decode(dataset, device, loader_options)
         if SHARED_PICTURES is not None:
-            SHARED_PICTURES[which] = kept
-            if len(SHARED_PICTURES) > 4:  # two data sets
+            SHARED_PICTURES[key] = decoded
+            if len(SHARED_PICTURES) > MOST_SHARED:
                 del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
-        self.images, labels, self.aspects = kept
+        self.images, labels, self.aspects = decoded
         self.labels = torch.from_numpy(dataset.noisy_labels(labels, indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         self.crop = compiled(partial(crop_resize, size=self.augmentation.size), mode)
-        if mode != "off":  # compile before the clock of the training starts
+        if mode != "off":  # compile now, before training time is counted
             next(iter(self))
 
     def _decode(
-        self, dataset: ImageDataset, device: torch.device, shared: dict[str, Any]
+        self, dataset: ImageDataset, device: torch.device, loader_options: dict[str, Any]
     ) -> tuple[Tensor, np.ndarray, Tensor]:
-        """This process's pictures [own, 3, side, side] on the device, and of all samples the labels [n] on the host
-        and the heights over widths [n] on the device."""
+        """(pictures of this process's range, uint8 [own, 3, side, side], on the device; labels of all samples, int64
+        [n], on the host; height / width of all samples, float64 [n], on the device)."""
         own = self.dist.part(self.indices)
         images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
         labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
-        decoder = DataLoader(_Kept(dataset, self.side), 256, sampler=own.tolist(), **shared)
-        for batch, shapes in progress_bar(decoder, desc="decoding", unit="batch"):
-            self.bad.add(batch.unreadable)
-            part = slice(done, done + len(shapes))
-            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels.numpy(), shapes.numpy()
+        decoder = DataLoader(DecodedDataset(dataset, self.side), 256, sampler=own.tolist(), **loader_options)
+        for batch, ratios in progress_bar(decoder, desc="decoding", unit="batch"):
+            self.read_errors.add(batch.unreadable)
+            part = slice(done, done + len(ratios))
+            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels.numpy(), ratios.numpy()
             done = part.stop
         everyone = zip(*self.dist.gather_objects((labels, aspects)), strict=True)
         labels, aspects = (np.concatenate(each) for each in everyone)
@@ -117,45 +133,53 @@ class ResidentLoader:
         order = self.indices if self.plan is None else self.plan.indices_to_load()
         order = np.searchsorted(self.indices, order)
         starts = range(self.batch_size * (self.plan.first_batch if self.plan else 0), len(order), self.batch_size)
-        shares = (self._share(order[start : start + self.batch_size]) for start in starts)
-        while block := [*islice(shares, 64)]:  # few, large launches for the crops' numbers
-            sizes = [[len(share[i]) for share in block] for i in (0, 1)]
-            rows, own = (torch.from_numpy(np.concatenate([share[i] for share in block])) for i in (0, 1))
-            rows, own = to_device(rows, self.images.device), to_device(own, self.images.device).split(sizes[1])
-            views = (view.split(sizes[0]) for view in (rows, *self.views(rows)))
-            for share, kept, part, *view in zip(block, own, *views, strict=True):
-                images = self.images[kept]
-                if share.moves is not None:
-                    images = self.dist.exchange(images, share.moves)
-                images = self.crop(images, *view) if view and len(part) else images
-                yield LoaderBatch(images, self.labels[part], self.keys[part], self.bad.found)
+        parts = (self._part(order[start : start + self.batch_size]) for start in starts)
+        while block := [*islice(parts, 64)]:  # boxes of 64 batches at once: few, large launches
+            sizes, cached_sizes = [len(part.rows) for part in block], [len(part.cached) for part in block]
+            rows, cached = (torch.from_numpy(np.concatenate([part[i] for part in block])) for i in (0, 1))
+            rows = to_device(rows, self.images.device)
+            cached = to_device(cached, self.images.device).split(cached_sizes)
+            by_batch = (tensor.split(sizes) for tensor in (rows, *self.boxes(rows)))
+            for part, own, batch_rows, *boxes in zip(block, cached, *by_batch, strict=True):
+                images = self.images[own]
+                if part.moves is not None:
+                    images = self.dist.exchange(images, part.moves)
+                images = self.crop(images, *boxes) if boxes and len(batch_rows) else images
+                indices = self.sample_indices[batch_rows]
+                yield LoaderBatch(images, self.labels[batch_rows], indices, self.read_errors.found)
 
-    def _share(self, batch: np.ndarray) -> Share:
-        """What this process has to do with the `batch`, rows of `indices`."""
+    def _part(self, batch: np.ndarray) -> BatchPart:
+        """This process's part of a batch, whose samples are given as rows, int64 [batch]."""
+        rank = self.dist.rank
         if self.dist.world == 1:
-            return Share(batch, batch, None)
-        keeper = np.searchsorted(self.edges[1:], batch, side="right")
-        parts = [batch[keeper == rank] for rank in range(self.dist.world)]
-        kept, moves = parts[self.dist.rank], self.dist.evening([len(part) for part in parts])
+            return BatchPart(batch, batch, None)
+        owner = np.searchsorted(self.edges[1:], batch, side="right")
+        by_owner = [batch[owner == each] for each in range(self.dist.world)]
+        own, moves = by_owner[rank], self.dist.evening([len(rows) for rows in by_owner])
         if moves is None:
-            return Share(kept, kept - self.edges[self.dist.rank], None)
-        ends = moves.cumsum(1)[:, self.dist.rank]
-        got = [part[end - n : end] for part, end, n in zip(parts, ends, moves[:, self.dist.rank], strict=True)]
-        return Share(np.concatenate(got), kept - self.edges[self.dist.rank], moves)
+            return BatchPart(own, own - self.edges[rank], None)
+        ends = moves.cumsum(1)[:, rank]
+        received = [rows[end - n : end] for rows, end, n in zip(by_owner, ends, moves[:, rank], strict=True)]
+        return BatchPart(np.concatenate(received), own - self.edges[rank], moves)
 
-    def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
-        """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
+    def boxes(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Boxes, float64 [n, 4], in the cached squares and who is mirrored, bool [n], in the current epoch.
+
+        Empty where pictures are used as they are cached.
+        """
         if not self.augmentation.crops and not self.augmentation.random:
             return ()
         seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
         sides = torch.full((1, 2), self.side, dtype=torch.float64, device=rows.device)
-        return self.augmentation.boxes(
-            uniform(seed, epoch, self.keys[rows], UNIFORMS_PER_SAMPLE), self.aspects[rows], sides
-        )
+        uniforms = uniform(seed, epoch, self.sample_indices[rows], UNIFORMS_PER_SAMPLE)
+        return self.augmentation.boxes(uniforms, self.aspects[rows], sides)
 
 
 def require_memory(samples: int, side: int, device: torch.device) -> None:
-    """Say how much `dataset.cache: device` takes. Raises RequestError where nine tenths of what is free are less."""
+    """Print how much memory the cache takes: `samples` pictures of `side` pixels on `device`.
+
+    Raises RequestError where it takes more than nine tenths of what is free.
+    """
     needed, free = samples * (3 * side**2 + 24), free_memory(device)
     size = f"{samples:,} pictures of {side} px need {needed / 2**30:,.2f} GiB"
     if needed > 0.9 * free:
@@ -165,7 +189,7 @@ def require_memory(samples: int, side: int, device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes a program can still have on `device`."""
+    """Bytes that are free on `device`; on the CPU those that the kernel calls available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError):
