@@ -84,9 +84,9 @@ class ResidentLoader:
         """Decode the pictures, with a progress bar.
 
         indices: int64 [n], ascending, the samples to cache; without a plan, those of this process alone.
-        loader_options: of the DataLoader that decodes. batch_size: samples in a batch, of all processes together;
-        training.batch_size where it is None. Raises RequestError naming the first unreadable picture beyond
-        `dataset.max_bad_images`.
+        loader_options: of the DataLoader that decodes. batch_size: samples in a batch, with a plan those of all
+        processes together; None stands for training.batch_size. Raises RequestError naming the first unreadable
+        picture beyond `dataset.max_bad_images`.
         """
         batch_size = batch_size or config.training.batch_size
         self.plan, self.indices, self.batch_size = plan, indices, batch_size

@@ -1,0 +1,117 @@
+"""Pictures and labels of folders, tables and digits, and what is said where they are missing."""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import COLOURS, make_config, save_picture
+from helpers import folder_config, hf_config
+from lab.data.datasets import collate
+from lab.data.loading import device_batches
+from lab.data.randomness import UNIFORMS_PER_SAMPLE
+from lab.errors import RequestError
+from train_ast import build_dataloaders, build_datasets
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["folder", "hf"])
+def test_images_and_labels_belong_together(kind, image_folder, parquet_folder):
+    config = folder_config(image_folder) if kind == "folder" else hf_config(parquet_folder)
+    config.dataset.augment = "none"
+    train, val = build_datasets(config.dataset)
+    assert train.classes == val.classes == list(COLOURS)
+    assert (len(train), len(val)) == (24, 9)
+    for dataset in (train, val):
+        for index in range(len(dataset)):
+            image, label, *_ = dataset[(index, np.zeros(UNIFORMS_PER_SAMPLE))]
+            assert image.shape == (3, config.dataset.image_size, config.dataset.image_size)
+            assert image.dtype == torch.uint8
+            brightest = int(image.float().mean((1, 2)).argmax())
+            assert train.classes[label] == {0: "red", 1: "green", 2: "blue"}[brightest]
+
+
+def test_hf_columns_can_be_named_and_integers_are_classes(parquet_folder, tmp_path):
+    import datasets
+
+    rows = datasets.load_dataset(str(parquet_folder), split="train")
+    plain = rows.cast_column("kind", datasets.Value("int64")).add_column("other", [0] * 24)
+    (tmp_path / "plain").mkdir()
+    for part in ("train", "test"):
+        plain.to_parquet(str(tmp_path / "plain" / f"{part}.parquet"))
+    config = hf_config(tmp_path / "plain", "dataset.label_key=kind")
+    train, _ = build_datasets(config.dataset)
+    assert train.classes == ["0", "1", "2"]
+    with pytest.raises(RequestError, match="dataset.label_key: cannot tell the column; set it to one of img, kind"):
+        build_datasets(hf_config(tmp_path / "plain").dataset)
+
+
+def test_digits_are_the_real_ones():
+    train, val = build_datasets(make_config().dataset)
+    assert (len(train), len(val)) == (1437, 360)
+    counts = np.bincount([label for _, label in val.samples])
+    assert counts.min() >= 34  # stratified
+    assert train.samples[0][0].shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(image_folder, workers):
+    bad = image_folder / "train" / "green" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    loader, _, _, _ = build_dataloaders(folder_config(image_folder, f"training.num_workers={workers}"), CPU)
+    with pytest.raises(RequestError, match=r"green/3\.jpg: not a readable image"):
+        list(device_batches(loader, CPU))
+
+
+def test_a_deleted_image_is_named(image_folder):
+    loader, _, _, _ = build_dataloaders(folder_config(image_folder, "training.num_workers=0"), CPU)
+    (image_folder / "train" / "red" / "1.jpg").unlink()
+    with pytest.raises(RequestError, match=r"red/1\.jpg.*No such file"):
+        list(device_batches(loader, CPU))
+
+
+def test_a_bad_row_of_a_parquet_file_is_named(parquet_folder):
+    train, _ = build_datasets(hf_config(parquet_folder).dataset)
+    rows = [train.samples[i] for i in range(24)]
+    rows[4] = {**rows[4], "img": {"bytes": b"rubbish", "path": None}}
+    rows[5] = {**rows[5], "kind": None}
+    train.samples = rows
+    samples = [train[(index, np.zeros(UNIFORMS_PER_SAMPLE))] for index in (3, 4, 5)]
+    assert samples[1].unreadable[0].startswith(f"{parquet_folder} [train] sample 4: not a readable image")
+    assert "no class" in samples[2].unreadable[0]
+    batch = collate(samples)
+    assert len(batch.images) == len(batch.labels) == 1
+    assert len(batch.unreadable) == 2
+
+
+def test_missing_data_is_named(image_folder, parquet_folder, tmp_path):
+    def complaint(config):
+        with pytest.raises(RequestError) as caught:
+            build_dataloaders(config, CPU)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "cat").mkdir(parents=True)
+    assert "dataset.train_dir" in complaint(folder_config("/nowhere"))
+    assert "no class folders" in complaint(folder_config(image_folder, f"dataset.train_dir={tmp_path}/empty"))
+    assert "no images" in complaint(folder_config(image_folder, f"dataset.train_dir={tmp_path}/hollow"))
+    (image_folder / "val" / "zebra").mkdir()
+    save_picture(image_folder / "val" / "zebra" / "1.jpg", (1, 2, 3), 0)
+    assert "class 'zebra' is not among the training classes" in complaint(folder_config(image_folder))
+    assert "dataset.num_classes: 10, but the data has 3" in complaint(
+        hf_config(parquet_folder, "dataset.num_classes=10")
+    )
+    assert "dataset.split_val: no split 'dev'" in complaint(hf_config(parquet_folder, "dataset.split_val=dev"))
+    assert "no column 'image'; set it to one of img, kind" in complaint(
+        hf_config(parquet_folder, "dataset.image_key=image")
+    )
+    assert "dataset.name: ./nowhere: no such folder" in complaint(hf_config("./nowhere"))
+
+
+def test_a_class_without_validation_images_keeps_the_labels_right(image_folder):
+    for path in (image_folder / "val" / "blue").iterdir():
+        path.unlink()
+    (image_folder / "val" / "blue").rmdir()
+    _, val = build_datasets(folder_config(image_folder).dataset)
+    assert sorted({label for _, label in val.samples}) == [1, 2]  # green and red, as in training
