@@ -1,5 +1,7 @@
 """What several tests use: configs of data on the disk, and pictures."""
 
+import io
+
 import torch
 from PIL import Image
 from torchvision.transforms import v2
@@ -27,3 +29,16 @@ def smooth_pictures(folder):
     for i, path in enumerate(sorted(folder.rglob("*.jpg"))):
         pixels = v2.functional.resize(pictures(1, 60, seed=i)[0], [60, 80], antialias=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=95)
+
+
+def write_parquet(folder, split, names, labels, image=None):
+    """Write <folder>/<split>.parquet of equal pictures; labels are in column `kind`, integers where `names` is None."""
+    import datasets
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (200, 40, 30)).save(buffer, "PNG")
+    kind = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+    features = datasets.Features({"img": datasets.Image(), "kind": kind})
+    rows = {"img": [{"bytes": image or buffer.getvalue(), "path": None}] * len(labels), "kind": labels}
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -30,26 +31,60 @@ def decode_image(data: bytes) -> Tensor:
     torchvision.io decodes JPEG. Pillow decodes every other format, and JPEGs that torchvision.io refuses. torchvision's
     PNG decoder is not used, since some damaged files make it end the whole process.
 
-    Raises ValueError where the bytes are no readable picture.
+    A picture is turned upright by the orientation in its EXIF data, as the `datasets` library and Pillow's
+    exif_transpose do, whatever its format and wherever it comes from. Damaged EXIF data count as none.
+
+    Raises ValueError where the bytes are no readable picture, or one whose range of grey levels is not known.
     """
     if data[:3] == b"\xff\xd8\xff":
         with contextlib.suppress(
             RuntimeError, ValueError, AttributeError
-        ):  # AttributeError: torchvision is giving up decode_image
+        ):  # AttributeError: torchvision drops it one day
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
-    from PIL import Image
-
+            mode = torchvision.io.ImageReadMode.RGB
+            return torchvision.io.decode_image(encoded, mode, apply_exif_orientation=True)
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.mode.startswith("I"):  # 16 bits a pixel, which conversion would clip
-                opened = Image.fromarray((np.asarray(opened) // 256).astype(np.uint8))
-            return v2.functional.pil_to_tensor(opened.convert("RGB"))
+        return _decode_by_pillow(data)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        why = re.sub(
-            r" <_io\.BytesIO.*?>", "", one_line(error)
-        )  # names an address in memory, which differs in every run
+        why = re.sub(r" <_io\.BytesIO.*?>", "", one_line(error))  # an address in memory, new in every run
         raise ValueError(f"not a readable image ({why})") from None
+
+
+def _decode_by_pillow(data: bytes) -> Tensor:
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.load()
+        image, turn = _eight_bits(opened), None
+        with contextlib.suppress(Exception):  # Pillow's EXIF reader raises almost anything, too
+            turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+        image = image if turn is None else image.transpose(turn)
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+TURNS = {  # by EXIF orientation (CIPA DC-008, tag 0x0112): what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 12 or 16 bits a pixel reduced to the upper 8 of them, any other one as it is.
+
+    Pillow's own conversion would clip the values. It opens such pictures in the modes I;16, and in mode I those of PPM
+    and, in older versions, of PNG, scaled to 16 bits. Other pictures of mode I hold 32-bit or signed integers, those
+    of mode F floating-point numbers. Neither mode says what is black and what white. Raises ValueError for these.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise ValueError(f"{kind} grey levels, whose black and white are not known; convert it to 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # tag BitsPerSample: 12 or 16
+    return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
 
 
 def random_crops(uniforms: Tensor, aspects: Tensor, sides: Tensor) -> Tensor:

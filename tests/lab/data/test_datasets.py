@@ -1,11 +1,15 @@
 """Pictures and labels of folders, tables and digits, and what is said where they are missing."""
 
+import io
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import COLOURS, make_config, save_picture
-from helpers import folder_config, hf_config
+from helpers import folder_config, hf_config, write_parquet
 from lab.data.datasets import collate
 from lab.data.loading import device_batches
 from lab.data.randomness import UNIFORMS_PER_SAMPLE
@@ -115,3 +119,28 @@ def test_a_class_without_validation_images_keeps_the_labels_right(image_folder):
     (image_folder / "val" / "blue").rmdir()
     _, val = build_datasets(folder_config(image_folder).dataset)
     assert sorted({label for _, label in val.samples}) == [1, 2]  # green and red, as in training
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+@pytest.mark.parametrize("file", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["folder", "hf"])
+def test_every_way_into_a_batch_turns_pictures_upright(kind, file, cache, tmp_path):
+    """White above and black below, stored lying on its side: the orientation 6 says to turn it clockwise."""
+    lying, exif, buffer = Image.new("L", (32, 32)), Image.Exif(), io.BytesIO()
+    lying.paste(255, (0, 0, 16, 32))
+    exif[0x0112] = 6
+    lying.save(buffer, file, exif=exif)
+    if kind == "folder":
+        for part, name in product(("train", "val"), "ab"):
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / f"1.{file.lower()}").write_bytes(buffer.getvalue())
+    else:
+        write_parquet(tmp_path, "train", ["a", "b"], [0, 1], image=buffer.getvalue())
+        write_parquet(tmp_path, "test", ["a", "b"], [0, 1], image=buffer.getvalue())
+    make = folder_config if kind == "folder" else hf_config
+    config = make(tmp_path, "dataset.augment=none", f"dataset.cache={cache}", "training.num_workers=0")
+    config.dataset.image_size = 32
+    for loader in build_dataloaders(config, CPU)[:2]:
+        (batch,) = device_batches(loader, CPU)
+        assert (batch.images[:, :, :15] > 250).all()
+        assert (batch.images[:, :, 17:] < 5).all()

@@ -1,11 +1,13 @@
 """Decoding real files, and that crops are those of torchvision."""
 
 import io
+import struct
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from helpers import folder_config, pictures
@@ -32,6 +34,63 @@ def test_every_kind_of_image_becomes_three_uint8_channels(kind):
     assert decoded.shape == (3, 20, 30)
     mean = decoded.float().mean((1, 2)).tolist()
     assert mean == pytest.approx({"grey": [95] * 3, "16 bit": [200] * 3}.get(kind, [200, 60, 0]), abs=12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*product(["JPEG", "PNG", "TIFF", "WEBP"], ["RGB", "L"]), ("PNG", "I;16"), ("TIFF", "I;16")]
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_data_say(kind, mode, orientation):
+    """As Pillow's exif_transpose turns it, and so the `datasets` library."""
+    ramp = np.arange(12 * 20, dtype=np.uint16).reshape(12, 20)
+    image = Image.fromarray(ramp * 256) if mode == "I;16" else Image.fromarray(ramp.astype(np.uint8)).convert(mode)
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {"quality": 95}))
+    with Image.open(io.BytesIO(buffer.getvalue())) as opened:
+        turned = np.asarray(ImageOps.exif_transpose(opened)).astype(np.int64) // (256 if mode == "I;16" else 1)
+    assert turned.shape[:2] == ((12, 20) if orientation < 5 else (20, 12))
+    expected = torch.from_numpy(np.broadcast_to(turned.reshape(*turned.shape[:2], -1), (*turned.shape[:2], 3)).copy())
+    assert torch.equal(decode_image(buffer.getvalue()).long(), expected.permute(2, 0, 1))
+
+
+def test_damaged_exif_data_turn_nothing():
+    image, buffer = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(6, 10)), io.BytesIO()
+    image.save(buffer, "PNG", exif=b"Exif\0\0II*\0" + b"\xff" * 20)
+    assert torch.equal(decode_image(buffer.getvalue())[0], torch.from_numpy(np.asarray(image).copy()))
+
+
+def twelve_bit_tiff(values):
+    """A grey TIFF of 12 bits a pixel, as microscopes write them: [H, W] of even W, two pixels in three bytes."""
+    pairs = values.reshape(-1, 2).astype(int)
+    strip = b"".join(((int(a) << 12) | int(b)).to_bytes(3, "big") for a, b in pairs)
+    shorts, longs = (
+        {258: 12, 259: 1, 262: 1, 277: 1},
+        {256: values.shape[1], 257: values.shape[0], 278: values.shape[0]},
+    )
+    longs |= {273: 8, 279: len(strip)}
+    entries = sorted([(tag, 3, value) for tag, value in shorts.items()] + [(t, 4, v) for t, v in longs.items()])
+    table = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + struct.pack("<H", len(entries)) + table + bytes(4)
+
+
+def test_twelve_and_sixteen_bits_keep_their_range():
+    values = np.array([[0, 1023, 2048, 4095]])
+    assert decode_image(twelve_bit_tiff(values))[0].tolist() == [[0, 63, 128, 255]]
+    for kind in ("PNG", "TIFF", "PPM"):
+        buffer = io.BytesIO()
+        Image.fromarray((values * 16).astype(np.uint16)).save(buffer, kind)
+        assert decode_image(buffer.getvalue())[0].tolist() == [[0, 63, 128, 255]]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_grey_levels_without_a_known_range_are_refused(kind):
+    buffer = io.BytesIO()
+    Image.fromarray((np.arange(24).reshape(4, 6) * 1000).astype(kind)).save(buffer, "TIFF")
+    with pytest.raises(
+        ValueError, match="grey levels, whose black and white are not known; convert it to 8 or 16 bits"
+    ):
+        decode_image(buffer.getvalue())
 
 
 def test_rubbish_is_a_value_error():
