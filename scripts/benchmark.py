@@ -56,15 +56,15 @@ import torch.nn.functional as F
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from lab.cli import command_parser, run_cli
 from lab.config import Config
 from lab.console import progress_bar
 from lab.data.cache import ResidentLoader
-from lab.data.datasets import collate, folder_dataset
+from lab.data.datasets import ImageDataset, collate, folder_dataset
 from lab.data.images import Augmentation
 from lab.data.loading import DeviceBatch, EpochPlan, as_is, device_batches
 from lab.errors import RequestError
@@ -393,12 +393,23 @@ def break_even(rows: dict[str, dict], activation: float) -> dict[str, float]:
     return found
 
 
-def pil_float_loader(folder: str, size: int, plan: EpochPlan, shared: dict[str, Any]) -> DataLoader:
+class PillowDataset(Dataset):
+    """The pictures of a folder data set as torchvision's ImageFolder reads them: by Pillow, one by one."""
+
+    def __init__(self, dataset: ImageDataset, transform: Callable):
+        self.samples, self.transform = dataset.samples, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(default_loader(path)), label
+
+
+def pil_float_loader(dataset: ImageDataset, size: int, plan: EpochPlan, shared: dict[str, Any]) -> DataLoader:
     """The pipeline of most training scripts: Pillow, float32 and normalised in the workers."""
     floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET_MOMENTS)]
     transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *floats])
     order = plan.indices_to_load().reshape(-1, plan.batch_size).tolist()
-    return DataLoader(ImageFolder(folder, transform), batch_sampler=order, **shared)
+    return DataLoader(PillowDataset(dataset, transform), batch_sampler=order, **shared)
 
 
 def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
@@ -413,7 +424,7 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
     count = 2 * lead + args.steps * args.repeats
     plan = EpochPlan(np.arange(count * args.batch_size) % len(dataset), args.batch_size, 0, lambda epoch: 1.0)
     shared = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
-    pillow = pil_float_loader(args.folder, args.image_size, plan, shared)
+    pillow = pil_float_loader(dataset, args.image_size, plan, shared)
     streaming = DataLoader(dataset, batch_sampler=plan, collate_fn=collate, **shared)
     decoder = {"num_workers": args.workers, "collate_fn": as_is}
     resident = ResidentLoader(dataset, whole, EpochPlan(whole, args.batch_size, 0, plan.share), config, device, decoder)

@@ -16,11 +16,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lab.config import DatasetConfig
+from lab.console import print_rank0
+from lab.data.folders import read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
 from lab.errors import RequestError, one_line
 
@@ -90,6 +92,7 @@ class ImageDataset(Dataset):
         self.max_bad_images = 0  # how many samples after an unreadable one are tried in its place
         self.label_shifts: np.ndarray | None = None  # int64 [samples], see `randomness.label_shifts`
         self.name_prefix = ""  # before "sample <index>", the name of a sample that is no file
+        self.skipped: dict[str, int] = {}  # how many files and folders are no part of it, by the reason why
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -108,7 +111,7 @@ class ImageDataset(Dataset):
             at, source = at % len(self), None
             try:
                 source, label = self.read(at)
-                data = source.read_bytes() if isinstance(source, Path) else source
+                data = read_picture(source) if isinstance(source, Path) else source
                 image = data if isinstance(data, Tensor) else decode_image(data)
                 return Sample(image, label, index, unreadable)
             except (OSError, ValueError) as error:
@@ -132,7 +135,7 @@ class ImageDataset(Dataset):
         digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
         digest.update(np.fromiter(self.labels(), np.int64).tobytes())
         for source, _ in self.samples if isinstance(self.samples, list) else ():
-            digest.update(source.name.encode() if isinstance(source, Path) else b"")
+            digest.update(os.fsencode(source.name) if isinstance(source, Path) else b"")
         return digest.hexdigest()
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Sample:
@@ -161,26 +164,33 @@ class ImageDataset(Dataset):
 
 
 def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> ImageDataset:
-    """The pictures of a folder in torchvision's ImageFolder layout, <folder>/<class>/<image>.
+    """The pictures of a folder, <folder>/<class>/<image>; `folders.scan_folder` has the rules.
 
-    classes: the class names in the order of their labels; None takes those of the folder, sorted. Raises RequestError
-    naming the config `key` where folders, classes or images are missing.
+    classes: the class names in the order of their labels; None takes those of the folder, sorted. With them, a class
+    may lack its folder. A line says what was skipped, and the data set's `skipped` counts it.
+
+    Raises RequestError naming the config `key` where a folder cannot be read, is none of `classes` or holds no picture.
     """
     try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        pictures, skipped = scan_folder(folder)
     except OSError as error:
-        raise RequestError(f"{key}: {folder}: {error.strerror}") from None
-    classes = found if classes is None else classes
-    if not found:
+        raise RequestError(f"{key}: {one_line(error.filename or folder)}: {error.strerror}") from None
+    if not pictures:
         raise RequestError(f"{key}: {folder}: no class folders in it; expected <folder>/<class>/<image>")
-    if unknown := sorted(set(found) - set(classes)):
+    classes = list(pictures) if classes is None else classes
+    if unknown := sorted(set(pictures) - set(classes)):
         raise RequestError(f"{key}: {folder}: class {unknown[0]!r} is not among the training classes")
+    if empty := [name for name, paths in pictures.items() if not paths]:
+        more = f" and in {len(empty) - 1} more" if len(empty) > 1 else ""
+        endings = f"their names end in {', '.join(IMG_EXTENSIONS)}"
+        raise RequestError(f"{key}: {folder}: no images in class folder {empty[0]!r}{more}; {endings}")
+    if skipped:
+        counts = ", ".join(f"{kind} {count:,}" for kind, count in sorted(skipped.items()))
+        print_rank0(f"{key}: skipped: {counts}")
     labels = {name: label for label, name in enumerate(classes)}
-    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
-    samples = torchvision.datasets.folder.make_dataset(folder, labels, extensions, allow_empty=True)
-    if not samples:
-        raise RequestError(f"{key}: {folder}: no images in its class folders")
-    return ImageDataset([(Path(path), label) for path, label in samples], classes)
+    dataset = ImageDataset([(path, labels[name]) for name, paths in pictures.items() for path in paths], classes)
+    dataset.skipped = dict(skipped)
+    return dataset
 
 
 def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
