@@ -52,6 +52,7 @@ from lab.data.datasets import (
     find_column,
     folder_dataset,
     load_hub_split,
+    read_classes,
 )
 from lab.data.images import Augmentation, axis_weights, cached_side
 from lab.data.loading import DeviceBatch, EpochPlan, Loader, as_is, device_batches, ignore_signals
@@ -573,33 +574,34 @@ def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
 
 
 class HFDataset(ImageDataset):
-    """A split of a Hugging Face dataset; its image and label columns are found from the features."""
+    """A split of a Hugging Face dataset; its image and label columns are found from the features.
 
-    def __init__(self, rows: Any, config: DatasetConfig):
+    key: split_train or split_val. classes: those of the training split, for validation; see `read_classes`.
+    """
+
+    def __init__(self, rows: Any, config: DatasetConfig, key: str, classes: list[str] | None = None):
         import datasets
 
         self.image_key = find_column("image_key", config.image_key, rows.features, datasets.Image)
         self.label_key = find_column("label_key", config.label_key, rows.features, datasets.ClassLabel)
-        feature = rows.features[self.label_key]
-        if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-            raise RequestError(f"dataset.label_key: column {self.label_key!r} holds no class labels or integers")
-        names = getattr(feature, "names", None) or [str(c) for c in range(max(rows[self.label_key], default=-1) + 1)]
+        classes, self.label_of = read_classes(rows, self.label_key, f"dataset.{key}", classes)
         if isinstance(rows.features[self.image_key], datasets.Image):
             rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
-        super().__init__(rows.select_columns([self.image_key, self.label_key]), names)
+        super().__init__(rows.select_columns([self.image_key, self.label_key]), classes)
         self.name_prefix = f"{config.name} [{rows.split}] "
 
     def labels(self) -> Iterable[int]:
-        return (-1 if label is None else label for label in self.samples[self.label_key])
+        known = dict(enumerate(self.label_of))
+        return (known.get(number, -1) for number in self.samples[self.label_key])
 
     def read(self, index: int) -> tuple[Path | bytes, int]:
         row = self.samples[index]
-        image, label = row[self.image_key], row[self.label_key]
-        if not isinstance(label, int) or not 0 <= label < len(self.classes):
-            raise ValueError(f"label {label!r} is no class")
+        image, number = row[self.image_key], row[self.label_key]
+        if not isinstance(number, int) or not 0 <= number < len(self.label_of):
+            raise ValueError(f"label {number!r} is no class")
         if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
             raise ValueError(f"no image in column {self.image_key!r}")
-        return image.get("bytes") or Path(image["path"]), label
+        return image.get("bytes") or Path(image["path"]), self.label_of[number]
 
 
 def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
@@ -611,7 +613,8 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         train = folder_dataset("dataset.train_dir", config.train_dir)
         val = folder_dataset("dataset.val_dir", config.val_dir, train.classes)
     elif config.type == "hf":
-        train, val = (HFDataset(load_hub_split(config, key), config) for key in ("split_train", "split_val"))
+        train = HFDataset(load_hub_split(config, "split_train"), config, "split_train")
+        val = HFDataset(load_hub_split(config, "split_val"), config, "split_val", train.classes)
     else:
         train, val = digits_dataset("train"), digits_dataset("val")
     if config.num_classes not in (None, len(train.classes)):

@@ -10,12 +10,15 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import fsspec
 import numpy as np
 import torch
+from pyarrow import parquet
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -221,13 +224,38 @@ def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val
         raise RequestError(f"dataset.name: {name}: no such folder")
     options = {"split": split, "revision": config.revision, "cache_dir": config.cache_dir}
     try:
-        return datasets.load_dataset(name, config.subset, **options)
+        rows = datasets.load_dataset(name, config.subset, **options)
+        del options["split"]
+        return with_own_names(rows, datasets.load_dataset_builder(name, config.subset, **options))
     except Exception as error:  # dozens of kinds, all of them about the request or the network
         why = f"{type(error).__name__}: {one_line(error)[:300]}"
         if isinstance(error, ValueError) and "split" in str(error).lower():
             raise RequestError(f"dataset.{key}: no split {split!r} in {name}: {why}") from None
         hint = "check the name, subset and revision, the network and HF_TOKEN in .env, or give a local folder"
         raise RequestError(f"dataset.name: cannot load {name!r} ({why}); {hint}") from None
+
+
+def with_own_names(rows: Any, builder: Any) -> Any:
+    """A split of parquet files whose label columns have the class names of its own files.
+
+    The `datasets` library gives every split the names of the first split, whatever their order in the others. The first
+    file of a split is asked; a file on the hub that cannot be reached now is taken to have the same names.
+    """
+    import datasets
+
+    files = (builder.config.data_files or {}).get(re.split(r"\W", str(rows.split))[0])
+    if builder.name != "parquet" or not files:
+        return rows
+    try:
+        with fsspec.open(files[0]) as file:
+            own = datasets.Features.from_arrow_schema(parquet.read_schema(file))
+    except OSError:
+        return rows
+    for column, feature in own.items():
+        given = rows.features.get(column)
+        if isinstance(feature, datasets.ClassLabel) and isinstance(given, datasets.ClassLabel) and given != feature:
+            rows = rows.cast_column(column, feature)
+    return rows
 
 
 def find_column(key: str, asked: str | None, features: Any, kind: type) -> str:
@@ -243,3 +271,39 @@ def find_column(key: str, asked: str | None, features: Any, kind: type) -> str:
         problem = "cannot tell the column" if asked is None else f"no column {asked!r}"
         raise RequestError(f"dataset.{key}: {problem}; set it to one of {', '.join(features)}")
     return found[0]
+
+
+MAX_CLASSES = 100_000  # in a column of integers; larger numbers are taken for the ids of something else
+
+
+def read_classes(rows: Any, column: str, key: str, training: list[str] | None = None) -> tuple[list[str], list[int]]:
+    """(class names, the label of each number in a label column) of a split of the `datasets` library.
+
+    The names are those of the column. A column of integers gets "0", "1" and so on. key: the config key that names the
+    split, dataset.split_train or dataset.split_val. training: the class names of the training split, for validation.
+    The names are then these. Numbers of a column with names get the label that the same name has in training, so that
+    the order of the names does not matter. Numbers of a column without names are labels as they are.
+
+    Raises RequestError naming dataset.label_key where the column holds no classes, and `key` where no sample has one
+    or where a class is not among the training classes.
+    """
+    feature = rows.features[column]
+    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        raise RequestError(f"dataset.label_key: column {column!r} holds no class labels or integers")
+    numbers = rows.select_columns([column]).with_format("arrow")[:].column(column).drop_null().to_numpy()
+    names, largest = getattr(feature, "names", None), int(numbers.max()) if len(numbers) else -1
+    if names is None and largest >= MAX_CLASSES:
+        problem = f"numbers up to {largest:,}, and there may be {MAX_CLASSES:,} classes, numbered from 0"
+        raise RequestError(f"dataset.label_key: column {column!r} holds {problem}")
+    count = largest + 1 if names is None else len(names)
+    if len(rows) and not ((numbers >= 0) & (numbers < count)).any():
+        found = f"all are {numbers[0]}" if len(np.unique(numbers)) == 1 else "none of them is a class's number"
+        hint = "choose another split, or another dataset.label_key"
+        raise RequestError(f"{key}: no sample of split {str(rows.split)!r} has a class in {column!r}, {found}; {hint}")
+    if training is None:
+        return names or [str(number) for number in range(count)], list(range(count))
+    if names is None and count > len(training):
+        raise RequestError(f"{key}: label {largest} in column {column!r}, and {len(training)} training classes")
+    if unknown := [name for name in names or () if name not in training]:
+        raise RequestError(f"{key}: class {unknown[0]!r} is not among the training classes")
+    return training, [training.index(name) for name in names] if names else list(range(count))

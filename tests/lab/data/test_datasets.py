@@ -144,3 +144,51 @@ def test_every_way_into_a_batch_turns_pictures_upright(kind, file, cache, tmp_pa
         (batch,) = device_batches(loader, CPU)
         assert (batch.images[:, :, :15] > 250).all()
         assert (batch.images[:, :, 17:] < 5).all()
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_validation_labels_are_matched_by_name(cache, tmp_path):
+    write_parquet(tmp_path, "train", ["cat", "dog", "eel"], [0, 0, 1, 2])
+    write_parquet(tmp_path, "test", ["eel", "cat"], [0, 1, 0, 1])
+    config = hf_config(tmp_path, f"dataset.cache={cache}", "training.num_workers=0")
+    train, val = build_datasets(config.dataset)
+    assert train.classes == val.classes == ["cat", "dog", "eel"]
+    assert list(val.labels()) == [val.read(index)[1] for index in range(4)] == [2, 0, 2, 0]
+    loaded = [batch.labels for batch in device_batches(build_dataloaders(config, CPU)[1], CPU)]
+    assert torch.cat(loaded).tolist() == [2, 0, 2, 0]
+    sliced, val = build_datasets(
+        hf_config(tmp_path, "dataset.split_val=test[1:3]", "dataset.split_train=train").dataset
+    )
+    assert (list(val.labels()), list(sliced.labels())) == ([0, 2], [0, 0, 1, 2])
+
+
+PETS = ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "complaint"),
+    [
+        ((PETS, [0, 1]), (["cat", "emu"], [0, 0]), "dataset.split_val: class 'emu' is not among the training classes"),
+        ((None, [0, 1]), (None, [1, 2]), "dataset.split_val: label 2 in column 'kind', and 2 training classes"),
+        ((None, [0, 2**60]), (None, [0, 1]), "dataset.label_key: column 'kind' holds numbers up to 1,152,921,504,"),
+        ((None, [0, 1]), (None, [10**9, 1]), "dataset.label_key: column 'kind' holds numbers up to 1,000,000,000, "),
+        ((PETS, [0, 1]), (PETS, [-1, -1]), "dataset.split_val: no sample of split 'test' has a class in 'kind'"),
+        ((None, [0, 1]), (None, [-1, -1]), "in 'kind', all are -1; choose another split, or another dataset.label_key"),
+        ((PETS, [None, None]), (PETS, [0, 1]), "dataset.split_train: no sample of split 'train' has a class in 'kind'"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_at_the_start(train, test, complaint, tmp_path):
+    write_parquet(tmp_path, "train", *train)
+    write_parquet(tmp_path, "test", *test)
+    with pytest.raises(RequestError, match=complaint) as caught:
+        build_datasets(hf_config(tmp_path, "dataset.label_key=kind").dataset)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_label_among_integers_is_a_read_error(tmp_path):
+    write_parquet(tmp_path, "train", None, [0, None, 1])
+    write_parquet(tmp_path, "test", None, [0, 1])
+    train, _ = build_datasets(hf_config(tmp_path, "dataset.label_key=kind").dataset)
+    assert train.classes == ["0", "1"]
+    assert list(train.labels()) == [0, -1, 1]
+    assert train[(1, np.zeros(UNIFORMS_PER_SAMPLE))].unreadable[0].endswith("sample 1: label None is no class")
