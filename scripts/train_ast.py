@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import Config, DatasetConfig, ModelConfig, TrainingConfig, checkpoint_folder, load_config
 from lab.console import epoch_line, print_rank0, progress_bar, summary
-from lab.data.cache import SHARED_PICTURES, ResidentLoader, require_memory
+from lab.data.cache import ResidentLoader, require_memory
 from lab.data.datasets import (
     ImageDataset,
     LoaderBatch,
@@ -657,8 +657,7 @@ def build_dataloaders(
     shared = {"num_workers": workers, "worker_init_fn": ignore_signals}
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
-        if not SHARED_PICTURES:
-            require_memory(len(dist.part(indices)) + len(val_indices), cached_side(dataset), device)
+        require_memory(len(dist.part(indices)) + len(val_indices), cached_side(dataset), device)
         shared["collate_fn"] = as_is
         resident = partial(ResidentLoader, config=config, device=device, loader_options=shared)
         kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)

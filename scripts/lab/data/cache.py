@@ -52,7 +52,7 @@ class DecodedDataset(Dataset):
 # runs on the same data decode them once. Keys tell data sets apart, see `ResidentLoader`; values are what its `_decode`
 # returns. None, the default: nothing is shared, and pictures live as long as their run. The sweep sets it to {} and in
 # the end back to None, through the module (`cache.SHARED_PICTURES = ...`).
-SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor]] | None = None
+SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor, list[str]]] | None = None
 MOST_SHARED = 4  # entries of SHARED_PICTURES: training and validation pictures of two data sets
 
 
@@ -101,7 +101,7 @@ class ResidentLoader:
             SHARED_PICTURES[key] = decoded
             if len(SHARED_PICTURES) > MOST_SHARED:
                 del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
-        self.images, labels, self.aspects = decoded
+        self.images, labels, self.aspects, self.read_errors.found = decoded
         self.labels = torch.from_numpy(dataset.noisy_labels(labels, indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         self.crop = compiled(partial(crop_resize, size=self.augmentation.size), mode)
@@ -110,9 +110,9 @@ class ResidentLoader:
 
     def _decode(
         self, dataset: ImageDataset, device: torch.device, loader_options: dict[str, Any]
-    ) -> tuple[Tensor, np.ndarray, Tensor]:
+    ) -> tuple[Tensor, np.ndarray, Tensor, list[str]]:
         """(pictures of this process's range, uint8 [own, 3, side, side], on the device; labels of all samples, int64
-        [n], on the host; height / width of all samples, float64 [n], on the device)."""
+        [n], on the host; height / width of all samples, float64 [n], on the device; what could not be read)."""
         own = self.dist.part(self.indices)
         images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
         labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
@@ -124,7 +124,7 @@ class ResidentLoader:
             done = part.stop
         everyone = zip(*self.dist.gather_objects((labels, aspects)), strict=True)
         labels, aspects = (np.concatenate(each) for each in everyone)
-        return images, labels, torch.from_numpy(aspects).to(device)
+        return images, labels, torch.from_numpy(aspects).to(device), self.read_errors.found
 
     def __len__(self) -> int:
         return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
@@ -178,8 +178,11 @@ class ResidentLoader:
 def require_memory(samples: int, side: int, device: torch.device) -> None:
     """Print how much memory the cache takes: `samples` pictures of `side` pixels on `device`.
 
-    Raises RequestError where it takes more than nine tenths of what is free.
+    Raises RequestError where it takes more than nine tenths of what is free. With SHARED_PICTURES that hold some
+    already, nothing is checked: the pictures may be among them.
     """
+    if SHARED_PICTURES:
+        return
     needed, free = samples * (3 * side**2 + 24), free_memory(device)
     size = f"{samples:,} pictures of {side} px need {needed / 2**30:,.2f} GiB"
     if needed > 0.9 * free:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from helpers import folder_config, hf_config, smooth_pictures
+from lab.data import cache as cache_module
+from lab.data.datasets import ReadErrors
 from lab.data.loading import device_batches
 from lab.errors import RequestError
 from train_ast import build_dataloaders
@@ -86,3 +88,18 @@ def test_an_unreadable_image_of_a_cache_is_named(image_folder, workers):
     config = folder_config(image_folder, "dataset.cache=device", f"training.num_workers={workers}")
     with pytest.raises(RequestError, match=r"red/3.jpg: not a readable image"):
         build_dataloaders(config, CPU)
+
+
+def test_shared_pictures_need_no_more_memory_and_keep_their_read_errors(image_folder, monkeypatch):
+    """The second of two runs in one process, on a device that the first one's pictures have filled."""
+    (image_folder / "train" / "red" / "3.jpg").write_bytes(b"no image")
+    config = folder_config(image_folder, "dataset.cache=device", "dataset.max_bad_images=1", "training.num_workers=0")
+    monkeypatch.setattr(cache_module, "SHARED_PICTURES", {})
+    first, *_ = build_dataloaders(config, CPU)
+    monkeypatch.setattr(cache_module, "free_memory", lambda device: 0)
+    second, *_ = build_dataloaders(config, CPU)
+    assert second.images is first.images
+    for loader in (first, second):
+        errors = ReadErrors(1)
+        list(device_batches(loader, CPU, errors))
+        assert [text.partition(": ")[0] for text in errors.found] == [f"{image_folder}/train/red/3.jpg"]

@@ -156,10 +156,8 @@ def test_validation_labels_are_matched_by_name(cache, tmp_path):
     assert list(val.labels()) == [val.read(index)[1] for index in range(4)] == [2, 0, 2, 0]
     loaded = [batch.labels for batch in device_batches(build_dataloaders(config, CPU)[1], CPU)]
     assert torch.cat(loaded).tolist() == [2, 0, 2, 0]
-    sliced, val = build_datasets(
-        hf_config(tmp_path, "dataset.split_val=test[1:3]", "dataset.split_train=train").dataset
-    )
-    assert (list(val.labels()), list(sliced.labels())) == ([0, 2], [0, 0, 1, 2])
+    _, part = build_datasets(hf_config(tmp_path, "dataset.split_val=test[1:3]").dataset)
+    assert list(part.labels()) == [0, 2]
 
 
 PETS = ["cat", "dog"]
