@@ -243,13 +243,13 @@ def with_own_names(rows: Any, builder: Any) -> Any:
     """
     import datasets
 
-    files = (builder.config.data_files or {}).get(re.split(r"\W", str(rows.split))[0])
+    files = (builder.config.data_files or {}).get(re.split(r"[^\w.]", str(rows.split))[0])
     if builder.name != "parquet" or not files:
         return rows
     try:
         with fsspec.open(files[0]) as file:
             own = datasets.Features.from_arrow_schema(parquet.read_schema(file))
-    except OSError:
+    except Exception:  # of a network, in dozens of kinds; files on the disk have just been read
         return rows
     for column, feature in own.items():
         given = rows.features.get(column)
