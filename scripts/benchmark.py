@@ -33,7 +33,7 @@ from lab.benchmark.scaling import Assumed, break_even, scaling, show_scaling
 from lab.benchmark.timing import Loop, StepRow, TimedDist, Workload
 from lab.cli import run_cli
 from lab.config import Config
-from lab.data.loading import Loaded
+from lab.data.loading import DeviceBatch
 from lab.files import require_folder
 from lab.models import get_model
 from lab.runtime.devices import configure_backends, environment, resolve_device
@@ -52,7 +52,7 @@ def lab_steps(workload: Workload, compiled: str, at_score_resolution: bool = Fal
     run = Run.build(config, model, device, planned_steps=10**6, dist=workload.dist)
     run.start_epoch(config.ast.warmup_epochs, np.arange(0))
     share = config.ast.target_activation if config.ast.mode == "random" else 1.0
-    batch = Loaded(workload.images, workload.labels, torch.arange(len(workload.labels), device=device))
+    batch = DeviceBatch(workload.images, workload.labels, torch.arange(len(workload.labels), device=device))
 
     def steps(n: int) -> None:
         run.metrics.step, n = 0, max(1, round(share * n))

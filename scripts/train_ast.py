@@ -43,18 +43,19 @@ from lab.config import ASTConfig, Config, DatasetConfig, checkpoint_folder, firs
 from lab.console import epoch_line, print_rank0, step_bar
 from lab.data.cache import ResidentLoader, require_memory
 from lab.data.datasets import (
-    BadImages,
     DigitsDataset,
     FolderDataset,
     ImageDataset,
+    ReadErrors,
     collate,
     find_column,
     load_hub_split,
+    read_classes,
 )
-from lab.data.images import View, axis_weights, kept_side
+from lab.data.images import Augmentation, axis_weights, cached_side
 from lab.data.loading import (
+    DeviceBatch,
     EpochPlan,
-    Loaded,
     Loader,
     ScoreAhead,
     Scores,
@@ -64,7 +65,7 @@ from lab.data.loading import (
     loader_processes,
 )
 from lab.data.queue import ActiveQueue
-from lab.data.randomness import DRAWS, label_shifts, random_subset
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset
 from lab.errors import RequestError, one_line
 from lab.models import check_resolution, count_flops, eval_view, get_model, synchronised
 from lab.runtime.checkpoint import claimed, find_checkpoint, load_checkpoint, state_bytes
@@ -296,11 +297,11 @@ class Selection(Stateful):
         """The active samples, int64, ascending, by the scores [batch] (nats, finite, of all ranks, on the host)."""
         return torch.arange(len(scores))
 
-    def weights(self, batch: Loaded) -> Tensor | None:
+    def weights(self, batch: DeviceBatch) -> Tensor | None:
         """Of each sample's loss, float32 [batch]. None: all 1, and nothing is recorded."""
         return None
 
-    def record(self, batch: Loaded, significance: Tensor, correct: Tensor, epoch: int) -> None:
+    def record(self, batch: DeviceBatch, significance: Tensor, correct: Tensor, epoch: int) -> None:
         """Learn from a training step: significance float32 [batch], nats; correct bool [batch]. On the device."""
 
     def alike(self) -> list[float]:
@@ -427,10 +428,10 @@ class HistoryThreshold(Selection):
     def mask(self) -> np.ndarray:
         return self.kinds.cpu().numpy()
 
-    def weights(self, batch: Loaded) -> Tensor:
+    def weights(self, batch: DeviceBatch) -> Tensor:
         return torch.where(self.kinds[batch.indices] == EXPLORED, self.explored_weight, 1.0)
 
-    def record(self, batch: Loaded, significance: Tensor, correct: Tensor, epoch: int) -> None:
+    def record(self, batch: DeviceBatch, significance: Tensor, correct: Tensor, epoch: int) -> None:
         self.store.record(batch.indices, significance, epoch)
 
 
@@ -581,7 +582,7 @@ class Network:
 
 
 @torch.no_grad()
-def score(scorer: Scorer, local_batch: int, dist: Dist, batch: Loaded) -> Scores:
+def score(scorer: Scorer, local_batch: int, dist: Dist, batch: DeviceBatch) -> Scores:
     """Start scoring a batch, without gradient. The device is not waited for."""
     rows = dist.all_gather_columns(scorer.forward(batch.images, batch.labels), local_batch)
     if not rows.is_cuda:
@@ -593,7 +594,7 @@ def score(scorer: Scorer, local_batch: int, dist: Dist, batch: Loaded) -> Scores
 
 
 def ast_forward(
-    batch: Loaded, scores: Scores, selection: Selection, queue: ActiveQueue | None, trainer: Trainer
+    batch: DeviceBatch, scores: Scores, selection: Selection, queue: ActiveQueue | None, trainer: Trainer
 ) -> int | None:
     """Choose the active samples of a loaded batch by their scores, and train on them alone.
 
@@ -612,8 +613,8 @@ def ast_forward(
         return 0
     own, counts = dist.own_chosen(selection.choose(significances), len(significances))
     rows = to_device(own, trainer.device)
-    active = Loaded(*(tensor[rows] for tensor in batch))
-    ready = Loaded(*dist.balance(counts, active)) if queue is None else queue.push(active, counts)
+    active = DeviceBatch(*(tensor[rows] for tensor in batch))
+    ready = DeviceBatch(*dist.balance(counts, active)) if queue is None else queue.push(active, counts)
     if ready is None:
         return None
     trained = sum(counts) if queue is None else queue.batch_size
@@ -668,7 +669,7 @@ class Trainer(Stateful):
             return self.clock.schedule()
         return (self.scheduled + self.unscheduled / 2) / self.planned_steps
 
-    def train_step(self, batch: Loaded, selection: Selection, count_correct: bool = True) -> int:
+    def train_step(self, batch: DeviceBatch, selection: Selection, count_correct: bool = True) -> int:
         """Forward and backward over a batch, added to the window's gradient. Returns how many samples that is.
 
         count_correct: whether its predictions count for train_acc; scoring may have counted them already.
@@ -788,7 +789,10 @@ class Trainer(Stateful):
 
 
 class HFDataset(ImageDataset):
-    """A split of a Hugging Face dataset; its image and label columns are found from the features."""
+    """A split of a Hugging Face dataset; its image and label columns are found from the features.
+
+    key: split_train or split_val. classes: those of the training split, for validation; see `read_classes`.
+    """
 
     @classmethod
     def check(cls, config: DatasetConfig) -> None:
@@ -796,33 +800,32 @@ class HFDataset(ImageDataset):
 
     @classmethod
     def splits(cls, config: DatasetConfig) -> tuple[HFDataset, HFDataset]:
-        return tuple(cls(load_hub_split(config, key), config) for key in ("split_train", "split_val"))
+        train = cls(load_hub_split(config, "split_train"), config, "split_train")
+        return train, cls(load_hub_split(config, "split_val"), config, "split_val", train.classes)
 
-    def __init__(self, rows: Any, config: DatasetConfig):
+    def __init__(self, rows: Any, config: DatasetConfig, key: str, classes: list[str] | None = None):
         import datasets
 
         self.image_key = find_column("image_key", config.image_key, rows.features, datasets.Image)
         self.label_key = find_column("label_key", config.label_key, rows.features, datasets.ClassLabel)
-        feature = rows.features[self.label_key]
-        if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-            raise RequestError(f"dataset.label_key: column {self.label_key!r} holds no class labels or integers")
-        names = getattr(feature, "names", None) or [str(c) for c in range(max(rows[self.label_key], default=-1) + 1)]
+        classes, self.label_of = read_classes(rows, self.label_key, f"dataset.{key}", classes)
         if isinstance(rows.features[self.image_key], datasets.Image):
             rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
-        super().__init__(rows.select_columns([self.image_key, self.label_key]), names)
-        self.origin = f"{config.name} [{rows.split}] "
+        super().__init__(rows.select_columns([self.image_key, self.label_key]), classes)
+        self.name_prefix = f"{config.name} [{rows.split}] "
 
     def labels(self) -> Iterable[int]:
-        return (-1 if label is None else label for label in self.samples[self.label_key])
+        known = dict(enumerate(self.label_of))
+        return (known.get(number, -1) for number in self.samples[self.label_key])
 
     def read(self, index: int) -> tuple[Path | bytes, int]:
         row = self.samples[index]
-        image, label = row[self.image_key], row[self.label_key]
-        if not isinstance(label, int) or not 0 <= label < len(self.classes):
-            raise ValueError(f"label {label!r} is no class")
+        image, number = row[self.image_key], row[self.label_key]
+        if not isinstance(number, int) or not 0 <= number < len(self.label_of):
+            raise ValueError(f"label {number!r} is no class")
         if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
             raise ValueError(f"no image in column {self.image_key!r}")
-        return image.get("bytes") or Path(image["path"]), label
+        return image.get("bytes") or Path(image["path"]), self.label_of[number]
 
 
 DATASETS: dict[str, type[ImageDataset]] = {"digits": DigitsDataset, "folder": FolderDataset, "hf": HFDataset}
@@ -840,8 +843,8 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         raise RequestError(f"dataset: {len(train.classes)} training and {len(val.classes)} validation classes")
     if not len(train) or not len(val):
         raise RequestError(f"dataset: {len(train)} training and {len(val)} validation samples")
-    train.view, val.view = View(config, train=True), View(config, train=False)
-    train.stand_ins = val.stand_ins = config.max_bad_images
+    train.augmentation, val.augmentation = Augmentation(config, train=True), Augmentation(config, train=False)
+    train.max_bad_images = val.max_bad_images = config.max_bad_images
     return train, val
 
 
@@ -856,7 +859,7 @@ def build_dataloaders(
     train, val = build_datasets(dataset)
     if dist.world > 1:
         dist.require_same("dataset: the processes see different data", [train.fingerprint(), val.fingerprint()])
-    train.shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
+    train.label_shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
     indices = random_subset(len(train), dataset.max_train_samples)
     indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
     if len(indices) < dist.world:
@@ -868,12 +871,12 @@ def build_dataloaders(
     shared = {"num_workers": workers, "worker_init_fn": ignore_signals}
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
-        require_memory(len(dist.shard(indices)) + len(val_indices), kept_side(dataset), device)
+        require_memory(len(dist.shard(indices)) + len(val_indices), cached_side(dataset), device)
         shared["collate_fn"] = as_is
-        resident = partial(ResidentLoader, config=config, device=device, shared=shared)
+        resident = partial(ResidentLoader, config=config, device=device, loader_options=shared)
         kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)
         return *kept, plan, len(train.classes)
-    keys = [(index, np.zeros(DRAWS)) for index in val_indices.tolist()]
+    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in val_indices.tolist()]
     chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
     shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
     streaming = partial(DataLoader, **shared)
@@ -901,7 +904,7 @@ class Metrics(Stateful):
         self.ledger = Ledger()
         self.history: dict[str, list] = {key: [] for key in HISTORY_KEYS}
         self.epochs_completed = self.nonfinite_steps = 0  # of the finished epochs
-        self.read_errors = BadImages(config.dataset.max_bad_images)
+        self.read_errors = ReadErrors(config.dataset.max_bad_images)
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -1072,7 +1075,7 @@ class Run:
         self.outputs.save(partial(run_state, self), (self.metrics.epoch, self.metrics.step), best)
 
 
-def train_one_epoch(run: Run, batches: Iterable[Loaded], steps: int) -> bool:
+def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> bool:
     """Train on `batches`, the rest of the epoch's `steps`. Returns False where a signal or the time ended it early.
 
     An open accumulation window ends with the epoch, and with a time cap, which checkpoints before. After a signal it
@@ -1121,7 +1124,7 @@ def live_figures(run: Run) -> dict[str, str]:
 
 
 @torch.no_grad()
-def evaluate(network: Network, batches: Iterable[Loaded], clock: Clock) -> float | None:
+def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> float | None:
     """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape.
 
     Of several processes each forwards its part, and all get the whole's accuracy. None where a signal came before its
@@ -1147,12 +1150,12 @@ def evaluate(network: Network, batches: Iterable[Loaded], clock: Clock) -> float
 def begin_epoch(run: Run, plan: EpochPlan) -> None:
     """Take `plan` to where the run stands. At an epoch's start, choose what it trains on."""
     epoch = run.metrics.epoch
-    plan.begin(epoch, run.metrics.step)
+    plan.start_epoch(epoch, run.metrics.step)
     if run.metrics.step == 0:
-        run.start_epoch(epoch, plan.shuffled())
+        run.start_epoch(epoch, plan.permutation())
     if run.config.is_sparse(epoch):
-        plan.begin(epoch, run.metrics.step, run.selection.mask())
-    run.trainer.pace = plan.steps(epoch) / len(plan)
+        plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
+    run.trainer.pace = plan.planned_steps(epoch) / len(plan)
 
 
 def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan) -> str:
@@ -1172,7 +1175,7 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
             if status == "time_capped":
                 print_rank0("training.max_minutes are over: the last validation did not fit in and was left")
             break
-        row = close_epoch(run, val_acc, plan.considered * metrics.step / len(plan))
+        row = close_epoch(run, val_acc, plan.dense_samples * metrics.step / len(plan))
         metrics.epochs_completed += whole
         outputs.close_epoch(row)
         if not whole:  # the checkpoint is the one before the cap
@@ -1228,7 +1231,7 @@ def _train(
     configure_backends(config.ast.pack or not selection_class(config).scores_batches(), device)
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device, dist)
     model = get_model(config.model, num_classes, config.dataset.image_size)
-    planned = sum(plan.steps(epoch) for epoch in range(config.training.epochs))
+    planned = sum(plan.planned_steps(epoch) for epoch in range(config.training.epochs))
     run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started)
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from lab.config import Config
-from lab.data.loading import Loaded, Scores
+from lab.data.loading import DeviceBatch, Scores
 from train_ast import Run, ast_forward, load_config, score, train
 
 REPO = Path(__file__).resolve().parent.parent
@@ -78,9 +78,9 @@ def make_run(model: nn.Module, *overrides: str) -> Run:
     return run
 
 
-def as_batch(images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None) -> Loaded:
+def as_batch(images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None) -> DeviceBatch:
     """A batch as it comes from the loader; the samples are the first of the data set unless `indices` says which."""
-    return Loaded(images, labels, torch.arange(len(labels)) if indices is None else indices)
+    return DeviceBatch(images, labels, torch.arange(len(labels)) if indices is None else indices)
 
 
 def scores_of(run: Run, images: torch.Tensor, labels: torch.Tensor) -> Scores:
@@ -105,10 +105,10 @@ def make_batch(size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     return images, torch.randint(0, 10, (size,), generator=generator)
 
 
-def loaded(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Loaded]:
+def loaded(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[DeviceBatch]:
     """(images, labels) pairs as they come from the loader."""
     for images, labels in pairs:
-        yield Loaded(images, labels, torch.arange(len(labels), device=labels.device))
+        yield DeviceBatch(images, labels, torch.arange(len(labels), device=labels.device))
 
 
 def save_picture(path: Path, colour: Sequence[int], seed: int, side: int = 40) -> None:

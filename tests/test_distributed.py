@@ -593,7 +593,7 @@ def test_resident_parts_give_the_batches_of_one_process(augment, world, image_fo
         loader, _, plan, _ = train_ast.build_dataloaders(config, torch.device("cpu"), dist)
         found = []
         for epoch, start, choice in ((0, 0, None), (3, 1, None), (4, 0, chosen)):
-            plan.begin(epoch, start, choice)
+            plan.start_epoch(epoch, start, choice)
             for batch in loader:
                 keyed = zip(batch.labels.tolist(), batch.images.clone(), strict=True)
                 found.append(dict(zip(batch.indices.tolist(), keyed, strict=True)))

@@ -192,8 +192,8 @@ def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
     whole = gradient(torch.arange(64))
     plan, total, spread = EpochPlan(np.arange(64), 16, 0, lambda epoch: 1.0), 0.0, 0.0
     for draw in range(1500):
-        plan.begin(draw)
-        run.selection.start_epoch(draw, plan.shuffled())
+        plan.start_epoch(draw)
+        run.selection.start_epoch(draw, plan.permutation())
         one = gradient(torch.from_numpy(np.flatnonzero(run.selection.kinds.numpy())))
         total, spread = total + one, spread + (one - whole).square()
     error, chance = (total / 1500 - whole).norm(), (spread.sum() / 1500**2).sqrt()
@@ -223,7 +223,7 @@ def test_no_unchosen_sample_is_loaded(image_folder, workers):
     chosen[[1, 2, 5, 8, 13, 17, 21, 23]] = [1, 2, 1, 1, 1, 2, 1, 1]
     for i in set(range(24)) - set(np.flatnonzero(chosen).tolist()):
         loader.dataset.samples[i][0].write_bytes(b"no image: whoever opens this fails")
-    plan.begin(3, chosen=chosen)
+    plan.start_epoch(3, mask=chosen)
     batches = list(device_batches(loader, CPU))
     assert len(plan) == len(batches) == 2
     assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == np.flatnonzero(chosen).tolist()

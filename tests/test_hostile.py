@@ -20,9 +20,9 @@ import analyze_results
 import run_experiment
 from conftest import REPO, make_config
 from lab.cli import run_cli
-from lab.data.datasets import BadImages, ImageDataset
+from lab.data.datasets import ImageDataset, ReadErrors
 from lab.data.loading import device_batches
-from lab.data.randomness import DRAWS
+from lab.data.randomness import UNIFORMS_PER_SAMPLE
 from lab.errors import RequestError
 from train_ast import build_dataloaders, train
 
@@ -118,10 +118,10 @@ def fuzz_images(times: int, folder: Path) -> None:
     victim = folder / "train" / "red" / "0.jpg"
     original, dice, bad = victim.read_bytes(), random.Random(0), 0
     train_set = ImageDataset([(victim, 0), (folder / "train" / "red" / "1.jpg", 0)], ["red"])
-    train_set.view, train_set.stand_ins = (lambda images, draws: images), 1
+    train_set.augmentation, train_set.max_bad_images = (lambda images, uniforms: images), 1
     for _ in range(times):
         victim.write_bytes(mutated(original, dice))
-        sample = train_set[(0, np.zeros(DRAWS))]
+        sample = train_set[(0, np.zeros(UNIFORMS_PER_SAMPLE))]
         assert sample.image.dtype == torch.uint8
         assert sample.image.shape[0] == 3
         assert all(str(victim) in name and "\n" not in name for name in sample.unreadable)
@@ -135,7 +135,7 @@ def fuzz_parquet(times: int, folder: Path, tmp_path: Path) -> None:
         (folder / "train.parquet").write_bytes(mutated(original, dice))
         data = ["dataset.type=hf", f"dataset.name={folder}", f"dataset.cache_dir={tmp_path / f'cache{n}'}"]
         config = make_config(*data, "dataset.split_val=test", "training.num_workers=0", "dataset.max_bad_images=30")
-        found = BadImages(30)
+        found = ReadErrors(30)
         try:
             loader, *_ = build_dataloaders(config, CPU)
             list(device_batches(loader, CPU, found))

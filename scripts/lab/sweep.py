@@ -104,8 +104,8 @@ def plan_runs(
 ) -> list[Planned]:
     """Every config file with every point of the sweep; a run that is asked for twice is planned once.
 
-    common: overrides of all runs; points: those of one run each (`cross`); check: see `load_config`. Raises RequestError
-    for a wrong override in `common`, a request wrong for every run, and `dense_twin` without a sparse run.
+    common: overrides of all runs; points: those of one run each (`cross`); check: as for `load_config`. Raises
+    RequestError for a wrong override in `common`, a request wrong for every run, `dense_twin` without a sparse run.
     """
     check_keys(common)
     texts = {path: read_once(path) for path in dict.fromkeys(configs)}

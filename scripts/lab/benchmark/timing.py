@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
@@ -37,7 +36,7 @@ from lab.config import Config
 from lab.console import Columns, progress_bar, table_line
 from lab.data.cache import ResidentLoader
 from lab.data.datasets import ImageDataset, collate, folder_dataset
-from lab.data.images import View
+from lab.data.images import Augmentation
 from lab.data.loading import EpochPlan, as_is, device_batches
 from lab.errors import RequestError, one_line
 from lab.files import replace_text
@@ -225,7 +224,7 @@ def time_collectives(steps: Step, device: torch.device, count: int, dist: TimedD
     return found
 
 
-def read_with_pillow(path: str) -> Image.Image:
+def read_with_pillow(path: Path) -> Image.Image:
     """A picture in RGB. Raises OSError naming the file, which Pillow's own often does not."""
     try:
         return default_loader(path)
@@ -234,14 +233,23 @@ def read_with_pillow(path: str) -> Image.Image:
         raise OSError(f"{path}: {why}") from None
 
 
-def pil_float_loader(folder: str, size: int, plan: EpochPlan, shared: dict[str, Any]) -> DataLoader:
+class PillowDataset(Dataset):
+    """The pictures of a folder data set as torchvision's ImageFolder reads them: by Pillow, one by one."""
+
+    def __init__(self, dataset: ImageDataset, transform: Callable):
+        self.samples, self.transform = dataset.samples, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(read_with_pillow(path)), label
+
+
+def pil_float_loader(dataset: ImageDataset, size: int, plan: EpochPlan, shared: dict[str, Any]) -> DataLoader:
     """The pipeline of most training scripts: Pillow, float32 and normalised in the workers."""
     floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET_MOMENTS)]
     transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *floats])
-    order = plan.order().reshape(-1, plan.batch_size).tolist()
-    # A class may be without pictures, as in training
-    dataset = ImageFolder(folder, transform, loader=read_with_pillow, allow_empty=True)
-    return DataLoader(dataset, batch_sampler=order, **shared)
+    order = plan.indices_to_load().reshape(-1, plan.batch_size).tolist()
+    return DataLoader(PillowDataset(dataset, transform), batch_sampler=order, **shared)
 
 
 def device_pairs(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -260,7 +268,7 @@ def endless(loader: ResidentLoader, device: torch.device) -> Iterator[Any]:
 
 
 def input_pipelines(
-    dataset: ImageDataset, folder: str, plan: EpochPlan, config: Config, device: torch.device, workers: int
+    dataset: ImageDataset, plan: EpochPlan, config: Config, device: torch.device, workers: int
 ) -> dict[str, Iterator]:
     """By name, the batches of each pipeline on the device. A new pipeline is one entry of what this returns."""
     size, whole = config.dataset.image_size, np.arange(len(dataset))
@@ -270,7 +278,7 @@ def input_pipelines(
     again = EpochPlan(whole, plan.batch_size, 0, plan.share)  # each picture once an epoch
     resident = ResidentLoader(dataset, whole, again, config, device, decoder)
     return {
-        "Pillow, float32": device_pairs(pil_float_loader(folder, size, plan, shared), device),
+        "Pillow, float32": device_pairs(pil_float_loader(dataset, size, plan, shared), device),
         "streaming: torchvision.io, uint8": device_batches(streaming, device),
         "dataset.cache=device": endless(resident, device),
     }
@@ -280,11 +288,11 @@ def time_input(folder: str, config: Config, workers: int, steps: int, repeats: i
     """Images per second of each pipeline over a folder of classes, read again and again, up to the training device."""
     device, batch_size = resolve_device(config.training), config.training.batch_size
     dataset = folder_dataset("--folder", folder)
-    dataset.view = View(config.dataset, train=True)
+    dataset.augmentation = Augmentation(config.dataset, train=True)
     lead = 2 * workers + 2  # batches in flight before the clock starts
     count = 2 * lead + steps * repeats
     plan = EpochPlan(np.arange(count * batch_size) % len(dataset), batch_size, 0, lambda epoch: 1.0)
-    sources = input_pipelines(dataset, folder, plan, config, device, workers)
+    sources = input_pipelines(dataset, plan, config, device, workers)
     rows = {}
     for name, source in progress_bar(sources.items(), unit="pipeline"):
         speeds = []

@@ -1,4 +1,4 @@
-"""A data set decoded once and cached on the training device."""
+"""`dataset.cache: device`: a data set decoded once, its pictures kept on the training device."""
 
 from __future__ import annotations
 
@@ -18,36 +18,41 @@ from torch.utils.data import DataLoader, Dataset
 
 from lab.config import Config
 from lab.console import print_rank0, progress_bar
-from lab.data.datasets import BadImages, Batch, ImageDataset, collate
-from lab.data.images import crop_resize, kept_side, resize
+from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
+from lab.data.images import cached_side, crop_resize, resize
 from lab.data.loading import EpochPlan
-from lab.data.randomness import DRAWS, uniform
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.errors import RequestError
 from lab.runtime.devices import compiled, to_device
 from lab.runtime.distributed import Dist
 
 
-class _Kept(Dataset):
-    """The items of `indices` are (a Batch of side `side`, their heights over widths), to be sent as one; see
-    ImageDataset."""
+class DecodedDataset(Dataset):
+    """The pictures of an ImageDataset decoded and resized to squares, as batches; for a DataLoader to fill a cache by.
+
+    The items of several indices are one pair: (LoaderBatch with images uint8 [n, 3, side, side]; float64 [n], height /
+    width of the pictures before they were resized).
+    """
 
     def __init__(self, dataset: ImageDataset, side: int):
         self.dataset, self.side = dataset, side
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Batch, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[LoaderBatch, Tensor]:
         samples, aspects = [self.dataset.load(index) for index in indices], []
         for i, sample in enumerate(samples):
             if (image := sample.image) is None:
                 continue
-            kept = image if image.shape[1:] == (self.side, self.side) else resize(image, self.side)
-            samples[i] = sample._replace(image=kept)
+            square = image if image.shape[1:] == (self.side, self.side) else resize(image, self.side)
+            samples[i] = sample._replace(image=square)
             aspects.append(image.shape[1] / image.shape[2])
         return collate(samples), torch.tensor(aspects, dtype=torch.float64)
 
 
-SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor, list[str]]] | None = (
-    None  # by data set; None: nothing is shared
-)
+# What runs made one after the other in one process have decoded, so that runs on the same data decode once; see
+# `shared_pictures`. Keys tell data sets apart (`ResidentLoader`), values are what its `_decode` returns. None, the
+# default: nothing is shared, and pictures live as long as their run.
+SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor, list[str]]] | None = None
+MOST_SHARED = 4  # entries of SHARED_PICTURES: training and validation pictures of two data sets
 
 
 @contextlib.contextmanager
@@ -61,114 +66,130 @@ def shared_pictures() -> Iterator[None]:
         SHARED_PICTURES = None
 
 
-class Share(NamedTuple):
-    """A process's part in a batch of resident pictures."""
+class BatchPart(NamedTuple):
+    """One process's part of a batch. A row is the position of a sample in `ResidentLoader.indices`."""
 
-    rows: np.ndarray  # int64: those it yields
-    kept: np.ndarray  # int64: those it has the pictures of, counted from its first one
-    moves: np.ndarray | None  # int [world, world]: how many pictures go from whom to whom
+    rows: np.ndarray  # int64: the samples that it yields
+    cached: np.ndarray  # int64: the samples of the batch whose pictures it has, as positions in `ResidentLoader.images`
+    moves: np.ndarray | None  # int [world, world], see `Dist.exchange`: pictures that go from one process to another
 
 
 class ResidentLoader:
-    """A data set decoded once and kept on the device: uint8 [n, 3, side, side]. Yields batches in the order of
-    `plan`, or, without one, in the order of `indices` and not augmented.
+    """A loader whose pictures are decoded once and stay on the training device (`dataset.cache: device`).
 
-    Pictures to be cropped at random are kept as squares, both axes resized, with the ratio of their sides: a crop is
-    drawn in the shape of the original and maps to the square axis by axis. Augmentation happens on the device and is
-    a function of (seed, epoch, index). `shared`: options of the DataLoader that decodes. Raises RequestError naming
-    the first unreadable image beyond `dataset.max_bad_images`.
+    It yields LoaderBatches in the order of `plan`, augmented on the device. Without a plan it yields the samples of
+    `indices` in their order, augmented as for validation.
 
-    Of several processes each keeps a range of the pictures. A batch takes from each what it has of it, more from one
-    and fewer from another; those that one has too many go to who has too few before they are cropped.
+    Pictures are cached as squares, uint8 [n, 3, side, side], beside the ratio of their sides. A random crop is drawn
+    for the shape of the original. Its box in the square follows axis by axis. The uniform numbers are those of
+    streaming: a function of (seed, epoch, index).
+
+    With several processes each caches a range of the pictures, about as many as the others. A batch consists of random
+    samples, so that a process may have the pictures of more samples than its part of the batch, or of fewer. Pictures
+    then move between the processes before they are cropped.
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
-                 device: torch.device, shared: dict[str, Any], batch_size: int | None = None):  # fmt: skip
+                 device: torch.device, loader_options: dict[str, Any], batch_size: int | None = None):  # fmt: skip
+        """Decode the pictures, with a progress bar.
+
+        indices: int64 [n], ascending, the samples to cache; without a plan, those of this process alone.
+        loader_options: of the DataLoader that decodes. batch_size: samples in a batch, with a plan those of all
+        processes together; None stands for training.batch_size. Raises RequestError naming the first unreadable
+        picture beyond `dataset.max_bad_images`.
+        """
         batch_size = batch_size or config.training.batch_size
         self.plan, self.indices, self.batch_size = plan, indices, batch_size
-        self.dist = plan.dist if plan else Dist()  # without a plan `indices` are this process's alone
+        self.dist = plan.dist if plan else Dist()
         self.edges = self.dist.shard_edges(len(indices))
-        self.view, self.side = dataset.view, kept_side(config.dataset)
-        self.keys = torch.from_numpy(indices).to(device)
-        self.bad = BadImages(config.dataset.max_bad_images)
-        which = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
-        kept = (SHARED_PICTURES or {}).get(which) or self._decode(dataset, device, shared)
+        self.augmentation, self.side = dataset.augmentation, cached_side(config.dataset)
+        self.sample_indices = torch.from_numpy(indices).to(device)
+        self.read_errors = ReadErrors(config.dataset.max_bad_images)
+        key = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
+        decoded = (SHARED_PICTURES or {}).get(key) or self._decode(dataset, device, loader_options)
         if SHARED_PICTURES is not None:
-            SHARED_PICTURES[which] = kept
-            if len(SHARED_PICTURES) > 4:  # two data sets
+            SHARED_PICTURES[key] = decoded
+            if len(SHARED_PICTURES) > MOST_SHARED:
                 del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
-        self.images, labels, self.aspects, unreadable = kept
-        self.bad.add(unreadable)  # of a run before this one
-        self.labels = torch.from_numpy(dataset.noisy(labels, indices)).to(device)
+        self.images, labels, self.aspects, self.read_errors.found = decoded
+        self.labels = torch.from_numpy(dataset.noisy_labels(labels, indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
-        self.crop = compiled(partial(crop_resize, size=self.view.size), mode)
-        if mode != "off":  # compile before the clock of the training starts
+        self.crop = compiled(partial(crop_resize, size=self.augmentation.size), mode)
+        if mode != "off":  # compile now, before training time is counted
             next(iter(self))
 
     def _decode(
-        self, dataset: ImageDataset, device: torch.device, shared: dict[str, Any]
+        self, dataset: ImageDataset, device: torch.device, loader_options: dict[str, Any]
     ) -> tuple[Tensor, np.ndarray, Tensor, list[str]]:
-        """This process's pictures [own, 3, side, side] on the device; of all samples the labels [n] on the host and
-        the heights over widths [n] on the device; and what this process could not read."""
+        """(pictures of this process's range, uint8 [own, 3, side, side], on the device; labels of all samples, int64
+        [n], on the host; height / width of all samples, float64 [n], on the device; what could not be read)."""
         own = self.dist.shard(self.indices)
         images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
         labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
-        decoder = DataLoader(_Kept(dataset, self.side), 256, sampler=own.tolist(), **shared)
-        for batch, shapes in progress_bar(decoder, desc="decoding", unit="batch"):
-            self.bad.add(batch.unreadable)
-            part = slice(done, done + len(shapes))
-            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels.numpy(), shapes.numpy()
+        decoder = DataLoader(DecodedDataset(dataset, self.side), 256, sampler=own.tolist(), **loader_options)
+        for batch, ratios in progress_bar(decoder, desc="decoding", unit="batch"):
+            self.read_errors.add(batch.unreadable)
+            part = slice(done, done + len(ratios))
+            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels.numpy(), ratios.numpy()
             done = part.stop
         everyone = zip(*self.dist.all_gather_objects((labels, aspects)), strict=True)
         labels, aspects = (np.concatenate(each) for each in everyone)
-        return images, labels, torch.from_numpy(aspects).to(device), self.bad.found
+        return images, labels, torch.from_numpy(aspects).to(device), self.read_errors.found
 
     def __len__(self) -> int:
         return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
-        order = self.indices if self.plan is None else self.plan.order()
+    def __iter__(self) -> Iterator[LoaderBatch]:
+        order = self.indices if self.plan is None else self.plan.indices_to_load()
         order = np.searchsorted(self.indices, order)
-        starts = range(self.batch_size * (self.plan.start if self.plan else 0), len(order), self.batch_size)
-        shares = (self._share(order[start : start + self.batch_size]) for start in starts)
-        while block := [*islice(shares, 64)]:  # few, large launches for the crops' numbers
-            sizes = [[len(share[i]) for share in block] for i in (0, 1)]
-            rows, own = (torch.from_numpy(np.concatenate([share[i] for share in block])) for i in (0, 1))
-            rows, own = to_device(rows, self.images.device), to_device(own, self.images.device).split(sizes[1])
-            views = (view.split(sizes[0]) for view in (rows, *self.views(rows)))
-            for share, kept, part, *view in zip(block, own, *views, strict=True):
-                images = self.images[kept]
-                if share.moves is not None:
-                    images = self.dist.all_to_all(images, share.moves)
-                images = self.crop(images, *view) if view and len(part) else images
-                yield Batch(images, self.labels[part], self.bad.found, self.keys[part])
+        starts = range(self.batch_size * (self.plan.first_batch if self.plan else 0), len(order), self.batch_size)
+        parts = (self._part(order[start : start + self.batch_size]) for start in starts)
+        while block := [*islice(parts, 64)]:  # boxes of 64 batches at once: few, large launches
+            sizes, cached_sizes = [len(part.rows) for part in block], [len(part.cached) for part in block]
+            rows, cached = (torch.from_numpy(np.concatenate([part[i] for part in block])) for i in (0, 1))
+            rows = to_device(rows, self.images.device)
+            cached = to_device(cached, self.images.device).split(cached_sizes)
+            by_batch = (tensor.split(sizes) for tensor in (rows, *self.boxes(rows)))
+            for part, own, batch_rows, *boxes in zip(block, cached, *by_batch, strict=True):
+                images = self.images[own]
+                if part.moves is not None:
+                    images = self.dist.all_to_all(images, part.moves)
+                images = self.crop(images, *boxes) if boxes and len(batch_rows) else images
+                indices = self.sample_indices[batch_rows]
+                yield LoaderBatch(images, self.labels[batch_rows], indices, self.read_errors.found)
 
-    def _share(self, batch: np.ndarray) -> Share:
-        """What this process has to do with the `batch`, rows of `indices`."""
+    def _part(self, batch: np.ndarray) -> BatchPart:
+        """This process's part of a batch, whose samples are given as rows, int64 [batch]."""
+        rank = self.dist.rank
         if self.dist.world == 1:
-            return Share(batch, batch, None)
-        keeper = np.searchsorted(self.edges[1:], batch, side="right")
-        parts = [batch[keeper == rank] for rank in range(self.dist.world)]
-        kept, moves = parts[self.dist.rank], self.dist.balancing_moves([len(part) for part in parts])
+            return BatchPart(batch, batch, None)
+        owner = np.searchsorted(self.edges[1:], batch, side="right")
+        by_owner = [batch[owner == each] for each in range(self.dist.world)]
+        own, moves = by_owner[rank], self.dist.balancing_moves([len(rows) for rows in by_owner])
         if moves is None:
-            return Share(kept, kept - self.edges[self.dist.rank], None)
-        ends = moves.cumsum(1)[:, self.dist.rank]
-        got = [part[end - n : end] for part, end, n in zip(parts, ends, moves[:, self.dist.rank], strict=True)]
-        return Share(np.concatenate(got), kept - self.edges[self.dist.rank], moves)
+            return BatchPart(own, own - self.edges[rank], None)
+        ends = moves.cumsum(1)[:, rank]
+        received = [rows[end - n : end] for rows, end, n in zip(by_owner, ends, moves[:, rank], strict=True)]
+        return BatchPart(np.concatenate(received), own - self.edges[rank], moves)
 
-    def views(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
-        """Boxes [n, 4] and mirrors [n] of `rows` this epoch; nothing where pictures are used as they are kept."""
-        if not self.view.crops and not self.view.random:
+    def boxes(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Boxes, float64 [n, 4], in the cached squares and who is mirrored, bool [n], in the current epoch.
+
+        Empty where pictures are used as they are cached.
+        """
+        if not self.augmentation.crops and not self.augmentation.random:
             return ()
         seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
         sides = torch.full((1, 2), self.side, dtype=torch.float64, device=rows.device)
-        return self.view.boxes(uniform(seed, epoch, self.keys[rows], DRAWS), self.aspects[rows], sides)
+        uniforms = uniform(seed, epoch, self.sample_indices[rows], UNIFORMS_PER_SAMPLE)
+        return self.augmentation.boxes(uniforms, self.aspects[rows], sides)
 
 
 def require_memory(samples: int, side: int, device: torch.device) -> None:
-    """Say how much `dataset.cache: device` takes. Raises RequestError where nine tenths of what is free are less.
+    """Print how much memory the cache takes: `samples` pictures of `side` pixels on `device`.
 
-    Neither is done where earlier runs of this process share their pictures.
+    Raises RequestError where it takes more than nine tenths of what is free. With SHARED_PICTURES that hold some
+    already, nothing is checked: the pictures may be among them.
     """
     if SHARED_PICTURES:
         return
@@ -181,7 +202,7 @@ def require_memory(samples: int, side: int, device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes a program can still have on `device`."""
+    """Bytes that are free on `device`; on the CPU those that the kernel calls available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError):

@@ -1,4 +1,8 @@
-"""Data sets: a picture and a label by index, and what could not be read."""
+"""Data sets: a picture and a label by index, and what could not be read.
+
+A loader asks a data set for samples and collates them to batches. Pictures come from a folder, from the `datasets`
+library (`train_ast.HFDataset`) or from scikit-learn's digits.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +10,82 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import fsspec
 import numpy as np
 import torch
-import torchvision
+from pyarrow import parquet
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lab.config import DatasetConfig, first_complaint
-from lab.data.images import View, decode_image
-from lab.data.randomness import DRAWS
+from lab.console import print_rank0
+from lab.data.folders import read_picture, scan_folder
+from lab.data.images import Augmentation, decode_image
 from lab.errors import RequestError, one_line
 
 
-class Batch(NamedTuple):
+class Sample(NamedTuple):
+    """One item of an ImageDataset.
+
+    An unreadable picture is replaced by the next readable one, with the label of that one; `index` stays the one that
+    was asked for.
+    """
+
+    image: Tensor | None  # uint8 [3, H, W]; None where no replacement could be read either
+    label: int
+    index: int
+    unreadable: list[str]  # the pictures that it replaces: "<name>: <reason>"
+
+
+class LoaderBatch(NamedTuple):
+    """What a loader yields: a batch of samples, and what could not be read on the way to it."""
+
     images: Tensor  # uint8 [batch, 3, H, W]
     labels: Tensor  # int64 [batch]
-    unreadable: list[str]  # what could not be decoded, by name, with the reason; other samples stand in for it
-    indices: Tensor  # int64 [batch], of the samples asked for
+    indices: Tensor  # int64 [batch]
+    unreadable: list[str]  # of all its samples
 
 
-class BadImages:
-    """The images that could not be read, each counted once, in the order they were met."""
+def collate(samples: list[Sample]) -> LoaderBatch:
+    """Samples as one batch, without those that have no image."""
+    good = [sample for sample in samples if sample.image is not None]
+    images = default_collate([sample.image for sample in good]) if good else torch.empty(0, dtype=torch.uint8)
+    labels = torch.tensor([sample.label for sample in good], dtype=torch.int64)
+    indices = torch.tensor([sample.index for sample in good], dtype=torch.int64)
+    return LoaderBatch(images, labels, indices, [text for sample in samples for text in sample.unreadable])
+
+
+class ReadErrors:
+    """The pictures that could not be read, "<name>: <reason>", each once, in the order they were met."""
 
     def __init__(self, limit: int):
+        """limit: how many are allowed, `dataset.max_bad_images`."""
         self.limit, self.found = limit, []
 
     def add(self, unreadable: Iterable[str]) -> None:
-        """Raises RequestError naming the first image beyond `limit`."""
-        known = {text.partition(": ")[0]: text for text in [*unreadable, *self.found]}  # reasons may change
-        self.found += [text for name, text in known.items() if not any(t.startswith(f"{name}: ") for t in self.found)]
+        """Take in what is new. Raises RequestError naming the first picture beyond `limit`."""
+        reasons = {text.partition(": ")[0]: text for text in [*unreadable, *self.found]}  # those found keep theirs
+        known = {text.partition(": ")[0] for text in self.found}
+        self.found += [text for name, text in reasons.items() if name not in known]
         if len(self.found) > self.limit:
             allowed = f"; dataset.max_bad_images={self.limit} allows no more" if self.limit else ""
             raise RequestError(f"dataset: {self.found[self.limit]}{allowed}")
 
 
-class Sample(NamedTuple):
-    image: Tensor | None  # uint8 [3, H, W]; None where nothing could be read
-    label: int
-    unreadable: list[str]  # what this one stands in for, by name, with the reason
-    index: int  # as it was asked for
-
-
 class ImageDataset(Dataset):
-    """Item (index, draws) is a Sample of side `size`: the index's own or, where that cannot be read, a later one.
+    """Pictures with labels. The item at (index, uniforms) is a Sample whose image is augmented.
 
-    `samples[index]` is (what holds the image: a path, bytes or a uint8 tensor [3, H, W]; label); `draws` are the
-    random numbers of its augmentation, see `EpochPlan`.
+    An item's index may lie beyond the last sample: with `dataset.repeat` the samples come several times, and copy c of
+    sample i has the index i + c * len(self). The uniforms, float64 [UNIFORMS_PER_SAMPLE], decide the augmentation; a
+    training epoch takes them from `loading.EpochPlan`.
+
+    `build_datasets` sets the attributes that depend on the config.
     """
 
     IN_MEMORY: ClassVar[bool] = False  # whether loading takes so little that no worker is worth it
@@ -70,105 +100,117 @@ class ImageDataset(Dataset):
         raise NotImplementedError
 
     def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
+        """samples: (a file's path, its bytes or a uint8 tensor [3, H, W]; label). classes: the name of each label."""
         self.samples, self.classes = samples, classes
-        self.view: View | None = None  # what `build_datasets` adds
-        self.stand_ins = 0  # and this: dataset.max_bad_images
-        self.shifts: np.ndarray | None = None  # by how many classes `dataset.label_noise` moves each label
-        self.origin = ""  # what a sample that is no file is named after
+        self.augmentation: Augmentation | None = None
+        self.max_bad_images = 0  # how many samples after an unreadable one are tried in its place
+        self.label_shifts: np.ndarray | None = None  # int64 [samples], see `randomness.label_shifts`
+        self.name_prefix = ""  # before "sample <index>", the name of a sample that is no file
+        self.skipped: dict[str, int] = {}  # how many files and folders are no part of it, by the reason why
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Path | bytes | Tensor, int]:
+        """The picture of a sample, not yet decoded, and its label. Raises ValueError where the sample has none."""
         return self.samples[index]
 
     def load(self, index: int) -> Sample:
-        """The picture as it is, or the first readable one of the `stand_ins` after it. Beyond the last index it goes
-        on with the first (`dataset.repeat`)."""
+        """The sample at `index` decoded, not augmented, or the first readable one after it.
+
+        `max_bad_images` of them are tried. The first sample follows the last one.
+        """
         unreadable = []
-        for at in range(index, index + self.stand_ins + 1):
+        for at in range(index, index + self.max_bad_images + 1):
             at, source = at % len(self), None
             try:
                 source, label = self.read(at)
-                data = source.read_bytes() if isinstance(source, Path) else source
+                data = read_picture(source) if isinstance(source, Path) else source
                 image = data if isinstance(data, Tensor) else decode_image(data)
-                return Sample(image, label, unreadable, index)
+                return Sample(image, label, index, unreadable)
             except (OSError, ValueError) as error:
-                name = source if isinstance(source, Path) else f"{self.origin}sample {at}"
+                name = source if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
                 unreadable.append(f"{name}: {one_line(error)}")
-        return Sample(None, -1, unreadable, index)
+        return Sample(None, -1, index, unreadable)
 
-    def noisy(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-        """The labels as `dataset.label_noise` has them, int64 [n], of the samples at `indices`."""
+    def noisy_labels(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
+        """The labels of the samples at `indices` after `dataset.label_noise`, int64 [n]."""
         labels = np.asarray(labels, dtype=np.int64)
-        if self.shifts is None:
+        if self.label_shifts is None:
             return labels
-        return (labels + self.shifts[np.asarray(indices) % len(self)]) % len(self.classes)
+        return (labels + self.label_shifts[np.asarray(indices) % len(self)]) % len(self.classes)
 
     def labels(self) -> Iterable[int]:
+        """The label of every sample, without noise."""
         return (label for _, label in self.samples)
 
     def fingerprint(self) -> str:
-        """A hash of what tells this data from other: names of classes and files, labels."""
+        """SHA-256 over the class names, the labels and the names of the files: processes compare their data by it."""
         digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
         digest.update(np.fromiter(self.labels(), np.int64).tobytes())
         for source, _ in self.samples if isinstance(self.samples, list) else ():
-            digest.update(source.name.encode() if isinstance(source, Path) else b"")
+            digest.update(os.fsencode(source.name) if isinstance(source, Path) else b"")
         return digest.hexdigest()
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Sample:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[Sample]:
-        """The items of `keys`, four at a time: boxes cost less drawn together, and pictures are cut while in cache."""
-        samples: list[Sample] = []
-        for start in range(0, len(keys), 4):
-            chunk = keys[start : start + 4]
-            loaded = [self.load(index) for index, _ in chunk]
-            if self.shifts is not None:
-                labels = self.noisy([sample.label for sample in loaded], [index for index, _ in chunk])
-                loaded = [sample._replace(label=int(label)) for sample, label in zip(loaded, labels, strict=True)]
-            good = [i for i, sample in enumerate(loaded) if sample.image is not None]
-            draws = torch.from_numpy(np.stack([chunk[i][1] for i in good])) if good else torch.empty(0, DRAWS)
-            for i, image in zip(good, self.view([loaded[i].image for i in good], draws), strict=True):
-                loaded[i] = loaded[i]._replace(image=image)
-            samples += loaded
+        """The samples of several keys; a DataLoader asks for a batch at a time.
+
+        Four are worked on together. Their boxes cost less than one by one, and four pictures still fit into the
+        processor's cache.
+        """
+        return [sample for start in range(0, len(keys), 4) for sample in self._augmented(keys[start : start + 4])]
+
+    def _augmented(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[Sample]:
+        samples = [self.load(index) for index, _ in keys]
+        if self.label_shifts is not None:
+            labels = self.noisy_labels([sample.label for sample in samples], [sample.index for sample in samples])
+            samples = [sample._replace(label=int(label)) for sample, label in zip(samples, labels, strict=True)]
+        good = [i for i, sample in enumerate(samples) if sample.image is not None]
+        if good:
+            uniforms = torch.from_numpy(np.stack([keys[i][1] for i in good]))
+            images = self.augmentation([samples[i].image for i in good], uniforms)
+            for i, image in zip(good, images, strict=True):
+                samples[i] = samples[i]._replace(image=image)
         return samples
 
 
-def collate(samples: list[Sample]) -> Batch:
-    good = [sample for sample in samples if sample.image is not None]
-    images = default_collate([sample.image for sample in good]) if good else torch.empty(0, dtype=torch.uint8)
-    labels, indices = (torch.tensor([s[at] for s in good], dtype=torch.int64) for at in (1, 3))
-    return Batch(images, labels, [bad for sample in samples for bad in sample.unreadable], indices)
-
-
 def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> ImageDataset:
-    """ImageFolder layout, <folder>/<class>/<image>. `classes` fixes the labels; None: the folder's own.
+    """The pictures of a folder, <folder>/<class>/<image>; `folders.scan_folder` has the rules.
 
-    Raises RequestError naming the config `key` where folders, classes or images are missing.
+    classes: the class names in the order of their labels; None takes those of the folder, sorted. With them, a class
+    may lack its folder. A line says what was skipped, and the data set's `skipped` counts it.
+
+    Raises RequestError naming the config `key` where a folder cannot be read, is none of `classes` or holds no picture.
     """
     try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        pictures, skipped = scan_folder(folder)
     except OSError as error:
-        raise RequestError(f"{key}: {folder}: {error.strerror}") from None
-    classes = found if classes is None else classes
-    if not found:
+        raise RequestError(f"{key}: {one_line(error.filename or folder)}: {error.strerror}") from None
+    if not pictures:
         raise RequestError(f"{key}: {folder}: no class folders in it; expected <folder>/<class>/<image>")
-    if unknown := sorted(set(found) - set(classes)):
+    classes = list(pictures) if classes is None else classes
+    if unknown := sorted(set(pictures) - set(classes)):
         raise RequestError(f"{key}: {folder}: class {unknown[0]!r} is not among the training classes")
+    if empty := [name for name, paths in pictures.items() if not paths]:
+        more = f" and in {len(empty) - 1} more" if len(empty) > 1 else ""
+        endings = f"their names end in {', '.join(IMG_EXTENSIONS)}"
+        raise RequestError(f"{key}: {folder}: no images in class folder {empty[0]!r}{more}; {endings}")
+    if skipped:
+        counts = ", ".join(f"{kind} {count:,}" for kind, count in sorted(skipped.items()))
+        print_rank0(f"{key}: skipped: {counts}")
     labels = {name: label for label, name in enumerate(classes)}
-    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
-    samples = torchvision.datasets.folder.make_dataset(folder, labels, extensions, allow_empty=True)
-    if not samples:
-        raise RequestError(f"{key}: {folder}: no images in its class folders")
-    return ImageDataset([(Path(path), label) for path, label in samples], classes)
+    dataset = ImageDataset([(path, labels[name]) for name, paths in pictures.items() for path in paths], classes)
+    dataset.skipped = dict(skipped)
+    return dataset
 
 
 def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak, UCI 1998): nothing to download.
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak, UCI 1998), which need no download.
 
-    A fixed stratified fifth is for validation.
+    A fifth of them, the same in every run and stratified by class, is for validation.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -181,16 +223,22 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
 
 
 def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val"]) -> Any:
+    """A split of a data set of the `datasets` library; `key` is the config key that names the split.
+
+    Raises RequestError naming the config key where there is no such data set or split.
+    """
     import datasets
 
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it has to say is in the one line
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its message becomes part of our one line
     name, split = config.name, getattr(config, key)
     if name.startswith((".", "/")) and not Path(name).exists():
         raise RequestError(f"dataset.name: {name}: no such folder")
     options = {"split": split, "revision": config.revision, "cache_dir": config.cache_dir}
     try:
-        return datasets.load_dataset(name, config.subset, **options)
-    except Exception as error:  # the library raises dozens of kinds, all of them about the request or the network
+        rows = datasets.load_dataset(name, config.subset, **options)
+        del options["split"]
+        return with_own_names(rows, datasets.load_dataset_builder(name, config.subset, **options))
+    except Exception as error:  # dozens of kinds, all of them about the request or the network
         why = f"{type(error).__name__}: {one_line(error)[:300]}"
         if isinstance(error, ValueError) and "split" in str(error).lower():
             raise RequestError(f"dataset.{key}: no split {split!r} in {name}: {why}") from None
@@ -198,7 +246,35 @@ def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val
         raise RequestError(f"dataset.name: cannot load {name!r} ({why}); {hint}") from None
 
 
+def with_own_names(rows: Any, builder: Any) -> Any:
+    """A split of parquet files whose label columns have the class names of its own files.
+
+    The `datasets` library gives every split the names of the first split, whatever their order in the others. The first
+    file of a split is asked; a file on the hub that cannot be reached now is taken to have the same names.
+    """
+    import datasets
+
+    files = (builder.config.data_files or {}).get(re.split(r"[^\w.]", str(rows.split))[0])
+    if builder.name != "parquet" or not files:
+        return rows
+    try:
+        with fsspec.open(files[0]) as file:
+            own = datasets.Features.from_arrow_schema(parquet.read_schema(file))
+    except Exception:  # of a network, in dozens of kinds; files on the disk have just been read
+        return rows
+    for column, feature in own.items():
+        given = rows.features.get(column)
+        if isinstance(feature, datasets.ClassLabel) and isinstance(given, datasets.ClassLabel) and given != feature:
+            rows = rows.cast_column(column, feature)
+    return rows
+
+
 def find_column(key: str, asked: str | None, features: Any, kind: type) -> str:
+    """The name of the image or label column: the one `asked` for, or else the only one whose feature is of `kind`.
+
+    Without either, a column that is named like the config key without "_key". Raises RequestError naming the `key`
+    where that leaves none or several.
+    """
     usual = key.removesuffix("_key")
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     found = [asked] if asked is not None else found or [name for name in features if name == usual]
@@ -232,3 +308,39 @@ class FolderDataset(ImageDataset):
     def splits(cls, config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         train = folder_dataset("dataset.train_dir", config.train_dir)
         return train, folder_dataset("dataset.val_dir", config.val_dir, train.classes)
+
+
+MAX_CLASSES = 100_000  # in a column of integers; larger numbers are taken for the ids of something else
+
+
+def read_classes(rows: Any, column: str, key: str, training: list[str] | None = None) -> tuple[list[str], list[int]]:
+    """(class names, the label of each number in a label column) of a split of the `datasets` library.
+
+    The names are those of the column. A column of integers gets "0", "1" and so on. key: the config key that names the
+    split, dataset.split_train or dataset.split_val. training: the class names of the training split, for validation.
+    The names are then these. Numbers of a column with names get the label that the same name has in training, so that
+    the order of the names does not matter. Numbers of a column without names are labels as they are.
+
+    Raises RequestError naming dataset.label_key where the column holds no classes, and `key` where no sample has one
+    or where a class is not among the training classes.
+    """
+    feature = rows.features[column]
+    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        raise RequestError(f"dataset.label_key: column {column!r} holds no class labels or integers")
+    numbers = rows.select_columns([column]).with_format("arrow")[:].column(column).drop_null().to_numpy()
+    names, largest = getattr(feature, "names", None), int(numbers.max()) if len(numbers) else -1
+    if names is None and largest >= MAX_CLASSES:
+        problem = f"numbers up to {largest:,}, and there may be {MAX_CLASSES:,} classes, numbered from 0"
+        raise RequestError(f"dataset.label_key: column {column!r} holds {problem}")
+    count = largest + 1 if names is None else len(names)
+    if len(rows) and not ((numbers >= 0) & (numbers < count)).any():
+        found = f"all are {numbers[0]}" if len(np.unique(numbers)) == 1 else "none of them is a class's number"
+        hint = "choose another split, or another dataset.label_key"
+        raise RequestError(f"{key}: no sample of split {str(rows.split)!r} has a class in {column!r}, {found}; {hint}")
+    if training is None:
+        return names or [str(number) for number in range(count)], list(range(count))
+    if names is None and count > len(training):
+        raise RequestError(f"{key}: label {largest} in column {column!r}, and {len(training)} training classes")
+    if unknown := [name for name in names or () if name not in training]:
+        raise RequestError(f"{key}: class {unknown[0]!r} is not among the training classes")
+    return training, [training.index(name) for name in names] if names else list(range(count))

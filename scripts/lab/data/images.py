@@ -1,4 +1,9 @@
-"""Decoding, cropping and resizing pictures."""
+"""Decoding, augmenting and resizing pictures.
+
+A picture is a uint8 tensor [3, H, W]. A box is the part of it that a crop keeps: (top, left, height, width) in whole
+pixels. Streamed pictures are cut one by one (`Augmentation.__call__`), cached ones in batches (`crop_resize`); both get
+their boxes from `Augmentation.boxes`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -20,81 +26,134 @@ from lab.errors import one_line
 
 
 def decode_image(data: bytes) -> Tensor:
-    """uint8 [3, H, W] from the bytes of an image file: torchvision.io for JPEG, Pillow for the rest, because
-    torchvision's PNG decoder ends the whole process on some damaged files.
+    """The picture in the bytes of an image file, uint8 [3, H, W].
 
-    Raises ValueError where neither can read it.
+    torchvision.io decodes JPEG. Pillow decodes every other format, and JPEGs that torchvision.io refuses. torchvision's
+    PNG decoder is not used, since some damaged files make it end the whole process.
+
+    A picture is turned upright by the orientation in its EXIF data, as the `datasets` library and Pillow's
+    exif_transpose do, whatever its format and wherever it comes from. Damaged EXIF data count as none.
+
+    Raises ValueError where the bytes are no readable picture, or one whose range of grey levels is not known.
     """
     if data[:3] == b"\xff\xd8\xff":
-        with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # AttributeError: it is to be given up
+        with contextlib.suppress(
+            RuntimeError, ValueError, AttributeError
+        ):  # AttributeError: torchvision drops it one day
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)
-    from PIL import Image
-
+            mode = torchvision.io.ImageReadMode.RGB
+            return torchvision.io.decode_image(encoded, mode, apply_exif_orientation=True)
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.mode.startswith("I"):  # 16 bits a pixel, which conversion would clip
-                opened = Image.fromarray((np.asarray(opened) // 256).astype(np.uint8))
-            return v2.functional.pil_to_tensor(opened.convert("RGB"))
+        return _decode_by_pillow(data)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        why = re.sub(r" <_io\.BytesIO.*?>", "", one_line(error))  # an address, another one every time
+        why = re.sub(r" <_io\.BytesIO.*?>", "", one_line(error))  # an address in memory, new in every run
         raise ValueError(f"not a readable image ({why})") from None
 
 
-def random_crops(draws: Tensor, aspects: Tensor, sides: Tensor) -> Tensor:
-    """Boxes [n, 4] (top, left, height, width, whole pixels) that cover 8 to 100 % of a picture at ratios from 3:4 to
-    4:3 (Szegedy et al. 2015, section 6; as torchvision's RandomResizedCrop: ten tries, then the middle).
+def _decode_by_pillow(data: bytes) -> Tensor:
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.load()
+        image, turn = _eight_bits(opened), None
+        with contextlib.suppress(Exception):  # Pillow's EXIF reader raises almost anything, too
+            turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+        image = image if turn is None else image.transpose(turn)
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
 
-    draws: [n, 22], uniform; aspects: [n], height over width of the pictures; sides: [n, 2], height and width at
-    which they are kept.
+
+TURNS = {  # by EXIF orientation (CIPA DC-008, tag 0x0112): what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 12 or 16 bits a pixel reduced to the upper 8 of them, any other one as it is.
+
+    Pillow's own conversion would clip the values. It opens such pictures in the modes I;16, and in mode I those of PPM
+    and, in older versions, of PNG, scaled to 16 bits. Other pictures of mode I hold 32-bit or signed integers, those
+    of mode F floating-point numbers. Neither mode says what is black and what white. Raises ValueError for these.
     """
-    area, ratio = 0.08 + 0.92 * draws[:, :10], torch.exp(math.log(4 / 3) * (2 * draws[:, 10:20] - 1))
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise ValueError(f"{kind} grey levels, whose black and white are not known; convert it to 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # tag BitsPerSample: 12 or 16
+    return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+
+
+def random_crops(uniforms: Tensor, aspects: Tensor, sides: Tensor) -> Tensor:
+    """Random boxes, float64 [n, 4], for training.
+
+    A box covers 8 to 100 % of its picture, at a ratio of width to height from 3:4 to 4:3 (Szegedy et al. 2015,
+    section 6). As in torchvision's RandomResizedCrop, the first of ten random boxes that fits into the picture is
+    taken. If none fits, the box lies in the middle and is as large as the ratios allow.
+
+    uniforms: float64 [n, >= 22] in [0, 1): ten areas, ten ratios, a vertical and a horizontal position.
+    aspects: float64 [n], height / width of the original pictures.
+    sides: float64 [n, 2] or [1, 2], height and width in pixels of the pictures that the boxes are cut from.
+    """
+    area, ratio = 0.08 + 0.92 * uniforms[:, :10], torch.exp(math.log(4 / 3) * (2 * uniforms[:, 10:20] - 1))
     tries = torch.stack([area / ratio / aspects[:, None], area * ratio * aspects[:, None]], 1).sqrt()  # [n, 2, 10]
     fits = (tries <= 1).all(1)
     found, first = fits.any(1, keepdim=True), fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
     middle = torch.stack([4 / 3 / aspects, 4 / 3 * aspects], 1).clamp(max=1)
     lengths = (torch.where(found, tries.gather(2, first)[..., 0], middle) * sides).round().clamp(min=1)
-    starts = torch.where(found, draws[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2).floor()
+    starts = torch.where(found, uniforms[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2).floor()
     return torch.cat([starts, lengths], 1)
 
 
-CENTRE = 0.875  # side of the validation crop over the picture's shorter side, where training crops at random
+CENTRE = 0.875  # side of the validation crop / shorter side of the picture, with random_resized_crop
 
 
 def centre_crops(aspects: Tensor, sides: Tensor) -> Tensor:
-    """Boxes [n, 4], likewise, of the square in the middle of each picture."""
+    """Square boxes in the middle of the pictures, float64 [n, 4], for validation; arguments as of `random_crops`."""
     lengths = (CENTRE * sides * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round().clamp(min=1)
     return torch.cat([((sides - lengths) / 2).floor(), lengths], 1)
 
 
-class View:
-    """What the network sees of a picture: uint8 [3, H, W] -> uint8 [3, size, size]; the device normalises it.
+class Augmentation:
+    """From a picture [3, H, W] to what the network sees of it, uint8 [3, size, size].
 
-    random_resized_crop: a random crop and mirror; the middle for validation. pad_crop: the whole picture resized to
-    `size`, shifted over black and mirrored (He et al. 2016, section 4.2); not shifted for validation. none: resized.
+    `dataset.augment` names the kind:
+    - random_resized_crop: a random crop, mirrored by chance. Validation: the crop in the middle.
+    - pad_crop: the whole picture, resized to `size`, shifted by up to `margin` pixels over black and mirrored by chance
+      (He et al. 2016, section 4.2). Validation: neither shifted nor mirrored.
+    - none: the whole picture, resized to `size`.
+
+    `crops`: whether parts of pictures are cut out and resized. `random`: whether the uniform numbers matter.
     """
 
     def __init__(self, config: DatasetConfig, train: bool):
         augment, self.size = config.resolved_augment(), config.image_size
         self.crops, self.random = augment == "random_resized_crop", train and augment != "none"
-        self.margin = max(1, self.size // 8)  # of the shift, pixels: 4 at 32
+        self.margin = max(1, self.size // 8)  # pixels; 4 at a size of 32
 
-    def boxes(self, draws: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [n, 4] and mirrors [n]; arguments as of `random_crops`, with [n, DRAWS] draws."""
-        mirror = (draws[:, 22] < 0.5) & self.random
+    def boxes(self, uniforms: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes, float64 [n, 4], and which pictures are mirrored, bool [n].
+
+        uniforms: float64 [n, UNIFORMS_PER_SAMPLE]. aspects, sides: as of `random_crops`. Boxes of pad_crop begin
+        outside the picture where it is shifted: top and left lie between -margin and margin.
+        """
+        mirror = (uniforms[:, 22] < 0.5) & self.random
         if self.crops:
-            return random_crops(draws, aspects, sides) if self.random else centre_crops(aspects, sides), mirror
-        starts = ((draws[:, :2] * (2 * self.margin + 1)).floor() - self.margin) * self.random
+            return random_crops(uniforms, aspects, sides) if self.random else centre_crops(aspects, sides), mirror
+        starts = ((uniforms[:, :2] * (2 * self.margin + 1)).floor() - self.margin) * self.random
         return torch.cat([starts, torch.full_like(starts, self.size)], 1), mirror
 
-    def __call__(self, images: Sequence[Tensor], draws: Tensor) -> list[Tensor]:
-        """Each picture by its row of `draws` [n, DRAWS]."""
+    def __call__(self, images: Sequence[Tensor], uniforms: Tensor) -> list[Tensor]:
+        """The pictures [3, H, W], of any sizes, augmented to [3, size, size]. uniforms: [n, UNIFORMS_PER_SAMPLE]."""
         if not self.crops:
             images = [image if image.shape[1:] == (self.size,) * 2 else resize(image, self.size) for image in images]
         if not images or not (self.crops or self.random):
             return list(images)
         sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
-        boxes, mirrors = self.boxes(draws, sides[:, 0] / sides[:, 1], sides)
+        boxes, mirrors = self.boxes(uniforms, sides[:, 0] / sides[:, 1], sides)
         return [self._cut(*each) for each in zip(images, boxes.int().tolist(), mirrors.tolist(), strict=True)]
 
     def _cut(self, image: Tensor, box: Sequence[int], mirror: bool) -> Tensor:
@@ -107,17 +166,21 @@ class View:
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """uint8 [3, H, W] -> [3, size, size], bilinear with antialiasing; fast in the layout that decoders leave."""
-    image = image[None].contiguous(memory_format=torch.channels_last)
+    """uint8 [3, H, W] -> uint8 [3, size, size], bilinear with antialiasing."""
+    image = image[None].contiguous(memory_format=torch.channels_last)  # as decoders leave it, and the fast layout
     return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def axis_weights(start: Tensor, length: Tensor, size: int, side: int, mirror: Tensor | None = None) -> Tensor:
-    """Weights [batch, size, side] that crop one axis of `side` pixels to [start, start + length) and resize that to
-    `size`: bilinear with antialiasing as in Pillow and torchvision, a triangle over max(1, length / size) pixels.
+    """The matrices that crop and resize one axis of a batch of pictures: [batch, size, side].
 
-    start, length: float [batch], whole pixels; what lies outside the picture counts as black. mirror: bool
-    [batch], turns the axis round.
+    Row i of a matrix holds the weights with which the `side` pixels of the picture make up pixel i of the result. The
+    result shows the interval [start, start + length). Weights are bilinear with antialiasing, as in Pillow and
+    torchvision: a triangle whose half width is max(1, length / size) pixels. Each row sums to 1, but a row whose pixels
+    all lie outside the picture is 0, which makes them black.
+
+    start, length: float [batch], whole pixels. mirror: bool [batch], which pictures are turned round on this axis.
+    float32 on the CPU; float16 on a GPU, which holds every grey level exactly.
     """
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale = length / size
@@ -128,13 +191,13 @@ def axis_weights(start: Tensor, length: Tensor, size: int, side: int, mirror: Te
     weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(min=0)
     weights = weights * ((pixels > 0) & (pixels < length))
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
-    return weights.to(torch.float16 if start.is_cuda else torch.float32)  # float16 holds every grey level exactly
+    return weights.to(torch.float16 if start.is_cuda else torch.float32)
 
 
 def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
-    """Crop, resize and mirror every picture by its own numbers: uint8 [batch, 3, S, S] -> uint8 [batch, 3, size, size].
+    """Crop, resize and mirror each picture of a batch: uint8 [batch, 3, S, S] -> uint8 [batch, 3, size, size].
 
-    boxes: float [batch, 4], top, left, height and width in pixels; mirror: bool [batch].
+    Two products of matrices, one for each axis (see `axis_weights`). boxes: float [batch, 4]; mirror: bool [batch].
     """
     side = images.shape[-1]
     rows = axis_weights(boxes[:, 0], boxes[:, 2], size, side)
@@ -143,7 +206,7 @@ def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Ten
     return (rows[:, None] @ narrow.unflatten(1, (3, side))).round().clamp(0, 255).to(torch.uint8)
 
 
-def kept_side(config: DatasetConfig) -> int:
-    """Side of the pictures a ResidentLoader keeps, pixels."""
+def cached_side(config: DatasetConfig) -> int:
+    """Side of the square pictures that `dataset.cache: device` holds, pixels."""
     cropped = config.resolved_augment() == "random_resized_crop"
     return config.cache_resolution or (round(config.image_size / CENTRE) if cropped else config.image_size)

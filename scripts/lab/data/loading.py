@@ -1,4 +1,4 @@
-"""Which samples an epoch loads, and batches on their way to the device."""
+"""Which samples an epoch loads, in which batches, and how these reach the device."""
 
 from __future__ import annotations
 
@@ -14,123 +14,136 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from lab.config import TrainingConfig
-from lab.data.datasets import BadImages, Batch
-from lab.data.randomness import DRAWS, uniform
+from lab.data.datasets import LoaderBatch, ReadErrors
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.runtime.distributed import Dist
 
+Loader = Iterable[LoaderBatch]
 
-class Loaded(NamedTuple):
-    """A batch on the device."""
+
+class DeviceBatch(NamedTuple):
+    """A LoaderBatch on the training device; what could not be read has been reported by then."""
 
     images: Tensor  # uint8 [batch, 3, H, W]
     labels: Tensor  # int64 [batch]
-    indices: Tensor  # int64 [batch], which samples of the data set
-
-
-Loader = Iterable[Batch]
+    indices: Tensor  # int64 [batch], of the samples in the data set
 
 
 def as_is(batch: Any) -> Any:
+    """The `collate_fn` for a data set that makes whole batches itself."""
     return batch
 
 
 def ignore_signals(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process ends the run, and its workers with it
+    """Leave SIGINT and SIGTERM to the main process, which ends its workers when it ends. Runs in each worker."""
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class EpochPlan(Sampler):
-    """Which samples an epoch loads, and in which order: chunks of (index, draws) keys, batch_size each.
+    """Which samples an epoch loads, in which order and in which batches.
 
-    The order is a function of (seed, epoch), the draws that augment a sample one of (seed, epoch, index): neither
-    workers nor restarts nor a cache change what it looks like. `share(epoch)` below 1 is the part of the samples to be
-    loaded: a random one, unless `chosen` says which. The last, smaller chunk is left out where a full one exists: every
-    step has one shape. A resumed epoch begins at chunk `start`. Of several processes each goes through its part of
-    every chunk: their number does not change what a step is made of.
+    Iterating over it gives the batches of the current epoch, as lists of (index, uniforms) keys for an ImageDataset.
+    The order is a function of (seed, epoch). The uniforms of a sample are a function of (seed, epoch, index).
+    Neither workers nor resumption nor a cache change how a sample looks.
+
+    All batches hold `batch_size` samples, so that every step has one shape: a smaller one at the end is left out,
+    unless it is the only one. With several processes, each gets its part of every batch. What a batch holds does not
+    depend on their number.
     """
 
     def __init__(
         self, indices: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float], dist: Dist | None = None
     ):
+        """indices: int64 [n], the samples that a dense epoch goes through. share: the part of them, 0 to 1, that the
+        epoch of this number loads."""
         self.indices, self.batch_size, self.seed, self.share = indices, batch_size, seed, share
         self.dist = dist or Dist()
-        self._shuffled: tuple[int, np.ndarray] = (-1, indices)  # epoch, its order
-        self.begin(0)
+        self._permutation: tuple[int, np.ndarray] = (-1, indices)  # of the epoch that the first one names
+        self.start_epoch(0)
 
-    def begin(self, epoch: int, start: int = 0, chosen: np.ndarray | None = None) -> None:
-        """Go to chunk `start` of `epoch`. chosen: uint8 by index, not 0 for the samples to load."""
-        self.epoch, self.start, self.chosen = epoch, start, chosen
+    def start_epoch(self, epoch: int, first_batch: int = 0, mask: np.ndarray | None = None) -> None:
+        """Make `epoch` the current one. A resumed epoch starts at batch number `first_batch`.
 
-    def whole(self, samples: int) -> int:
-        """So many samples without the last, smaller chunk."""
+        mask: uint8, by index, not 0 for the samples to load; None loads a random `share(epoch)` of them.
+        """
+        self.epoch, self.first_batch, self.mask = epoch, first_batch, mask
+
+    def _in_full_batches(self, samples: int) -> int:
+        """How many of so many samples fill whole batches; all, where they do not fill a single one."""
         return samples - samples % self.batch_size or samples
 
-    def planned(self, epoch: int) -> int:
-        """How many samples `epoch` is planned to load; what a choice takes may differ a little."""
-        return self.whole(max(1, round(self.share(epoch) * len(self.indices))))
+    def planned_samples(self, epoch: int) -> int:
+        """How many samples `epoch` loads, as far as `share` tells. With a mask the number may differ a little."""
+        return self._in_full_batches(max(1, round(self.share(epoch) * len(self.indices))))
 
-    def steps(self, epoch: int) -> int:
-        """How many chunks those are."""
-        return math.ceil(self.planned(epoch) / self.batch_size)
+    def planned_steps(self, epoch: int) -> int:
+        """How many batches `planned_samples(epoch)` makes."""
+        return math.ceil(self.planned_samples(epoch) / self.batch_size)
 
     @property
-    def considered(self) -> int:
-        """How many samples a dense epoch loads."""
-        return self.whole(len(self.indices))
+    def dense_samples(self) -> int:
+        """How many samples an epoch loads that loads all."""
+        return self._in_full_batches(len(self.indices))
 
     def __len__(self) -> int:
-        if self.chosen is None:
-            return self.steps(self.epoch)
-        return math.ceil(self.whole(np.count_nonzero(self.chosen[self.indices])) / self.batch_size)
+        """How many batches the current epoch has, those before `first_batch` included."""
+        if self.mask is None:
+            return self.planned_steps(self.epoch)
+        return math.ceil(self._in_full_batches(np.count_nonzero(self.mask[self.indices])) / self.batch_size)
 
-    def shuffled(self) -> np.ndarray:
-        """All indices in the order of this epoch."""
-        if self._shuffled[0] != self.epoch:
-            self._shuffled = self.epoch, np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
-        return self._shuffled[1]
+    def permutation(self) -> np.ndarray:
+        """All indices in the order of the current epoch, int64 [n], whether it loads them or not."""
+        if self._permutation[0] != self.epoch:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
+            self._permutation = self.epoch, order
+        return self._permutation[1]
 
-    def order(self) -> np.ndarray:
-        """The indices this epoch loads, in order."""
-        order = self.shuffled()
-        if self.chosen is None:
-            return order[: self.planned(self.epoch)]
-        order = order[self.chosen[order] > 0]
-        return order[: self.whole(len(order))]
+    def indices_to_load(self) -> np.ndarray:
+        """The indices that the current epoch loads, in its order; of all processes, and from batch 0 on."""
+        order = self.permutation()
+        if self.mask is None:
+            return order[: self.planned_samples(self.epoch)]
+        order = order[self.mask[order] > 0]
+        return order[: self._in_full_batches(len(order))]
 
     def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
-        order = self.order()
-        for start in range(self.start * self.batch_size, len(order), self.batch_size):
-            chunk = self.dist.shard(order[start : start + self.batch_size])
-            draws = uniform(self.seed, self.epoch, torch.from_numpy(chunk), DRAWS)
-            yield list(zip(chunk.tolist(), draws.numpy(), strict=True))
+        order = self.indices_to_load()
+        for start in range(self.first_batch * self.batch_size, len(order), self.batch_size):
+            indices = self.dist.shard(order[start : start + self.batch_size])
+            uniforms = uniform(self.seed, self.epoch, torch.from_numpy(indices), UNIFORMS_PER_SAMPLE)
+            yield list(zip(indices.tolist(), uniforms.numpy(), strict=True))
 
 
-def device_batches(loader: Loader, device: torch.device, bad_images: BadImages | None = None) -> Iterator[Loaded]:
-    """The loader's batches on `device`, each copied there while the one before it is worked on.
+def device_batches(
+    loader: Loader, device: torch.device, read_errors: ReadErrors | None = None
+) -> Iterator[DeviceBatch]:
+    """The loader's batches on `device`. On a GPU each is copied while the one before it is worked on.
 
-    Raises RequestError naming the first unreadable image that `bad_images` does not allow; None allows none.
+    read_errors: takes in what could not be read; None allows nothing. Raises RequestError naming the first picture
+    that it does not allow.
     """
-    bad_images = bad_images or BadImages(0)
-    copier = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ahead: tuple[Loaded, torch.cuda.Event] | None = None
-    for batch in loader:
-        bad_images.add(batch.unreadable)
-        loaded = Loaded(batch.images, batch.labels, batch.indices)
-        if copier is None or batch.images.is_cuda:
-            yield loaded
+    read_errors = read_errors or ReadErrors(0)
+    copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    prefetched: tuple[DeviceBatch, torch.cuda.Event] | None = None
+    for images, labels, indices, unreadable in loader:
+        read_errors.add(unreadable)
+        batch = DeviceBatch(images, labels, indices)
+        if copy_stream is None or images.is_cuda:
+            yield batch
             continue
-        with torch.cuda.stream(copier):
-            loaded = Loaded(*(tensor.to(device, non_blocking=True) for tensor in loaded))
-            copied = copier.record_event()
-        if ahead is not None:
-            yield _arrived(*ahead)
-        ahead = loaded, copied
-    if ahead is not None:
-        yield _arrived(*ahead)
+        with torch.cuda.stream(copy_stream):
+            batch = DeviceBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            copied = copy_stream.record_event()
+        if prefetched is not None:
+            yield _await_copy(*prefetched)
+        prefetched = batch, copied
+    if prefetched is not None:
+        yield _await_copy(*prefetched)
 
 
-def _arrived(batch: Loaded, copied: torch.cuda.Event) -> Loaded:
-    """Order the current stream after a copy made on another, and tell the allocator who uses it."""
+def _await_copy(batch: DeviceBatch, copied: torch.cuda.Event) -> DeviceBatch:
+    """Let the current stream wait until the batch is copied, and keep its memory until that stream has used it."""
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(copied)
     for tensor in batch:
@@ -166,14 +179,14 @@ class ScoreAhead:
     previous batch was trained on. The threshold is not delayed, because the host chooses.
     """
 
-    def __init__(self, score: Callable[[Loaded], Scores] | None, ahead: bool):
+    def __init__(self, score: Callable[[DeviceBatch], Scores] | None, ahead: bool):
         """score: starts scoring a batch; None: nothing is scored. ahead: if false, each is scored at its turn."""
         self.score, self.depth = score, int(ahead and score is not None)
         self.pending: Scores | None = None  # of a batch that is scored and not yet trained on
 
-    def pairs(self, batches: Iterable[Loaded], scoring: bool) -> Iterator[tuple[Loaded, Scores | None]]:
+    def pairs(self, batches: Iterable[DeviceBatch], scoring: bool) -> Iterator[tuple[DeviceBatch, Scores | None]]:
         """The batches with their scores; with None where `scoring` is false."""
-        waiting: list[tuple[Loaded, Scores | None]] = []
+        waiting: list[tuple[DeviceBatch, Scores | None]] = []
         depth = self.depth if scoring else 0
         restored, self.pending = self.pending, None  # of a checkpoint: the weights that gave these scores are gone
         for batch in batches:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lab.data.loading import Loaded
+from lab.data.loading import DeviceBatch
 from lab.runtime.distributed import Dist
 
 
@@ -29,15 +29,15 @@ class ActiveQueue:
         return 0 if self.samples is None else len(self.samples.labels)
 
     def clear(self) -> None:
-        self.samples: Loaded | None = None
+        self.samples: DeviceBatch | None = None
         self.pending = [0] * self.dist.world  # samples that each rank keeps
 
-    def push(self, batch: Loaded, counts: Sequence[int] = ()) -> Loaded | None:
+    def push(self, batch: DeviceBatch, counts: Sequence[int] = ()) -> DeviceBatch | None:
         """Add samples, at most batch_size over all ranks. Returns the oldest batch_size samples once there are so many,
         else None. counts: how many each rank adds, where there are several."""
         counts = counts or [len(batch.labels)]
         if self.samples is not None:
-            batch = Loaded(*(torch.cat(pair) for pair in zip(self.samples, batch, strict=True)))
+            batch = DeviceBatch(*(torch.cat(pair) for pair in zip(self.samples, batch, strict=True)))
         room, taken = self.batch_size - sum(self.pending), []
         for pending, new in zip(self.pending, counts, strict=True):  # of the new ones, those of the first ranks
             taken.append(pending + min(new, room))
@@ -48,8 +48,8 @@ class ActiveQueue:
             return None
         self.pending = [pending - gone for pending, gone in zip(self.pending, taken, strict=True)]
         own = taken[self.dist.rank]
-        self.samples = Loaded(*(tensor[own:] for tensor in batch))
-        return Loaded(*self.dist.balance(taken, [tensor[:own] for tensor in batch]))
+        self.samples = DeviceBatch(*(tensor[own:] for tensor in batch))
+        return DeviceBatch(*self.dist.balance(taken, [tensor[:own] for tensor in batch]))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is pending on any rank, and how many samples are each rank's. Collective."""
@@ -68,4 +68,4 @@ class ActiveQueue:
             self.pending = list(state["pending"]) if same else np.diff(edges).tolist()
             start = sum(self.pending[: self.dist.rank])
             own = slice(start, start + self.pending[self.dist.rank])
-            self.samples = Loaded(*(tensor[own].to(device) for tensor in state["samples"]))
+            self.samples = DeviceBatch(*(tensor[own].to(device) for tensor in state["samples"]))

@@ -6,43 +6,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DRAWS = 23  # random numbers a sample's augmentation may use
+UNIFORMS_PER_SAMPLE = 23  # uniform numbers that the augmentation of one sample may use, see `images.Augmentation`
+LABEL_NOISE_EPOCH = 2**40  # stands for an epoch in `label_shifts`; no run gets so far
 
 
-def uniform(seed: int, epoch: int, indices: Tensor, draws: int) -> Tensor:
-    """Random numbers in [0, 1) as a function of (seed, epoch, sample index) alone: [n] -> float64 [n, draws].
+def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
+    """`count` uniform numbers in [0, 1) for each sample: [n] -> float64 [n, count].
 
-    SplitMix64's output function (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators",
-    figure 17) over a counter, in int64 arithmetic, so that CPU and GPU draw the same.
+    The numbers of a sample depend on (seed, epoch, its index) and on nothing else. The method is SplitMix64's output
+    function over a counter (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 17).
+    It is written in int64 arithmetic, so that CPU and GPU give the same numbers.
     """
 
-    def shifted(x: Tensor, bits: int) -> Tensor:  # logical shift: int64's own keeps the sign
+    def shift_right(x: Tensor, bits: int) -> Tensor:  # a logical shift; int64's own repeats the sign
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
     def mix(x: Tensor) -> Tensor:
-        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-        return x ^ shifted(x, 31)
+        x = (x ^ shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+        x = (x ^ shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+        return x ^ shift_right(x, 31)
 
     golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
     key = mix(mix(torch.tensor([seed], device=indices.device) + golden) + epoch)
-    counter = torch.arange(1, draws + 1, device=indices.device) * golden
-    return shifted(mix(mix(key + indices.long())[:, None] + counter), 11).double() * 2.0**-53
+    counter = torch.arange(1, count + 1, device=indices.device) * golden
+    return shift_right(mix(mix(key + indices.long())[:, None] + counter), 11).double() * 2.0**-53
 
 
 def label_shifts(samples: int, classes: int, share: float, seed: int) -> np.ndarray | None:
-    """By how many classes each label moves for symmetric label noise: to any other class alike, [samples], int64.
+    """By how many classes symmetric label noise moves each label, int64 [samples]; None without noise.
 
-    None without noise. A function of the seed and the sample's index.
+    A `share` of the labels moves, to each of the other classes with the same chance. The shift of a sample is a
+    function of the seed and its index.
     """
     if not share:
         return None
-    draws = uniform(seed, 2**40, torch.arange(samples), 2).numpy()  # an epoch that never comes
-    return np.where(draws[:, 0] < share, 1 + draws[:, 1] * (classes - 1), 0).astype(np.int64)
+    uniforms = uniform(seed, LABEL_NOISE_EPOCH, torch.arange(samples), 2).numpy()
+    return np.where(uniforms[:, 0] < share, 1 + uniforms[:, 1] * (classes - 1), 0).astype(np.int64)
 
 
 def random_subset(size: int, limit: int | None) -> np.ndarray:
-    """Indices of a random subset, the same for every seed, of at most `limit` samples."""
+    """Ascending indices, int64, of `limit` random samples out of `size`; of all where there are no more than that.
+
+    The subset is the same for every seed of a run.
+    """
     if limit is None or limit >= size:
         return np.arange(size)
     return np.sort(np.random.default_rng(0).permutation(size)[:limit])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lab.console import print_rank0
-from lab.data.loading import Loaded, Scores
+from lab.data.loading import DeviceBatch, Scores
 from lab.errors import RequestError, TrainingFailed, one_line
 from lab.files import align_jsonl
 from lab.runtime.checkpoint import CAPPED, FORMAT
@@ -105,7 +105,7 @@ def warm_up(run: Any) -> None:
     training, side, network = run.config.training, run.config.dataset.image_size, run.network
     images = torch.zeros(network.local_batch, 3, side, side, dtype=torch.uint8, device=run.device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
-    weights = run.selection.weights(Loaded(images, labels, labels))
+    weights = run.selection.weights(DeviceBatch(images, labels, labels))
     inputs = (images, labels) if weights is None else (images, labels, weights)
     scoring = {network.evaluator, *([run.scorer.forward] if run.scorer else [])}  # one, but for score_resolution
     graphs = "reduce-overhead" in (training.compile, training.compile_scoring)

@@ -29,10 +29,11 @@ def test_every_input_pipeline_is_measured(tmp_path, capsys, image_folder):
     assert "images/s" in capsys.readouterr().out
 
 
-def test_a_class_without_pictures_is_timed_as_it_is_trained_on(image_folder, capsys):
+def test_a_class_without_pictures_is_refused_as_in_training(image_folder, capsys):
     (image_folder / "train" / "yellow").mkdir()
-    assert run_cli(lambda: benchmark.main(["input", "--folder", str(image_folder / "train"), *INPUT])) == 0
-    assert capsys.readouterr().out.count("\n") == 4
+    assert run_cli(lambda: benchmark.main(["input", "--folder", str(image_folder / "train"), *INPUT])) == 2
+    expected = f"error: --folder: {image_folder / 'train'}: no images in class folder 'yellow'"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -1,0 +1,208 @@
+"""Decoding real files, and that crops are those of torchvision."""
+
+import io
+import struct
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+from helpers import folder_config, pictures
+from lab.config import load_config
+from lab.data.images import Augmentation, crop_resize, decode_image, random_crops
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
+from train_ast import build_datasets
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "grey", "cmyk", "palette", "bmp", "gif", "webp", "16 bit"])
+def test_every_kind_of_image_becomes_three_uint8_channels(kind):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = 200, 60
+    image = Image.fromarray(pixels)
+    modes = {"grey": "L", "cmyk": "CMYK", "palette": "P"}
+    formats = {"jpeg": "JPEG", "grey": "JPEG", "cmyk": "JPEG", "bmp": "BMP", "gif": "GIF", "webp": "WEBP"}
+    image = image.convert(modes.get(kind, "RGB"))
+    if kind == "16 bit":
+        image = Image.fromarray(np.full((20, 30), 51400, np.uint16))
+    buffer = io.BytesIO()
+    image.save(buffer, formats.get(kind, "PNG"))
+    decoded = decode_image(buffer.getvalue())
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == (3, 20, 30)
+    mean = decoded.float().mean((1, 2)).tolist()
+    assert mean == pytest.approx({"grey": [95] * 3, "16 bit": [200] * 3}.get(kind, [200, 60, 0]), abs=12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*product(["JPEG", "PNG", "TIFF", "WEBP"], ["RGB", "L"]), ("PNG", "I;16"), ("TIFF", "I;16")]
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_data_say(kind, mode, orientation):
+    """As Pillow's exif_transpose turns it, and so the `datasets` library."""
+    ramp = np.arange(12 * 20, dtype=np.uint16).reshape(12, 20)
+    image = Image.fromarray(ramp * 256) if mode == "I;16" else Image.fromarray(ramp.astype(np.uint8)).convert(mode)
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {"quality": 95}))
+    with Image.open(io.BytesIO(buffer.getvalue())) as opened:
+        turned = np.asarray(ImageOps.exif_transpose(opened)).astype(np.int64) // (256 if mode == "I;16" else 1)
+    assert turned.shape[:2] == ((12, 20) if orientation < 5 else (20, 12))
+    expected = torch.from_numpy(np.broadcast_to(turned.reshape(*turned.shape[:2], -1), (*turned.shape[:2], 3)).copy())
+    assert torch.equal(decode_image(buffer.getvalue()).long(), expected.permute(2, 0, 1))
+
+
+def test_damaged_exif_data_turn_nothing():
+    image, buffer = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(6, 10)), io.BytesIO()
+    image.save(buffer, "PNG", exif=b"Exif\0\0II*\0" + b"\xff" * 20)
+    assert torch.equal(decode_image(buffer.getvalue())[0], torch.from_numpy(np.asarray(image).copy()))
+
+
+def twelve_bit_tiff(values):
+    """A grey TIFF of 12 bits a pixel, as microscopes write them: [H, W] of even W, two pixels in three bytes."""
+    pairs = values.reshape(-1, 2).astype(int)
+    strip = b"".join(((int(a) << 12) | int(b)).to_bytes(3, "big") for a, b in pairs)
+    shorts, longs = (
+        {258: 12, 259: 1, 262: 1, 277: 1},
+        {256: values.shape[1], 257: values.shape[0], 278: values.shape[0]},
+    )
+    longs |= {273: 8, 279: len(strip)}
+    entries = sorted([(tag, 3, value) for tag, value in shorts.items()] + [(t, 4, v) for t, v in longs.items()])
+    table = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + struct.pack("<H", len(entries)) + table + bytes(4)
+
+
+def test_twelve_and_sixteen_bits_keep_their_range():
+    values = np.array([[0, 1023, 2048, 4095]])
+    assert decode_image(twelve_bit_tiff(values))[0].tolist() == [[0, 63, 128, 255]]
+    for kind in ("PNG", "TIFF", "PPM"):
+        buffer = io.BytesIO()
+        Image.fromarray((values * 16).astype(np.uint16)).save(buffer, kind)
+        assert decode_image(buffer.getvalue())[0].tolist() == [[0, 63, 128, 255]]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_grey_levels_without_a_known_range_are_refused(kind):
+    buffer = io.BytesIO()
+    Image.fromarray((np.arange(24).reshape(4, 6) * 1000).astype(kind)).save(buffer, "TIFF")
+    with pytest.raises(
+        ValueError, match="grey levels, whose black and white are not known; convert it to 8 or 16 bits"
+    ):
+        decode_image(buffer.getvalue())
+
+
+def test_rubbish_is_a_value_error():
+    for data in (b"", b"no image", b"\xff\xd8\xff\xe0" + bytes(50)):
+        with pytest.raises(ValueError, match="not a readable image"):
+            decode_image(data)
+
+
+def test_a_picture_is_augmented_by_its_uniforms_alone(image_folder):
+    train, _ = build_datasets(folder_config(image_folder, "dataset.augment=random_resized_crop").dataset)
+    uniforms = uniform(0, 0, torch.arange(3), UNIFORMS_PER_SAMPLE).numpy()
+    first = train[(5, uniforms[0])][0]
+    before = torch.get_rng_state()
+    assert not torch.equal(train[(5, uniforms[1])][0], first)
+    assert torch.equal(train[(5, uniforms[0])][0], first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "crops", "moves"),
+    [
+        (["dataset.image_size=32"], False, True),
+        (["dataset.image_size=224"], True, True),
+        (["dataset.type=digits"], False, False),
+        (["dataset.type=digits", "dataset.augment=pad_crop"], False, True),
+    ],
+)
+def test_augmentation_by_size_and_dataset(overrides, crops, moves):
+    config = load_config(None, ["dataset.type=hf", "dataset.name=x", *overrides]).dataset
+    assert (Augmentation(config, train=True).crops, Augmentation(config, train=True).random) == (crops, moves)
+    assert not Augmentation(config, train=False).random
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_streamed_crop_is_torchvisions(train):
+    """The stated box, cut and resized; for validation the same picture as torchvision's resize and centre crop."""
+    augmentation = Augmentation(
+        load_config(None, ["dataset.image_size=72", "dataset.augment=random_resized_crop"]).dataset, train
+    )
+    image = v2.functional.resize(pictures(1, 90)[0], [120, 200], antialias=True)
+    uniforms = uniform(0, 1, torch.arange(8), UNIFORMS_PER_SAMPLE)
+    sides = torch.tensor([[120.0, 200.0]], dtype=torch.float64)
+    boxes, mirrors = augmentation.boxes(uniforms, torch.full((8,), 0.6, dtype=torch.float64), sides)
+    for row, box, mirror in zip(uniforms, boxes.int().tolist(), mirrors, strict=True):
+        expected = v2.functional.resized_crop(image, *box, [72, 72], antialias=True)
+        if not train:
+            expected = v2.functional.center_crop(v2.functional.resize(image, 82, antialias=True), [72, 72])
+        expected = v2.functional.horizontal_flip(expected) if mirror else expected
+        assert (augmentation([image], row[None])[0].int() - expected.int()).abs().max() <= (1 if train else 12)
+        assert (augmentation([image], row[None])[0].float() - expected.float()).abs().mean() < (
+            0.5 if train else 4
+        )  # half a pixel
+    assert mirrors.any() == train
+
+
+def test_a_shifted_picture_is_padded_and_cropped():
+    augmentation = Augmentation(
+        load_config(None, ["dataset.image_size=32", "dataset.augment=pad_crop"]).dataset, train=True
+    )
+    image = pictures(1, 32)[0]
+    padded, seen = v2.functional.pad(image, [4, 4, 4, 4]), set()
+    for row in uniform(0, 0, torch.arange(400), UNIFORMS_PER_SAMPLE):
+        boxes, mirror = augmentation.boxes(row[None], torch.ones(1), torch.full((1, 2), 32.0))
+        top, left, height, width = boxes[0].int().tolist()
+        expected = v2.functional.crop(padded, top + 4, left + 4, height, width)
+        assert torch.equal(
+            augmentation([image], row[None])[0], v2.functional.horizontal_flip(expected) if mirror else expected
+        )
+        seen |= {top, left + 100, 1000 + int(mirror)}
+    assert seen == {*range(-4, 5), *range(96, 105), 1000, 1001}
+
+
+@pytest.mark.parametrize("size", [24, 40, 64])  # smaller than the crops, between, larger
+def test_cropping_on_the_device_is_torchvisions(size):
+    images = pictures(5, 48)
+    boxes = torch.tensor([[0, 0, 48, 48], [5, 7, 30, 20], [40, 1, 8, 47], [3, 30, 40, 9], [10, 10, 24, 24]])
+    mirror = torch.tensor([False, True, False, True, True])
+    ours = crop_resize(images, boxes.double(), mirror, size)
+    for image, box, flipped, got in zip(images, boxes.tolist(), mirror, ours, strict=True):
+        expected = v2.functional.resized_crop(image.float(), *box, [size, size], antialias=True)
+        expected = v2.functional.horizontal_flip(expected) if flipped else expected
+        assert (got.float() - expected).abs().max() <= 0.51  # rounded once, from the exact values
+        in_uint8 = v2.functional.resized_crop(image, *box, [size, size], antialias=True)
+        in_uint8 = v2.functional.horizontal_flip(in_uint8) if flipped else in_uint8
+        assert (got.int() - in_uint8.int()).abs().max() <= 1
+
+
+def test_shifting_on_the_device_is_padding_and_cropping():
+    images = pictures(6, 32)
+    tops, lefts = torch.tensor([-4, -1, 0, 2, 4, 3]), torch.tensor([0, 4, -4, 1, -2, 3])
+    boxes = torch.stack([tops, lefts, torch.full((6,), 32), torch.full((6,), 32)], 1)
+    mirror = torch.tensor([False, True] * 3)
+    padded = v2.functional.pad(images, [4, 4, 4, 4])
+    for i, got in enumerate(crop_resize(images, boxes, mirror, 32)):
+        expected = v2.functional.crop(padded[i], int(tops[i]) + 4, int(lefts[i]) + 4, 32, 32)
+        assert torch.equal(got, v2.functional.horizontal_flip(expected) if mirror[i] else expected)
+
+
+def test_random_crops_have_torchvisions_distribution():
+    uniforms = uniform(0, 0, torch.arange(20000), 22)
+    for height, width in ((300, 400), (100, 400), (640, 200)):
+        aspects = torch.full((20000,), height / width, dtype=torch.float64)
+        top, left, tall, wide = (random_crops(uniforms, aspects, torch.full((1, 2), 512.0)) / 512).T
+        assert top.min() >= 0 and left.min() >= 0 and (top + tall).max() <= 1 and (left + wide).max() <= 1  # noqa: PT018
+        torch.manual_seed(0)
+        params = [v2.RandomResizedCrop(8).make_params([torch.empty(3, height, width)]) for _ in range(4000)]
+        for name, ours, theirs in (
+            ("height", tall, [p["height"] / height for p in params]),
+            ("width", wide, [p["width"] / width for p in params]),
+            ("top", top, [p["top"] / height for p in params]),
+            ("left", left, [p["left"] / width for p in params]),
+        ):
+            quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+            theirs = torch.tensor(theirs, dtype=torch.float64)
+            assert torch.allclose(ours.quantile(quantiles), theirs.quantile(quantiles), atol=0.04), name
