@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import Config, DatasetConfig, ModelConfig, TrainingConfig, checkpoint_folder, load_config
@@ -54,7 +53,7 @@ from lab.data.datasets import (
     load_hub_split,
 )
 from lab.data.images import View, axis_weights, kept_side
-from lab.data.loading import EpochPlan, Loaded, Loader, as_is, device_batches, ignore_signals
+from lab.data.loading import EpochPlan, Loaded, Loader, as_is, device_batches
 from lab.data.randomness import DRAWS, label_shifts, random_subset
 from lab.errors import RequestError, TrainingFailed, one_line
 from lab.files import align_jsonl, append_jsonl, replace_text
@@ -79,6 +78,7 @@ from lab.runtime.distributed import Dist, asking_interval, meet
 from lab.runtime.meters import EnergyMeter, Ledger, Meter
 from lab.runtime.outputs import add_scalars, open_tensorboard, prepare_outputs, save_results
 from lab.runtime.sample_store import History
+from lab.runtime.workers import WorkerLoader, ending_workers
 
 # ------------------------------------------------------------------------------------------------ Config
 
@@ -651,7 +651,7 @@ def build_dataloaders(
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
     val_indices, local_batch = dist.part(val_indices), training.batch_size // dist.world
     plan = EpochPlan(indices, training.batch_size, training.seed, config.share, dist)
-    shared = {"num_workers": workers, "worker_init_fn": ignore_signals}
+    shared = {"num_workers": workers}
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
         if not SHARED_PICTURES:
@@ -663,7 +663,7 @@ def build_dataloaders(
     keys = [(index, np.zeros(DRAWS)) for index in val_indices.tolist()]
     chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
     shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
-    streaming = partial(DataLoader, **shared)
+    streaming = partial(WorkerLoader, **shared)
     return streaming(train, batch_sampler=plan), streaming(val, batch_sampler=chunks), plan, len(train.classes)
 
 
@@ -1265,7 +1265,8 @@ def train_claimed(
         run.checkpoints.require_space(state_bytes(run))
     outcome, stop.training = {"status": "failed"}, True
     try:
-        outcome = {"status": fit(run, train_loader, val_loader, plan, stop)}
+        with ending_workers():
+            outcome = {"status": fit(run, train_loader, val_loader, plan, stop)}
         if run.checkpoints is not None:
             run.checkpoints.wait()
     except Exception as error:
@@ -1374,7 +1375,7 @@ def agreed_end(run: Run, stop: Stop) -> str | None:
 def ended(run: Run, stop: Stop) -> str | None:
     """Why no further epoch is to begin, None where one is."""
     accuracies, patience = run.history["val_acc"], run.config.training.early_stop_patience
-    if run.epoch == run.config.training.epochs or (run.out_of_time() and run.step == 0):
+    if run.epoch >= run.config.training.epochs or (run.out_of_time() and run.step == 0):
         return "completed"
     if status := stop.status(run.eval_seconds):
         return status

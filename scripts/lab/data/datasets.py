@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,6 +21,8 @@ from lab.config import DatasetConfig
 from lab.data.images import View, decode_image
 from lab.data.randomness import DRAWS
 from lab.errors import RequestError, one_line
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about a picture
 
 
 class Batch(NamedTuple):
@@ -83,6 +86,8 @@ class ImageDataset(Dataset):
                 image = data if isinstance(data, Tensor) else decode_image(data)
                 return Sample(image, label, unreadable, index)
             except (OSError, ValueError) as error:
+                if getattr(error, "errno", None) in EXHAUSTED:
+                    raise
                 name = source if isinstance(source, Path) else f"{self.origin}sample {at}"
                 unreadable.append(f"{name}: {one_line(error)}")
         return Sample(None, -1, unreadable, index)

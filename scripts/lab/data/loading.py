@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -30,11 +29,6 @@ Loader = Iterable[Batch]
 
 def as_is(batch: Any) -> Any:
     return batch
-
-
-def ignore_signals(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process ends the run, and its workers with it
-        signal.signal(number, signal.SIG_IGN)
 
 
 class EpochPlan(Sampler):

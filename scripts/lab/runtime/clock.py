@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from lab.config import Config
-from lab.errors import TrainingFailed, one_line
+from lab.errors import RequestError, TrainingFailed, one_line
 from lab.runtime.launch import launched
+from lab.runtime.workers import kill_workers, worker_error
 
 
 class Stop:
@@ -34,6 +36,7 @@ class Stop:
             sys.stdout.flush()
             if launched()[0] == 0:
                 os.write(2, b"ended before the first step\n")
+            kill_workers()  # of a decoding that is under way
             os._exit(128 + number)  # an exception can get lost in an import that is under way
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
@@ -45,14 +48,33 @@ class Stop:
         return "time_capped" if time.monotonic() + reserve_seconds >= self.deadline else None
 
 
-def explained(error: Exception, config: Config) -> Exception:
+MEMORY = r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory|MemoryError|std::bad_alloc"
+
+# what an error's text tells of its cause, and what to do about it; the first that fits
+KNOWN = (
+    ("Too many open files|received 0 items of ancdata", "too many open files",
+     "raise `ulimit -n`, or lower training.num_workers"),
+    (r"shared memory|Bus error|/torch_\d", "/dev/shm is too small for the batches of the loader workers",
+     "enlarge it (docker run --shm-size), or lower training.num_workers or training.batch_size"),
+    (MEMORY, "out of memory", "lower training.batch_size"),
+    ("DataLoader worker|Connection(Reset|Refused)Error|EOFError|/listener-", "a loader worker died",
+     "out of memory? lower training.num_workers or training.batch_size"),
+)  # fmt: skip
+
+
+def explained(error: Exception, config: Config | None = None) -> Exception:
     """`error` as the one line a user can act on, where it is of a kind that is known to end runs."""
-    text, folder = one_line(error), config.logging.output_dir
-    if "DataLoader worker" in text:
-        hint = "out of memory? lower training.num_workers or training.batch_size"
-        return TrainingFailed(f"a loader worker died: {text}; {hint}")
+    met = worker_error(error)
+    if isinstance(error, RequestError | TrainingFailed):
+        return error if met is None else type(error)(met.partition(": ")[2])
+    text, system = one_line(error), isinstance(error, OSError | EOFError | MemoryError | RuntimeError)
+    clue = met or f"{type(error).__name__}: {text}"
+    for pattern, why, hint in KNOWN if system else ():
+        if re.search(pattern, clue):
+            return TrainingFailed(f"{why}: {(met or text)[:200]}; {hint}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return TrainingFailed(f"out of memory: {text[:200]}; lower training.batch_size")
     if isinstance(error, OSError):
-        return TrainingFailed(f"{error.filename or folder}: {error.strerror or text}")
+        where = error.filename or ("standard output" if config is None else config.logging.output_dir)
+        return TrainingFailed(f"{where}: {met or error.strerror or text}")
     return error
