@@ -76,13 +76,14 @@ class WorkerLoader(DataLoader):
             return super().__iter__()
         _prepare(self.num_workers)
         try:
+            queues = [multiprocessing.Queue() for _ in range(self.num_workers + 2)]  # or it fails half-way to the first
+            del queues
             with _signals_held():
                 return super().__iter__()
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.ENOMEM):
-                why = f"cannot start {self.num_workers} loader workers: {error.strerror}"
-                raise TrainingFailed(f"{why}; lower training.num_workers") from None
-            raise
+            full = "; /dev/shm is full" if error.errno == errno.ENOSPC else ""
+            why = f"cannot start {self.num_workers} loader workers: {error.strerror}{full}"
+            raise TrainingFailed(f"{why}; lower training.num_workers") from None
 
 
 @contextlib.contextmanager
