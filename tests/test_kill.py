@@ -1,5 +1,6 @@
 """Processes that die: killed, told to end, or left without a worker. Short by default; `-m long` for the long form."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -46,6 +47,7 @@ def forked(work: Callable[[], int], output: Path) -> int:
             traceback.print_exc()
         finally:
             file.flush()
+            atexit._run_exitfuncs()  # a command has them too, and they may wait
             os._exit(code)
 
 

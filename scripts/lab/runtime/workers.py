@@ -22,6 +22,8 @@ import signal
 import sys
 import tempfile
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -36,6 +38,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SOCKET_FOLDER = 70  # bytes that a worker's temporary folder may have; a socket's path has 107
 
 HANDLES_A_WORKER = 11  # open files: two pipes and a sentinel, and three tensors of each of its two batches
+
+_iterators: weakref.WeakSet = weakref.WeakSet()  # those that may have workers
 
 _note: mmap.mmap | None = None  # shared with the workers: why one of them gave up
 
@@ -79,11 +83,13 @@ class WorkerLoader(DataLoader):
             queues = [multiprocessing.Queue() for _ in range(self.num_workers + 2)]  # or it fails half-way to the first
             del queues
             with _signals_held():
-                return super().__iter__()
+                iterator = super().__iter__()
         except OSError as error:
             full = "; /dev/shm is full" if error.errno == errno.ENOSPC else ""
             why = f"cannot start {self.num_workers} loader workers: {error.strerror}{full}"
             raise TrainingFailed(f"{why}; lower training.num_workers") from None
+        _iterators.add(iterator)
+        return iterator
 
 
 @contextlib.contextmanager
@@ -105,6 +111,12 @@ def end_workers() -> None:
     workers = kill_workers()
     for worker in workers:
         worker.join(5)  # a worker that the kernel holds does not hold the run
+    for iterator in list(_iterators):
+        iterator._shutdown_workers()  # the threads of its queues
+    deadline = time.monotonic() + 1
+    for thread in threading.enumerate() if workers else ():
+        if thread.name == "QueueFeederThread":  # one that ends beside its queue closes pipes that are closed
+            thread.join(max(0.0, deadline - time.monotonic()))
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
 
