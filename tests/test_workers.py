@@ -1,8 +1,11 @@
 """Runs with loader workers that fail: each ends, soon, with its code, one line and its results. `-m long`: many."""
 
+import ctypes
 import json
 import multiprocessing
 import os
+import random
+import re
 import resource
 import shutil
 import signal
@@ -12,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -80,12 +83,12 @@ def forked_run(
         return watched(poll, folder / "output", lambda: act(child))
 
 
-def real_run(args: list[str], folder: Path, *prefix: str, act: Callable[[int], bool] = bool) -> Ended:
+def real_run(args: list[str], folder: Path, *prefix: str, act: Callable[[int], bool] = bool, **options: Any) -> Ended:
     """The command as a user runs it, in a session of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output").open("w") as output:
         command = [*prefix, sys.executable, str(REPO / "scripts/run_experiment.py"), *args]
-        options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True} | options
         process = subprocess.Popen(command, cwd=REPO, **options)
         try:
             return watched(process.poll, folder / "output", lambda: act(process.pid))
@@ -116,12 +119,17 @@ def children(process: int) -> list[int]:
         return []
 
 
-def small_shm(size: str) -> list[str]:
-    """What starts a command with a /dev/shm of so many bytes, alone with it."""
-    prefix = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size={size} none /dev/shm && exec "$@"', "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    return prefix
+def can_mount() -> bool:
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/dev/shm"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def small_disk_at(folder: str, size: str) -> None:
+    """Mount a file system in memory of so many bytes at `folder`, for this process and its children alone."""
+    libc, new_mounts, recursive_private = ctypes.CDLL(None, use_errno=True), 0x20000, 0x44000
+    failed = libc.unshare(new_mounts) or libc.mount(None, b"/", None, recursive_private, None)
+    if failed or libc.mount(b"none", folder.encode(), b"tmpfs", 0, f"size={size}".encode()):
+        raise OSError(ctypes.get_errno(), "cannot mount")
 
 
 def limit_memory() -> None:
@@ -189,8 +197,11 @@ def test_a_long_temporary_folder_is_no_obstacle(image_folder, tmp_path):
 
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_a_small_dev_shm_is_named(cache, image_folder, tmp_path):
+    if not can_mount():
+        pytest.skip("nothing can be mounted here")
     more = [f"dataset.cache={cache}", "dataset.image_size=224", "training.batch_size=24"]
-    ended = real_run(arguments(image_folder, tmp_path / "1", *more), tmp_path / "1", *small_shm("2m"))
+    args = arguments(image_folder, tmp_path / "1", *more)
+    ended = forked_run(args, tmp_path / "1", lambda: small_disk_at("/dev/shm", "2m"))
     assert_ended(ended, 1, "/dev/shm is too small", "failed" if cache == "none" else None)
     assert "--shm-size" in ended.errors[0]
 
@@ -237,3 +248,143 @@ def test_a_signal_to_the_whole_group_reaches_one_end(number, image_folder, tmp_p
     assert (ended.code, ended.status) == (128 + number, "interrupted"), ended.printed
     assert "Traceback" not in ended.printed
     assert "error: " not in ended.printed
+
+
+# ------------------------------------------------------------------------------------------------ Long
+
+RUNS = int(os.environ.get("AST_LAB_FAILING_RUNS", 24))
+SEED = 0
+
+
+class Fault(NamedTuple):
+    """One way to fail: what is done to the run, its exit codes, and a word of its line."""
+
+    codes: tuple[int, ...]
+    says: str
+    keys: tuple[str, ...] = ()
+    prepare: Callable[[Path, Path], object] = lambda images, folder: None  # before the start
+    before: Callable[[Path], object] = lambda folder: None  # in the process itself
+    act: Callable[[int, Path], bool] | None = None  # once it has a checkpoint; gets its id and folder
+    streamed_only: bool = False
+    parallel: bool = True  # whether two processes can have it
+
+
+def set_limit(which: int, value: int) -> None:
+    resource.setrlimit(which, (value, value))
+
+
+def descendants(process: int) -> list[int]:
+    found = children(process)
+    return found + [each for child in found for each in descendants(child)]
+
+
+def kill_worker(child: int, folder: Path) -> bool:
+    """Kill a loader worker: a process without children that another one of the run has started."""
+    last = [each for each in descendants(child) if not children(each)]
+    for each in last[-1:]:
+        os.kill(each, signal.SIGKILL)
+    return bool(last)
+
+
+def fill_disk(child: int, folder: Path) -> bool:
+    with open(f"/proc/{child}/root{folder}/out/ballast", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**16)):
+                pass
+        except OSError:
+            return True
+    return True
+
+
+def make_read_only(child: int, folder: Path) -> bool:
+    command = ["nsenter", f"--target={child}", "--mount", "mount", "-o", "remount,ro", str(folder / "out")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def mount_out(folder: Path) -> None:
+    (folder / "out").mkdir(exist_ok=True)
+    small_disk_at(str(folder / "out"), "16m")
+
+
+def vanish(child: int, folder: Path) -> bool:
+    shutil.rmtree(folder / "images")
+    return True
+
+
+def without_output() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+
+
+ENDLESS = ("training.epochs=100000",)
+LARGE = ("dataset.image_size=224", "training.batch_size=24")
+FAULTS = {
+    "a bad picture in train": Fault((2,), "not a readable image", prepare=lambda i, _: spoil(i, "train")),
+    "a bad picture in val": Fault((2,), "not a readable image", prepare=lambda i, _: spoil(i, "val")),
+    "a loss that is not finite": Fault((1,), "non-finite", ("training.lr=1e30", "training.optimizer=sgd")),
+    "a full disk": Fault((1,), "No space left", ENDLESS, before=mount_out, act=fill_disk),
+    "an output that turns read-only": Fault((1,), "Read-only", ENDLESS, before=mount_out, act=make_read_only),
+    "a small /dev/shm": Fault((1,), "/dev/shm", LARGE, before=lambda _: small_disk_at("/dev/shm", "2m")),
+    "a full /dev/shm": Fault((1,), "/dev/shm", LARGE, before=lambda _: small_disk_at("/dev/shm", "4k")),
+    "a worker killed": Fault((1,), "a loader worker died", ENDLESS, act=kill_worker, streamed_only=True),
+    "no memory": Fault(
+        (1,), "out of memory", ("dataset.image_size=512", "training.batch_size=24"), before=lambda _: limit_memory(),
+        streamed_only=True, parallel=False,
+    ),
+    "few file handles": Fault(
+        (1, 2), "open files", before=lambda _: set_limit(resource.RLIMIT_NOFILE, 38), parallel=False
+    ),
+    "very few file handles": Fault(
+        (1, 2), "open files", before=lambda _: set_limit(resource.RLIMIT_NOFILE, 24), parallel=False
+    ),
+    "a closed standard output": Fault((0,), "", before=lambda _: without_output()),
+    "a folder that vanishes": Fault((2,), "not a readable image|No such file", ENDLESS, act=vanish, streamed_only=True),
+    "a long TMPDIR": Fault((0,), "", before=lambda folder: set_tmpdir(folder / ("long" * 30))),
+    "a TMPDIR that is not there": Fault((0,), "", before=lambda folder: os.environ.update(TMPDIR=str(folder / "no"))),
+}  # fmt: skip
+
+
+def fail_once(fault: Fault, images: Path, folder: Path, cache: str, processes: int) -> Ended:
+    shutil.copytree(images, folder / "images")
+    fault.prepare(folder / "images", folder)
+    more = [*fault.keys, f"dataset.cache={cache}", *(["--nproc", "2"] if processes == 2 else [])]
+    args = arguments(folder / "images", folder, *more)
+
+    def act(child: int) -> bool:
+        begun = list(Path(f"/proc/{child}/root{folder}").glob("out/checkpoints/*/last.pt"))
+        return bool(begun) and (fault.act is None or fault.act(child, folder))
+
+    if processes == 1:
+        return forked_run(args, folder, lambda: fault.before(folder), act)
+    return real_run(args, folder, act=act, preexec_fn=lambda: fault.before(folder))
+
+
+@pytest.mark.long
+def test_failing_runs_of_all_kinds_end(image_folder, tmp_path):
+    """RUNS of them; AST_LAB_FAILING_RUNS=100 for more."""
+    if not can_mount():
+        pytest.skip("nothing can be mounted here")
+    dice, slowest, wrong, counts = random.Random(SEED), 0.0, [], dict.fromkeys(FAULTS, 0)
+    for run in range(RUNS):
+        name = list(FAULTS)[run % len(FAULTS)]
+        fault, folder = FAULTS[name], tmp_path / str(run)
+        cache = "none" if fault.streamed_only else dice.choice(["none", "device"])
+        processes = dice.choice([1, 1, 2]) if fault.parallel else 1
+        try:
+            ended = fail_once(fault, image_folder, folder, cache, processes)
+        except AssertionError as error:
+            ended = Ended(-99, str(error), PATIENCE, None)
+        fine = ended.code in fault.codes and ended.seconds < SOON and "Traceback" not in ended.printed
+        fine = fine and len(ended.errors) == int(ended.code > 0) and re.search(fault.says, "".join(ended.errors))
+        began = "train_acc" in ended.printed or "epoch " in ended.printed
+        mounted = fault.before is mount_out  # its results file went with the process
+        fine = fine and (mounted or not began or ended.status == ("failed" if ended.code else "completed"))
+        counts[name], slowest = counts[name] + 1, max(slowest, ended.seconds)
+        if not fine:
+            wrong.append(f"run {run}, {name}, cache {cache}, {processes} processes: {ended}")
+            print(wrong[-1], flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{RUNS} failing runs, seed {SEED}: {len(wrong)} wrong, the slowest end took {slowest:.1f} s; {counts}")
+    assert not wrong
