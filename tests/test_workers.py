@@ -230,6 +230,12 @@ def test_a_checkpoint_that_has_done_more_than_is_asked_for_is_complete(image_fol
     assert (ended.code, ended.status) == (0, "completed"), ended.printed
 
 
+def test_a_reader_who_has_seen_enough_ends_no_run(image_folder, tmp_path):
+    """Starting a worker flushes the standard output, with what could not be printed before."""
+    ended = forked_run(arguments(image_folder, tmp_path / "1"), tmp_path / "1", without_output)
+    assert (ended.code, ended.printed, ended.status) == (0, "", "completed")
+
+
 # ------------------------------------------------------------------------------------------------ Signals
 
 
@@ -297,7 +303,8 @@ def fill_disk(child: int, folder: Path) -> bool:
 
 
 def make_read_only(child: int, folder: Path) -> bool:
-    command = ["nsenter", f"--target={child}", "--mount", "mount", "-o", "remount,ro", str(folder / "out")]
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'  # what is open for writing stays so
+    command = ["nsenter", f"--target={child}", "--mount", "sh", "-c", mount, str(folder / "out")]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
