@@ -341,7 +341,7 @@ FAULTS = {
         streamed_only=True, parallel=False,
     ),
     "few file handles": Fault(
-        (1, 2), "open files", before=lambda _: set_limit(resource.RLIMIT_NOFILE, 38), parallel=False
+        (0, 1, 2), "open files|^$", before=lambda _: set_limit(resource.RLIMIT_NOFILE, 38), parallel=False
     ),
     "very few file handles": Fault(
         (1, 2), "open files", before=lambda _: set_limit(resource.RLIMIT_NOFILE, 24), parallel=False
