@@ -395,3 +395,20 @@ def test_failing_runs_of_all_kinds_end(image_folder, tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{RUNS} failing runs, seed {SEED}: {len(wrong)} wrong, the slowest end took {slowest:.1f} s; {counts}")
     assert not wrong
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_every_process_of_several_reaches_one_end(number, image_folder, tmp_path):
+    """As a scheduler sends it: to torchrun too, which passes it on."""
+
+    def tell(child: int) -> bool:
+        begun = bool(list(tmp_path.glob("1/out/checkpoints/*/last.pt")))
+        for each in [child, *descendants(child)] if begun else ():
+            os.kill(each, number)
+        return begun
+
+    args = arguments(image_folder, tmp_path / "1", "training.epochs=100000", "--nproc", "2")
+    ended = real_run(args, tmp_path / "1", act=tell)
+    assert (ended.code, ended.status) == (128 + number, "interrupted"), ended.printed
+    assert "Traceback" not in ended.printed

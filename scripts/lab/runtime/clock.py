@@ -27,7 +27,8 @@ class Stop:
         self.deadline = math.inf  # time.monotonic() seconds
 
     def watch_signals(self) -> None:
-        """SIGINT and SIGTERM end the run after the current step, or at once where none was made; a second one does."""
+        """SIGINT and SIGTERM end the run after the current step, or at once where none was made; a second one does,
+        but where torchrun watches over several processes."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
@@ -39,7 +40,8 @@ class Stop:
             kill_workers()  # of a decoding that is under way
             os._exit(128 + number)  # an exception can get lost in an import that is under way
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        # torchrun passes on to its processes what a scheduler has sent to them too, and kills them 30 s later
+        signal.signal(number, signal.SIG_DFL if launched()[1] == 1 else signal.SIG_IGN)
 
     def status(self, reserve_seconds: float = 0.0) -> str | None:
         """`interrupted` or `time_capped` (with `reserve_seconds` still needed), else None."""
