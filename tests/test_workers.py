@@ -224,10 +224,13 @@ def test_a_worker_killed_from_outside_is_named_and_the_others_end(image_folder, 
 
 
 def test_a_checkpoint_that_has_done_more_than_is_asked_for_is_complete(image_folder, tmp_path):
-    args = [*arguments(image_folder, tmp_path), "--resume", "auto"]
+    args = arguments(image_folder, tmp_path)
     assert forked_run([*args, "training.epochs=4"], tmp_path).code == 0
-    ended = forked_run([*args, "training.epochs=2"], tmp_path)
+    (last,) = tmp_path.glob("out/checkpoints/*/last.pt")
+    ended = forked_run([*args, "training.epochs=2", "--resume", str(last)], tmp_path)
     assert (ended.code, ended.status) == (0, "completed"), ended.printed
+    assert f"resumed from {last}: epoch 5, step 0" in ended.printed
+    assert "epochs           4 of" in ended.printed
 
 
 def test_a_reader_who_has_seen_enough_ends_no_run(image_folder, tmp_path):
