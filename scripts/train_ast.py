@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import lab.config
 from lab.cli import RESUME_HELP, command_parser, run_cli
@@ -53,17 +52,7 @@ from lab.data.datasets import (
     read_classes,
 )
 from lab.data.images import Augmentation, axis_weights, cached_side
-from lab.data.loading import (
-    DeviceBatch,
-    EpochPlan,
-    Loader,
-    ScoreAhead,
-    Scores,
-    as_is,
-    device_batches,
-    ignore_signals,
-    loader_processes,
-)
+from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores, as_is, device_batches, loader_processes
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset
 from lab.errors import RequestError, one_line
@@ -87,6 +76,7 @@ from lab.runtime.outputs import Outputs, build_result, open_tensorboard, prepare
 from lab.runtime.sample_store import SampleStore
 from lab.runtime.state import reduce_to_rank0, resume_run, run_state, warm_up
 from lab.runtime.stateful import Stateful
+from lab.runtime.workers import WorkerLoader, ending_workers
 
 # ---------------------------------------------------------------------------------------------- PI controller
 
@@ -868,7 +858,7 @@ def build_dataloaders(
     local_batch = training.batch_size // dist.world
     plan = EpochPlan(indices, training.batch_size, training.seed, partial(planned_share, config), dist)
     workers = loader_processes(training, in_memory=train.IN_MEMORY)
-    shared = {"num_workers": workers, "worker_init_fn": ignore_signals}
+    shared = {"num_workers": workers}
     shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
     if dataset.cache == "device":
         require_memory(len(dist.shard(indices)) + len(val_indices), cached_side(dataset), device)
@@ -879,7 +869,7 @@ def build_dataloaders(
     keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in val_indices.tolist()]
     chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
     shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
-    streaming = partial(DataLoader, **shared)
+    streaming = partial(WorkerLoader, **shared)
     return streaming(train, batch_sampler=plan), streaming(val, batch_sampler=chunks), plan, len(train.classes)
 
 
@@ -1243,7 +1233,8 @@ def _train(
     run.outputs.open(board, state_bytes(run.network.model, copies))
     outcome, stop.training = {"status": "failed"}, True
     try:
-        outcome = {"status": run_epochs(run, train_loader, val_loader, plan)}
+        with ending_workers():
+            outcome = {"status": run_epochs(run, train_loader, val_loader, plan)}
         run.outputs.finish()
     except Exception as error:
         known = explained(error, config)

@@ -78,8 +78,9 @@ def fill(disk: Path, leave: int = 0) -> Path:
 
 def command(config: Config) -> Callable[[], int]:
     """The command that runs a config of `configured`, going on from its checkpoint where there is one."""
-    logging = [f"logging.{key}={value}" for key, value in config.logging.model_dump(exclude_none=True).items()]
-    args = ["--config", str(SMOKE), "--resume", "auto", *KEYS, *logging]
+    more = [f"logging.{key}={value}" for key, value in config.logging.model_dump(exclude_none=True).items()]
+    more.append(f"training.num_workers={config.training.num_workers}")
+    args = ["--config", str(SMOKE), "--resume", "auto", *KEYS, *more]
     return lambda: run_cli(lambda: run_experiment.main(args))
 
 
@@ -166,10 +167,10 @@ def test_a_disk_full_from_the_start_is_refused_in_one_line(small_disk, tmp_path,
     resumes(config, tmp_path / "resumed", whole)
 
 
-@pytest.mark.parametrize("leave", [0, 4096, 2_000_000])
-def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_one_before(leave, small_disk, tmp_path, whole):
+@pytest.mark.parametrize(("leave", "workers"), [(0, 2), (4096, 0), (2_000_000, 8)])
+def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_one_before(leave, workers, small_disk, tmp_path, whole):
     disk = small_disk()
-    config = configured(disk / "out")
+    config = configured(disk / "out", f"training.num_workers={workers}")
     code, line = disturbed(config, tmp_path / "output", lambda: fill(disk, leave))
     assert code == 1
     assert f"{last(config)}" in line
@@ -219,9 +220,10 @@ def test_a_disk_that_fills_up_under_the_results_leaves_them_to_be_written(leave,
 def test_a_full_disk_under_the_printed_lines_ends_no_run(small_disk, tmp_path, whole):
     """As with `run_experiment.py ... > disk/output`: what it computes is kept all the same."""
     disk = small_disk("printed")
-    config = configured(tmp_path / "out")
+    config = configured(tmp_path / "out", "training.num_workers=2")
     logging = f"logging.output_dir={config.logging.output_dir}"
     args = [sys.executable, "scripts/run_experiment.py", "--config", str(SMOKE), *KEYS, logging]
+    args.append("training.num_workers=2")
     with (disk / "output").open("a") as output:
         process = subprocess.Popen(args, cwd=REPO, stdout=output, stderr=subprocess.PIPE, text=True)
         try:
@@ -242,6 +244,7 @@ def test_a_full_disk_under_the_printed_lines_ends_no_run(small_disk, tmp_path, w
 def test_a_sweep_on_a_full_disk_lists_what_failed(small_disk, tmp_path):
     disk = small_disk()
     args = ["--configs", str(SMOKE), "--output-dir", str(disk / "out"), *KEYS, "training.epochs=100000"]
+    args.append("training.num_workers=2")
 
     def sweep() -> int:
         return run_cli(lambda: run_sweep.main(args))

@@ -1,7 +1,9 @@
 """Processes that die: killed, told to end, or left without a worker. Short by default; `-m long` for the long form."""
 
+import atexit
 import contextlib
 import json
+import multiprocessing.util
 import os
 import random
 import signal
@@ -41,11 +43,14 @@ def forked(work: Callable[[], int], output: Path) -> int:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
             sys.stdout = sys.stderr = file  # pytest's are not those
             torch.set_num_threads(1)  # the parent's threads have not come along
+            atexit._clear()  # the parent's clean up what is the parent's; a command has its own, which may wait
+            atexit.register(multiprocessing.util._exit_function)
             code = work()
         except BaseException:
             traceback.print_exc()
         finally:
             file.flush()
+            atexit._run_exitfuncs()
             os._exit(code)
 
 

@@ -31,15 +31,29 @@ def run_cli(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
         return 0
-    except OSError as error:
-        failure = 1, f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}"
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if (why := _known(error)) is None:
+            raise
+        failure = 1, why
     else:
         return code
     if _reports(*failure):
         print(f"error: {failure[1]}", file=sys.stderr)
     return failure[0]
+
+
+def _known(error: Exception) -> str | None:
+    """What an error that nothing has named says, in one line; None where it is a mistake in the code."""
+    if "torch" in sys.modules:  # or it is no run's
+        from lab.runtime.clock import explained
+
+        known = explained(error)
+        return None if known is error else one_line(known)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}"
+    return "out of memory" if isinstance(error, MemoryError) else None
 
 
 def _reports(code: int, why: str) -> bool:

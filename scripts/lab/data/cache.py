@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lab.config import Config
 from lab.console import print_rank0, progress_bar
@@ -25,6 +25,7 @@ from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.errors import RequestError
 from lab.runtime.devices import compiled, to_device
 from lab.runtime.distributed import Dist
+from lab.runtime.workers import WorkerLoader, ending_workers
 
 
 class DecodedDataset(Dataset):
@@ -126,12 +127,13 @@ class ResidentLoader:
         own = self.dist.shard(self.indices)
         images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
         labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
-        decoder = DataLoader(DecodedDataset(dataset, self.side), 256, sampler=own.tolist(), **loader_options)
-        for batch, ratios in progress_bar(decoder, desc="decoding", unit="batch"):
-            self.read_errors.add(batch.unreadable)
-            part = slice(done, done + len(ratios))
-            images[part], labels[part], aspects[part] = batch.images.to(device), batch.labels.numpy(), ratios.numpy()
-            done = part.stop
+        decoder = WorkerLoader(DecodedDataset(dataset, self.side), 256, sampler=own.tolist(), **loader_options)
+        with ending_workers():
+            for batch, ratios in progress_bar(decoder, desc="decoding", unit="batch"):
+                self.read_errors.add(batch.unreadable)
+                part, pictures = slice(done, done + len(ratios)), batch.images.to(device)
+                images[part], labels[part], aspects[part] = pictures, batch.labels.numpy(), ratios.numpy()
+                done = part.stop
         everyone = zip(*self.dist.all_gather_objects((labels, aspects)), strict=True)
         labels, aspects = (np.concatenate(each) for each in everyone)
         return images, labels, torch.from_numpy(aspects).to(device), self.read_errors.found

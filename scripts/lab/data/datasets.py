@@ -6,6 +6,7 @@ library (`train_ast.HFDataset`) or from scikit-learn's digits.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -28,6 +29,8 @@ from lab.console import print_rank0
 from lab.data.folders import read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
 from lab.errors import RequestError, one_line
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about a picture
 
 
 class Sample(NamedTuple):
@@ -129,6 +132,8 @@ class ImageDataset(Dataset):
                 image = data if isinstance(data, Tensor) else decode_image(data)
                 return Sample(image, label, index, unreadable)
             except (OSError, ValueError) as error:
+                if getattr(error, "errno", None) in EXHAUSTED:
+                    raise
                 name = source if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
                 unreadable.append(f"{name}: {one_line(error)}")
         return Sample(None, -1, index, unreadable)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,12 +31,6 @@ class DeviceBatch(NamedTuple):
 def as_is(batch: Any) -> Any:
     """The `collate_fn` for a data set that makes whole batches itself."""
     return batch
-
-
-def ignore_signals(_: int) -> None:
-    """Leave SIGINT and SIGTERM to the main process, which ends its workers when it ends. Runs in each worker."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class EpochPlan(Sampler):

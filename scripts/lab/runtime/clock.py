@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 
 from lab.config import Config
-from lab.errors import TrainingFailed, one_line
+from lab.errors import RequestError, TrainingFailed, one_line
 from lab.runtime.devices import synchronize
 from lab.runtime.distributed import Dist, vote_interval
 from lab.runtime.launch import launched
 from lab.runtime.meters import EnergyMeter
 from lab.runtime.stateful import Stateful
+from lab.runtime.workers import kill_workers, worker_error
 
 
 class Stop:
@@ -31,8 +33,10 @@ class Stop:
         self.deadline = math.inf  # time.monotonic() seconds
 
     def watch_signals(self) -> None:
-        """Let SIGINT and SIGTERM end the run after the current step, or at once before the first one. A second signal
-        ends it at once."""
+        """Let SIGINT and SIGTERM end the run after the current step, or at once before the first one.
+
+        A second signal ends it at once, except under torchrun, which may pass on a signal that was sent to all.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
@@ -41,9 +45,11 @@ class Stop:
             sys.stdout.flush()
             if launched()[0] == 0:
                 os.write(2, b"ended before the first step\n")
+            kill_workers()  # of a decoding that is under way
             os._exit(128 + number)  # an exception can get lost in an import that is under way
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        # torchrun passes on to its processes what a scheduler has sent to them too, and kills them 30 s later
+        signal.signal(number, signal.SIG_DFL if launched()[1] == 1 else signal.SIG_IGN)
 
     def status(self, reserve_seconds: float = 0.0) -> str | None:
         """`interrupted`, `time_capped` (where `reserve_seconds` more would pass the deadline) or None."""
@@ -163,7 +169,7 @@ class Clock(Stateful):
         return status
 
     def _ending(self, epoch: int, step: int, accuracies: Sequence[float]) -> str | None:
-        if epoch == self.training.epochs or (self.out_of_time() and step == 0):
+        if epoch >= self.training.epochs or (self.out_of_time() and step == 0):
             return "completed"
         if status := self.stop.status(self.eval_seconds):
             return status
@@ -188,14 +194,33 @@ class Clock(Stateful):
             self.energy_kj = 0.0  # rank 0 has what was counted until then
 
 
-def explained(error: Exception, config: Config) -> Exception:
-    """`error` as one line that a user can act on, where it is of a kind known to end runs; else as it is."""
-    text, folder = one_line(error), config.logging.output_dir
-    if "DataLoader worker" in text:
-        hint = "out of memory? lower training.num_workers or training.batch_size"
-        return TrainingFailed(f"a loader worker died: {text}; {hint}")
+MEMORY = r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory|MemoryError|std::bad_alloc"
+
+# what an error's text tells of its cause, and what to do about it; the first that fits
+KNOWN = (
+    ("Too many open files|received 0 items of ancdata", "too many open files",
+     "raise `ulimit -n`, or lower training.num_workers"),
+    (r"shared memory|Bus error|/torch_\d", "/dev/shm is too small for the batches of the loader workers",
+     "enlarge it (docker run --shm-size), or lower training.num_workers or training.batch_size"),
+    (MEMORY, "out of memory", "lower training.batch_size"),
+    ("DataLoader worker|Connection(Reset|Refused)Error|EOFError|/listener-", "a loader worker died",
+     "out of memory? lower training.num_workers or training.batch_size"),
+)  # fmt: skip
+
+
+def explained(error: Exception, config: Config | None = None) -> Exception:
+    """`error` as the one line a user can act on, where it is of a kind that is known to end runs."""
+    met = worker_error(error)
+    if isinstance(error, RequestError | TrainingFailed):
+        return error if met is None else type(error)(met.partition(": ")[2])
+    text, system = one_line(error), isinstance(error, OSError | EOFError | MemoryError | RuntimeError)
+    clue = met or f"{type(error).__name__}: {text}"
+    for pattern, why, hint in KNOWN if system else ():
+        if re.search(pattern, clue):
+            return TrainingFailed(f"{why}: {(met or text)[:200]}; {hint}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return TrainingFailed(f"out of memory: {text[:200]}; lower training.batch_size")
     if isinstance(error, OSError):
-        return TrainingFailed(f"{error.filename or folder}: {error.strerror or text}")
+        where = error.filename or ("standard output" if config is None else config.logging.output_dir)
+        return TrainingFailed(f"{where}: {met or error.strerror or text}")
     return error

@@ -122,6 +122,8 @@ class Dist:
         try:
             yield
         except (RuntimeError, ValueError) as error:
+            if "DataLoader worker" in str(error):  # raised by the handler of a signal, wherever this process is
+                raise
             with contextlib.suppress(RuntimeError, KeyError):
                 if (report := Failures().reported()) is not None:
                     raise PeerLost(report[1], report[0]) from None

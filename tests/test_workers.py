@@ -1,0 +1,417 @@
+"""Runs with loader workers that fail: each ends, soon, with its code, one line and its results. `-m long`: many."""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import run_experiment
+from conftest import REPO
+from lab.cli import run_cli
+from test_kill import running
+
+SMOKE = REPO / "configs/digits_smoke.yaml"
+KEYS = ["dataset.type=folder", "model.name=test_resnet", "dataset.image_size=32", "training.batch_size=8"]
+KEYS += ["training.device=cpu", "training.epochs=3", "ast.warmup_epochs=1", "metrics.base_flop_per_sample=1e6"]
+SOON = 10.0  # seconds from its error to the end of a run
+PATIENCE = 120.0  # for a whole run, on a busy machine
+
+
+class Ended(NamedTuple):
+    code: int
+    printed: str
+    seconds: float  # from the error line to the end
+    status: str | None  # of the results file
+
+    @property
+    def errors(self) -> list[str]:
+        return [line.removeprefix("error: ") for line in self.printed.splitlines() if line.startswith("error: ")]
+
+
+def arguments(images: Path, out: Path, *more: str) -> list[str]:
+    folders = [f"dataset.train_dir={images}/train", f"dataset.val_dir={images}/val", f"logging.output_dir={out}/out"]
+    return ["--config", str(SMOKE), *KEYS, "training.num_workers=2", *folders, *more]
+
+
+def watched(poll: Callable[[], int | None], output: Path, act: Callable[[], bool] = lambda: True) -> Ended:
+    """Wait for the end of a run that prints to `output`; `act` is called until it has done something."""
+    deadline, erred, acted = time.monotonic() + PATIENCE, None, False
+    while (code := poll()) is None:
+        assert time.monotonic() < deadline, f"no end: {output.read_text()}"
+        acted = acted or act()
+        if erred is None and "error: " in output.read_text():
+            erred = time.monotonic()
+        time.sleep(0.02)
+    results = sorted(output.parent.glob("out/final_results_*.json"))
+    status = json.loads(results[-1].read_text())["status"] if results else None
+    return Ended(code, output.read_text(), time.monotonic() - (erred or time.monotonic()), status)
+
+
+def forked_run(
+    args: list[str], folder: Path, before: Callable[[], object] = int, act: Callable[[int], bool] = bool
+) -> Ended:
+    """The command in a fork of this process, after `before`; `act` gets its id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "output").unlink(missing_ok=True)
+
+    def work() -> int:
+        os.setsid()
+        multiprocessing.current_process()._config.pop("tempdir", None)
+        before()
+        return run_cli(lambda: run_experiment.main(args))
+
+    with running(work, folder / "output") as child:
+
+        def poll() -> int | None:
+            done, status = os.waitpid(child, os.WNOHANG)
+            return os.waitstatus_to_exitcode(status) if done else None
+
+        return watched(poll, folder / "output", lambda: act(child))
+
+
+def real_run(args: list[str], folder: Path, *prefix: str, act: Callable[[int], bool] = bool, **options: Any) -> Ended:
+    """The command as a user runs it, in a session of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output").open("w") as output:
+        command = [*prefix, sys.executable, str(REPO / "scripts/run_experiment.py"), *args]
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True} | options
+        process = subprocess.Popen(command, cwd=REPO, **options)
+        try:
+            return watched(process.poll, folder / "output", lambda: act(process.pid))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def assert_ended(ended: Ended, code: int, says: str, status: str | None = "failed") -> None:
+    assert ended.code == code, ended.printed
+    assert len(ended.errors) == 1, ended.printed
+    assert says in ended.errors[0]
+    assert "Traceback" not in ended.printed
+    assert ended.seconds < SOON
+    assert ended.status == status, ended.printed
+
+
+def spoil(images: Path, part: str) -> None:
+    """Leave nothing of a picture but its name."""
+    os.truncate(images / part / "green/1.jpg", 0)
+
+
+def children(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def can_mount() -> bool:
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/dev/shm"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def small_disk_at(folder: str, size: str) -> None:
+    """Mount a file system in memory of so many bytes at `folder`, for this process and its children alone."""
+    libc, new_mounts, recursive_private = ctypes.CDLL(None, use_errno=True), 0x20000, 0x44000
+    failed = libc.unshare(new_mounts) or libc.mount(None, b"/", None, recursive_private, None)
+    if failed or libc.mount(b"none", folder.encode(), b"tmpfs", 0, f"size={size}".encode()):
+        raise OSError(ctypes.get_errno(), "cannot mount")
+
+
+def limit_memory() -> None:
+    """Leave this process 300 MB more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 300 * 2**20,) * 2)
+
+
+def set_tmpdir(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
+
+
+# ------------------------------------------------------------------------------------------------ Failing
+
+
+@pytest.mark.parametrize(("part", "workers"), [("train", 2), ("val", 8)])
+def test_a_picture_that_cannot_be_read_ends_a_run_with_workers(part, workers, image_folder, tmp_path):
+    spoil(image_folder, part)
+    ended = forked_run(arguments(image_folder, tmp_path / "1", f"training.num_workers={workers}"), tmp_path / "1")
+    assert_ended(ended, 2, f"{part}/green/1.jpg: not a readable image")
+
+
+def test_the_command_itself_ends_and_so_do_two_processes(image_folder, tmp_path):
+    """A fork has the exit hooks of this process; a command has its own."""
+    spoil(image_folder, "val")
+    ended = real_run([*arguments(image_folder, tmp_path / "1"), "--nproc", "2"], tmp_path / "1")
+    assert_ended(ended, 2, "val/green/1.jpg: not a readable image")
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_with_workers(image_folder, tmp_path):
+    more = ["training.lr=1e30", "training.optimizer=sgd"]
+    ended = forked_run(arguments(image_folder, tmp_path / "1", *more), tmp_path / "1")
+    assert_ended(ended, 1, "non-finite loss")
+
+
+def test_few_file_handles_are_named(image_folder, tmp_path):
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+    args = arguments(image_folder, tmp_path / "1", "training.num_workers=8")
+    ended = forked_run(args, tmp_path / "1", few)
+    assert_ended(ended, 2, "training.num_workers: 8 loader workers need about")
+    assert "`ulimit -n` allows 40" in ended.errors[0]
+
+
+def test_few_file_handles_later_are_named_too(image_folder, tmp_path):
+    def fewer(child: int) -> bool:
+        workers = children(child)
+        for worker in workers:
+            resource.prlimit(worker, resource.RLIMIT_NOFILE, (5, 5))
+        return len(workers) >= 2
+
+    args = arguments(image_folder, tmp_path / "1", "training.epochs=100000")
+    ended = forked_run(args, tmp_path / "1", act=fewer)
+    assert_ended(ended, 1, "too many open files")
+    assert "ulimit -n" in ended.errors[0]
+
+
+def test_a_long_temporary_folder_is_no_obstacle(image_folder, tmp_path):
+    args = arguments(image_folder, tmp_path / "1")
+    ended = forked_run(args, tmp_path / "1", lambda: set_tmpdir(tmp_path / ("long" * 30)))
+    assert (ended.code, ended.status) == (0, "completed"), ended.printed
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_a_small_dev_shm_is_named(cache, image_folder, tmp_path):
+    if not can_mount():
+        pytest.skip("nothing can be mounted here")
+    more = [f"dataset.cache={cache}", "dataset.image_size=224", "training.batch_size=24"]
+    args = arguments(image_folder, tmp_path / "1", *more)
+    ended = forked_run(args, tmp_path / "1", lambda: small_disk_at("/dev/shm", "2m"))
+    assert_ended(ended, 1, "/dev/shm is too small", "failed" if cache == "none" else None)
+    assert "--shm-size" in ended.errors[0]
+
+
+def test_a_cpu_without_memory_is_named(image_folder, tmp_path):
+    args = arguments(image_folder, tmp_path / "1", "dataset.image_size=512", "training.batch_size=24")
+    ended = forked_run(args, tmp_path / "1", limit_memory)
+    assert_ended(ended, 1, "out of memory")
+
+
+def test_a_worker_killed_from_outside_is_named_and_the_others_end(image_folder, tmp_path):
+    def kill(child: int) -> bool:
+        workers = children(child)[:1] if list(tmp_path.glob("1/out/checkpoints/*/last.pt")) else []
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        return bool(workers)
+
+    args = arguments(image_folder, tmp_path / "1", "training.epochs=100000")
+    assert_ended(forked_run(args, tmp_path / "1", act=kill), 1, "a loader worker died")
+
+
+def test_a_checkpoint_that_has_done_more_than_is_asked_for_is_complete(image_folder, tmp_path):
+    args = arguments(image_folder, tmp_path)
+    assert forked_run([*args, "training.epochs=4"], tmp_path).code == 0
+    (last,) = tmp_path.glob("out/checkpoints/*/last.pt")
+    ended = forked_run([*args, "training.epochs=2", "--resume", str(last)], tmp_path)
+    assert (ended.code, ended.status) == (0, "completed"), ended.printed
+    assert f"resumed from {last}: epoch 5, step 0" in ended.printed
+    assert "epochs           4 of" in ended.printed
+
+
+def test_a_reader_who_has_seen_enough_ends_no_run(image_folder, tmp_path):
+    """Starting a worker flushes the standard output, with what could not be printed before."""
+    ended = forked_run(arguments(image_folder, tmp_path / "1"), tmp_path / "1", without_output)
+    assert (ended.code, ended.printed, ended.status) == (0, "", "completed")
+
+
+# ------------------------------------------------------------------------------------------------ Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_reaches_one_end(number, image_folder, tmp_path):
+    """As a terminal and a scheduler send it: to the run and to its workers."""
+
+    def tell(child: int) -> bool:
+        begun = bool(list(tmp_path.glob("1/out/checkpoints/*/last.pt")))
+        if begun:
+            os.killpg(child, number)
+        return begun
+
+    args = arguments(image_folder, tmp_path / "1", "training.epochs=100000")
+    ended = forked_run(args, tmp_path / "1", act=tell)
+    assert (ended.code, ended.status) == (128 + number, "interrupted"), ended.printed
+    assert "Traceback" not in ended.printed
+    assert "error: " not in ended.printed
+
+
+# ------------------------------------------------------------------------------------------------ Long
+
+RUNS = int(os.environ.get("AST_LAB_FAILING_RUNS", 24))
+SEED = 0
+
+
+class Fault(NamedTuple):
+    """One way to fail: what is done to the run, its exit codes, and a word of its line."""
+
+    codes: tuple[int, ...]
+    says: str
+    keys: tuple[str, ...] = ()
+    prepare: Callable[[Path, Path], object] = lambda images, folder: None  # before the start
+    before: Callable[[Path], object] = lambda folder: None  # in the process itself
+    act: Callable[[int, Path], bool] | None = None  # once it has a checkpoint; gets its id and folder
+    streamed_only: bool = False
+    parallel: bool = True  # whether two processes can have it
+
+
+def set_limit(which: int, value: int) -> None:
+    resource.setrlimit(which, (value, value))
+
+
+def descendants(process: int) -> list[int]:
+    found = children(process)
+    return found + [each for child in found for each in descendants(child)]
+
+
+def kill_worker(child: int, folder: Path) -> bool:
+    """Kill a loader worker: a process without children that another one of the run has started."""
+    last = [each for each in descendants(child) if not children(each)]
+    for each in last[-1:]:
+        os.kill(each, signal.SIGKILL)
+    return bool(last)
+
+
+def fill_disk(child: int, folder: Path) -> bool:
+    with open(f"/proc/{child}/root{folder}/out/ballast", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**16)):
+                pass
+        except OSError:
+            return True
+    return True
+
+
+def make_read_only(child: int, folder: Path) -> bool:
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'  # what is open for writing stays so
+    command = ["nsenter", f"--target={child}", "--mount", "sh", "-c", mount, str(folder / "out")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def mount_out(folder: Path) -> None:
+    (folder / "out").mkdir(exist_ok=True)
+    small_disk_at(str(folder / "out"), "16m")
+
+
+def vanish(child: int, folder: Path) -> bool:
+    shutil.rmtree(folder / "images")
+    return True
+
+
+def without_output() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+
+
+ENDLESS = ("training.epochs=100000",)
+LARGE = ("dataset.image_size=224", "training.batch_size=24")
+FAULTS = {
+    "a bad picture in train": Fault((2,), "not a readable image", prepare=lambda i, _: spoil(i, "train")),
+    "a bad picture in val": Fault((2,), "not a readable image", prepare=lambda i, _: spoil(i, "val")),
+    "a loss that is not finite": Fault((1,), "non-finite", ("training.lr=1e30", "training.optimizer=sgd")),
+    "a full disk": Fault((1,), "No space left", ENDLESS, before=mount_out, act=fill_disk),
+    "an output that turns read-only": Fault((1,), "Read-only", ENDLESS, before=mount_out, act=make_read_only),
+    "a small /dev/shm": Fault((1,), "/dev/shm", LARGE, before=lambda _: small_disk_at("/dev/shm", "2m")),
+    "a full /dev/shm": Fault((1,), "/dev/shm", LARGE, before=lambda _: small_disk_at("/dev/shm", "4k")),
+    "a worker killed": Fault((1,), "a loader worker died", ENDLESS, act=kill_worker, streamed_only=True),
+    "no memory": Fault(
+        (1,), "out of memory", ("dataset.image_size=512", "training.batch_size=24"), before=lambda _: limit_memory(),
+        streamed_only=True, parallel=False,
+    ),
+    "few file handles": Fault(
+        (0, 1, 2), "open files|^$", before=lambda _: set_limit(resource.RLIMIT_NOFILE, 38), parallel=False
+    ),
+    "very few file handles": Fault(
+        (1, 2), "open files", before=lambda _: set_limit(resource.RLIMIT_NOFILE, 24), parallel=False
+    ),
+    "a closed standard output": Fault((0,), "", before=lambda _: without_output()),
+    "a folder that vanishes": Fault((2,), "not a readable image|No such file", ENDLESS, act=vanish, streamed_only=True),
+    "a long TMPDIR": Fault((0,), "", before=lambda folder: set_tmpdir(folder / ("long" * 30))),
+    "a TMPDIR that is not there": Fault((0,), "", before=lambda folder: os.environ.update(TMPDIR=str(folder / "no"))),
+}  # fmt: skip
+
+
+def fail_once(fault: Fault, images: Path, folder: Path, cache: str, processes: int) -> Ended:
+    shutil.copytree(images, folder / "images")
+    fault.prepare(folder / "images", folder)
+    more = [*fault.keys, f"dataset.cache={cache}", *(["--nproc", "2"] if processes == 2 else [])]
+    args = arguments(folder / "images", folder, *more)
+
+    def act(child: int) -> bool:
+        begun = list(Path(f"/proc/{child}/root{folder}").glob("out/checkpoints/*/last.pt"))
+        return bool(begun) and (fault.act is None or fault.act(child, folder))
+
+    if processes == 1:
+        return forked_run(args, folder, lambda: fault.before(folder), act)
+    return real_run(args, folder, act=act, preexec_fn=lambda: fault.before(folder))
+
+
+@pytest.mark.long
+def test_failing_runs_of_all_kinds_end(image_folder, tmp_path):
+    """RUNS of them; AST_LAB_FAILING_RUNS=100 for more."""
+    if not can_mount():
+        pytest.skip("nothing can be mounted here")
+    dice, slowest, wrong, counts = random.Random(SEED), 0.0, [], dict.fromkeys(FAULTS, 0)
+    for run in range(RUNS):
+        name = list(FAULTS)[run % len(FAULTS)]
+        fault, folder = FAULTS[name], tmp_path / str(run)
+        cache = "none" if fault.streamed_only else dice.choice(["none", "device"])
+        processes = dice.choice([1, 1, 2]) if fault.parallel else 1
+        try:
+            ended = fail_once(fault, image_folder, folder, cache, processes)
+        except AssertionError as error:
+            ended = Ended(-99, str(error), PATIENCE, None)
+        fine = ended.code in fault.codes and ended.seconds < SOON and "Traceback" not in ended.printed
+        fine = fine and len(ended.errors) == int(ended.code > 0) and re.search(fault.says, "".join(ended.errors))
+        began = "train_acc" in ended.printed or "epoch " in ended.printed
+        mounted = fault.before is mount_out  # its results file went with the process
+        fine = fine and (mounted or not began or ended.status == ("failed" if ended.code else "completed"))
+        counts[name], slowest = counts[name] + 1, max(slowest, ended.seconds)
+        if not fine:
+            wrong.append(f"run {run}, {name}, cache {cache}, {processes} processes: {ended}")
+            print(wrong[-1], flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{RUNS} failing runs, seed {SEED}: {len(wrong)} wrong, the slowest end took {slowest:.1f} s; {counts}")
+    assert not wrong
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_every_process_of_several_reaches_one_end(number, image_folder, tmp_path):
+    """As a scheduler sends it: to torchrun too, which passes it on."""
+
+    def tell(child: int) -> bool:
+        begun = bool(list(tmp_path.glob("1/out/checkpoints/*/last.pt")))
+        for each in [child, *descendants(child)] if begun else ():
+            os.kill(each, number)
+        return begun
+
+    args = arguments(image_folder, tmp_path / "1", "training.epochs=100000", "--nproc", "2")
+    ended = real_run(args, tmp_path / "1", act=tell)
+    assert (ended.code, ended.status) == (128 + number, "interrupted"), ended.printed
+    assert "Traceback" not in ended.printed
