@@ -18,8 +18,7 @@ from conftest import REPO
 from lab.cli import run_cli
 from lab.config import Config, checkpoint_folder
 from lab.runtime.checkpoint import load_checkpoint
-from test_checkpoint import final_state, same
-from test_kill import exit_code, forked, running, wait_until
+from runs import exit_code, final_state, forked, running, same, wait_until
 from train_ast import load_config, train
 
 SMOKE = REPO / "configs/digits_smoke.yaml"

@@ -17,8 +17,7 @@ import torch
 from conftest import make_config
 from lab.config import Config, checkpoint_folder
 from lab.runtime.checkpoint import load_checkpoint
-from test_checkpoint import StopAfter
-from test_distributed import ranks
+from runs import StopAfter, ranks
 from train_ast import train
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -1,21 +1,13 @@
 """Processes that die: killed, told to end, or left without a worker. Short by default; `-m long` for the long form."""
 
-import atexit
-import contextlib
 import json
-import multiprocessing.util
 import os
 import random
 import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 import run_experiment
 from conftest import REPO, make_config
@@ -24,60 +16,11 @@ from lab.config import Config
 from lab.errors import TrainingFailed
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.clock import Stop
-from test_checkpoint import WAYS, final_state, same, untimed
+from runs import WAYS, exit_code, final_state, forked, running, same, untimed, wait_until
 from train_ast import train
 
 TINY = ["model.name=test_resnet", "dataset.image_size=8", "training.batch_size=32", "training.lr=0.05"]
 TINY += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "training.epochs=4", "ast.warmup_epochs=1"]
-
-
-def forked(work: Callable[[], int], output: Path) -> int:
-    """Start `work` in a process of its own that exits with what it returns. Returns its id."""
-    output.touch()
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    with output.open("a", 1) as file:
-        try:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            sys.stdout = sys.stderr = file  # pytest's are not those
-            torch.set_num_threads(1)  # the parent's threads have not come along
-            atexit._clear()  # the parent's clean up what is the parent's; a command has its own, which may wait
-            atexit.register(multiprocessing.util._exit_function)
-            code = work()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            file.flush()
-            atexit._run_exitfuncs()
-            os._exit(code)
-
-
-def exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-@contextlib.contextmanager
-def running(work: Callable[[], int], output: Path) -> Iterator[int]:
-    """`work` in a process of its own, by its id; killed at the end if it still runs."""
-    child = forked(work, output)
-    try:
-        yield child
-    finally:
-        with contextlib.suppress(ChildProcessError):  # it has ended and was waited for
-            if os.waitpid(child, os.WNOHANG) == (0, 0):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-
-
-def wait_until(happened: Callable[[], Any], seconds: float = 60) -> Any:
-    """What `happened` returns once that is true."""
-    deadline = time.monotonic() + seconds
-    while not (outcome := happened()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
-    return outcome
 
 
 def check_readable(folder: Path, config: Config) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from conftest import REPO
-from helpers import wait_for
+from helpers import wait_for, write_run
 from lab.config import Config, load_config, read_config, run_id
 from lab.errors import RequestError
 from lab.sweep import (
@@ -23,7 +23,6 @@ from lab.sweep import (
     time_left,
     work_off,
 )
-from test_analyze_results import write_run
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 

@@ -22,7 +22,7 @@ import pytest
 import run_experiment
 from conftest import REPO
 from lab.cli import run_cli
-from test_kill import running
+from runs import running
 
 SMOKE = REPO / "configs/digits_smoke.yaml"
 KEYS = ["dataset.type=folder", "model.name=test_resnet", "dataset.image_size=32", "training.batch_size=8"]

@@ -1,18 +1,11 @@
 """Several processes on one run (gloo on the CPU): what they train is what one process would have trained."""
 
 import contextlib
-import faulthandler
-import functools
 import itertools
 import json
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,89 +31,8 @@ from lab.runtime.clock import Clock, Stop
 from lab.runtime.distributed import Dist
 from lab.runtime.outputs import Outputs
 from lab.runtime.sample_store import SampleStore
-from test_checkpoint import TIMED, StopAfter, final_state, same, untimed
-from test_kill import exit_code, running, wait_until
+from runs import TIMED, Ended, StopAfter, exit_code, final_state, ranks, running, same, untimed, wait_until
 from train_ast import Run, Trainer, execute, train
-
-
-@functools.cache
-def meeting_point() -> int:
-    """The port of a store in a process of its own, as torchrun has it: to fork beside the store's thread can hang."""
-    code = "import sys; from torch.distributed import TCPStore as S; s = S('127.0.0.1', 0, is_master=True, "
-    code += "wait_for_workers=False); print(s.port, flush=True); sys.stdin.read()"  # until the tests end
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return int(subprocess.Popen([sys.executable, "-c", code], **pipes, text=True).stdout.readline())
-
-
-ATTEMPTS = itertools.count()
-
-
-def as_rank(rank: int, world: int, attempt: int, work: Callable[[int], Any], folder: Path) -> None:
-    """What a process of `ranks` does: `work`, as torchrun would have started it; its output goes to a file."""
-    code = 99
-    with (folder / f"{rank}.out").open("w", 1) as file:
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file
-        faulthandler.dump_traceback_later(50, file=file)  # where it hangs, if it does
-        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        facts |= {"MASTER_PORT": meeting_point(), "TORCHELASTIC_RESTART_COUNT": attempt}  # a place of its own to meet
-        os.environ.update({key: str(value) for key, value in facts.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_USE_AGENT_STORE="True")
-        torch.set_num_threads(1)
-        try:
-            torch.save(work(rank), folder / f"{rank}.pt")
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            file.flush()
-            os._exit(code)
-
-
-class Ended:
-    """How the processes of `ranks` ended: exit codes, what they printed, what their work returned."""
-
-    def __init__(self, codes: list[int], folder: Path):
-        self.codes, self.folder = codes, folder
-        self.texts = [path.read_text() for path in sorted(folder.glob("*.out"))]
-
-    def errors(self) -> list[str]:
-        """What all of them together said on how they failed; a traceback counts."""
-        lines = [line for text in self.texts for line in text.splitlines()]
-        return [line for line in lines if line.startswith(("error:", "Traceback"))]
-
-    def results(self) -> list[Any]:
-        assert self.codes == [0] * len(self.codes), "\n".join(self.texts)
-        return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(self.codes))]
-
-
-def ranks(
-    world: int, work: Callable[[int], Any], folder: Path, seconds: float = 60, missing: Sequence[int] = ()
-) -> Ended:
-    """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    meeting_point()
-    attempt = next(ATTEMPTS)
-    context, started = multiprocessing.get_context("fork"), [rank for rank in range(world) if rank not in missing]
-    processes = [
-        context.Process(target=as_rank, args=(rank, world, attempt, work, folder), daemon=False) for rank in started
-    ]
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        with contextlib.suppress(AttributeError):
-            process.kill()
-        process.join()
-    texts = "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
-    assert not hanging, f"ranks {hanging} did not end\n{texts}"
-    return Ended([process.exitcode for process in processes], folder)
-
 
 # ----------------------------------------------------------------------------------- The same as one process
 

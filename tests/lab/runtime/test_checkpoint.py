@@ -22,11 +22,11 @@ from lab.runtime.checkpoint import Checkpoints, host_copy, load_checkpoint, save
 from lab.runtime.clock import Stop
 from lab.runtime.outputs import build_result
 from lab.runtime.state import load_run_state, run_state
+from runs import WAYS, CapAfter, StopAfter, final_state, same, untimed
 from train_ast import close_epoch, train
 
 SMALL = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.lr=0.05"]
 SMALL += ["dataset.max_train_samples=200", "dataset.max_val_samples=64", "training.epochs=3", "ast.warmup_epochs=1"]
-TIMED = {"step_time_ms", "est_energy_kj", "train_seconds"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,79 +36,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class StopAfter(Stop):
-    """A signal that comes while step number `steps` of the session is under way; `steps` counts from 1."""
-
-    def __init__(self, steps: int):
-        super().__init__()
-        self.left = steps
-
-    def status(self, reserve_seconds: float = 0.0) -> str | None:
-        self.left -= 1
-        if self.left == 0:
-            self.signal = 15
-        return super().status(reserve_seconds)
-
-
-class CapAfter(StopAfter):
-    """A wall-clock cap that is reached in step number `steps`."""
-
-    def status(self, reserve_seconds: float = 0.0) -> str | None:
-        self.left -= 1
-        self.deadline = 0.0 if self.left <= 0 else self.deadline
-        return Stop.status(self)
-
-
-def untimed(result: dict) -> dict:
-    """What must repeat of a result: all but times."""
-    history = {key: values for key, values in result["training_history"].items() if key not in TIMED}
-    timed = ("total_time_hours", "train_seconds", "training_history", "config", "environment")
-    return {key: value for key, value in result.items() if key not in timed} | history
-
-
-def same(left, right) -> bool:
-    """Whether two nested states are equal bit for bit."""
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
-
-
-def final_state(config: Config) -> dict:
-    """The last checkpoint of a finished run, without times and the keys that say where it was written."""
-    state = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
-    history = state["metrics"]["history"]
-    state["metrics"]["history"] = {key: values for key, values in history.items() if key not in TIMED}
-    return {key: state[key] for key in state if key not in ("clock", "config")}
-
-
-WAYS = {
-    "dense": ["ast.mode=dense"],
-    "random": ["ast.mode=random"],
-    "ast": [],
-    "ast, scored on the spot": ["ast.score_ahead=false"],
-    "packed": ["ast.pack=true"],
-    "packed, accumulated": ["ast.pack=true", "training.grad_accum_steps=2", "training.optimizer=adamw"],
-    "accumulated": ["training.grad_accum_steps=4", "training.grad_clip_norm=1.0", "ast.score_resolution=8"],
-    "annealed, dropout": ["ast.anneal_epochs=1", "model.name=test_vit", "dataset.image_size=32"],
-    "resident": ["dataset.cache=device", "dataset.augment=pad_crop"],
-    "resident crops": ["dataset.cache=device", "dataset.augment=random_resized_crop", "ast.pack=true"],
-    "two workers": ["training.num_workers=2", "dataset.augment=random_resized_crop", "ast.pack=true"],
-    "non-finite steps allowed": ["training.max_nonfinite_steps=3"],
-    "history": ["ast.scoring=history", "ast.target_activation=0.5", "ast.explore_weight_cap=4"],
-    "history, two workers": ["ast.scoring=history", "ast.target_activation=0.5", "training.num_workers=2"],
-    "history, resident, accumulated": [
-        *("ast.scoring=history", "ast.target_activation=0.5", "ast.forget_rate=0.1", "ast.anneal_epochs=1"),
-        *("dataset.cache=device", "dataset.repeat=2", "dataset.label_noise=0.2", "training.grad_accum_steps=2"),
-    ],
-    "infobatch": ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"],
-    "top-k": ["ast.rule=topk", "ast.pack=true"],
-}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,0 +1,226 @@
+"""Runs that are interrupted, killed or spread over processes, and what must repeat of them."""
+
+import atexit
+import contextlib
+import faulthandler
+import functools
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab.config import Config, checkpoint_folder
+from lab.runtime.checkpoint import load_checkpoint
+from lab.runtime.clock import Stop
+
+TIMED = {"step_time_ms", "est_energy_kj", "train_seconds"}
+
+
+class StopAfter(Stop):
+    """A signal that comes while step number `steps` of the session is under way; `steps` counts from 1."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.left = steps
+
+    def status(self, reserve_seconds: float = 0.0) -> str | None:
+        self.left -= 1
+        if self.left == 0:
+            self.signal = 15
+        return super().status(reserve_seconds)
+
+
+class CapAfter(StopAfter):
+    """A wall-clock cap that is reached in step number `steps`."""
+
+    def status(self, reserve_seconds: float = 0.0) -> str | None:
+        self.left -= 1
+        self.deadline = 0.0 if self.left <= 0 else self.deadline
+        return Stop.status(self)
+
+
+def untimed(result: dict) -> dict:
+    """What must repeat of a result: all but times."""
+    history = {key: values for key, values in result["training_history"].items() if key not in TIMED}
+    timed = ("total_time_hours", "train_seconds", "training_history", "config", "environment")
+    return {key: value for key, value in result.items() if key not in timed} | history
+
+
+def same(left, right) -> bool:
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def final_state(config: Config) -> dict:
+    """The last checkpoint of a finished run, without times and the keys that say where it was written."""
+    state = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
+    history = state["metrics"]["history"]
+    state["metrics"]["history"] = {key: values for key, values in history.items() if key not in TIMED}
+    return {key: state[key] for key in state if key not in ("clock", "config")}
+
+
+WAYS = {
+    "dense": ["ast.mode=dense"],
+    "random": ["ast.mode=random"],
+    "ast": [],
+    "ast, scored on the spot": ["ast.score_ahead=false"],
+    "packed": ["ast.pack=true"],
+    "packed, accumulated": ["ast.pack=true", "training.grad_accum_steps=2", "training.optimizer=adamw"],
+    "accumulated": ["training.grad_accum_steps=4", "training.grad_clip_norm=1.0", "ast.score_resolution=8"],
+    "annealed, dropout": ["ast.anneal_epochs=1", "model.name=test_vit", "dataset.image_size=32"],
+    "resident": ["dataset.cache=device", "dataset.augment=pad_crop"],
+    "resident crops": ["dataset.cache=device", "dataset.augment=random_resized_crop", "ast.pack=true"],
+    "two workers": ["training.num_workers=2", "dataset.augment=random_resized_crop", "ast.pack=true"],
+    "non-finite steps allowed": ["training.max_nonfinite_steps=3"],
+    "history": ["ast.scoring=history", "ast.target_activation=0.5", "ast.explore_weight_cap=4"],
+    "history, two workers": ["ast.scoring=history", "ast.target_activation=0.5", "training.num_workers=2"],
+    "history, resident, accumulated": [
+        *("ast.scoring=history", "ast.target_activation=0.5", "ast.forget_rate=0.1", "ast.anneal_epochs=1"),
+        *("dataset.cache=device", "dataset.repeat=2", "dataset.label_noise=0.2", "training.grad_accum_steps=2"),
+    ],
+    "infobatch": ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"],
+    "top-k": ["ast.rule=topk", "ast.pack=true"],
+}
+
+
+def forked(work: Callable[[], int], output: Path) -> int:
+    """Start `work` in a process of its own that exits with what it returns. Returns its id."""
+    output.touch()
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    with output.open("a", 1) as file:
+        try:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            sys.stdout = sys.stderr = file  # pytest's are not those
+            torch.set_num_threads(1)  # the parent's threads have not come along
+            atexit._clear()  # the parent's clean up what is the parent's; a command has its own, which may wait
+            atexit.register(multiprocessing.util._exit_function)
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            file.flush()
+            atexit._run_exitfuncs()
+            os._exit(code)
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextlib.contextmanager
+def running(work: Callable[[], int], output: Path) -> Iterator[int]:
+    """`work` in a process of its own, by its id; killed at the end if it still runs."""
+    child = forked(work, output)
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ChildProcessError):  # it has ended and was waited for
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def wait_until(happened: Callable[[], Any], seconds: float = 60) -> Any:
+    """What `happened` returns once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (outcome := happened()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+    return outcome
+
+
+@functools.cache
+def meeting_point() -> int:
+    """The port of a store in a process of its own, as torchrun has it: to fork beside the store's thread can hang."""
+    code = "import sys; from torch.distributed import TCPStore as S; s = S('127.0.0.1', 0, is_master=True, "
+    code += "wait_for_workers=False); print(s.port, flush=True); sys.stdin.read()"  # until the tests end
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return int(subprocess.Popen([sys.executable, "-c", code], **pipes, text=True).stdout.readline())
+
+
+ATTEMPTS = itertools.count()
+
+
+def as_rank(rank: int, world: int, attempt: int, work: Callable[[int], Any], folder: Path) -> None:
+    """What a process of `ranks` does: `work`, as torchrun would have started it; its output goes to a file."""
+    code = 99
+    with (folder / f"{rank}.out").open("w", 1) as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        faulthandler.dump_traceback_later(50, file=file)  # where it hangs, if it does
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        facts |= {"MASTER_PORT": meeting_point(), "TORCHELASTIC_RESTART_COUNT": attempt}  # a place of its own to meet
+        os.environ.update({key: str(value) for key, value in facts.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_USE_AGENT_STORE="True")
+        torch.set_num_threads(1)
+        try:
+            torch.save(work(rank), folder / f"{rank}.pt")
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            file.flush()
+            os._exit(code)
+
+
+class Ended:
+    """How the processes of `ranks` ended: exit codes, what they printed, what their work returned."""
+
+    def __init__(self, codes: list[int], folder: Path):
+        self.codes, self.folder = codes, folder
+        self.texts = [path.read_text() for path in sorted(folder.glob("*.out"))]
+
+    def errors(self) -> list[str]:
+        """What all of them together said on how they failed; a traceback counts."""
+        lines = [line for text in self.texts for line in text.splitlines()]
+        return [line for line in lines if line.startswith(("error:", "Traceback"))]
+
+    def results(self) -> list[Any]:
+        assert self.codes == [0] * len(self.codes), "\n".join(self.texts)
+        return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(self.codes))]
+
+
+def ranks(
+    world: int, work: Callable[[int], Any], folder: Path, seconds: float = 60, missing: Sequence[int] = ()
+) -> Ended:
+    """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meeting_point()
+    attempt = next(ATTEMPTS)
+    context, started = multiprocessing.get_context("fork"), [rank for rank in range(world) if rank not in missing]
+    processes = [
+        context.Process(target=as_rank, args=(rank, world, attempt, work, folder), daemon=False) for rank in started
+    ]
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        with contextlib.suppress(AttributeError):
+            process.kill()
+        process.join()
+    texts = "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
+    assert not hanging, f"ranks {hanging} did not end\n{texts}"
+    return Ended([process.exitcode for process in processes], folder)
