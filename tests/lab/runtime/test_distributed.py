@@ -629,3 +629,28 @@ def test_a_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(way, t
     assert result["nonfinite_steps"] == whole["nonfinite_steps"] == 2
     for name, tensor in last(one)["model"].items():
         assert torch.allclose(tensor, last(many)["model"][name], atol=1e-5, rtol=0), name
+
+
+@pytest.mark.parametrize(
+    ("world", "total", "shares"), [(2, 3, [3, 0]), (2, 2, [2, 0]), (3, 5, [2, 3, 0]), (2, 1, [1, 0])]
+)
+def test_no_rank_trains_on_a_single_sample_while_others_have_more(world, total, shares, tmp_path):
+    """BatchNorm cannot normalise one sample of 1 x 1."""
+
+    def work(rank: int) -> list[int]:
+        dist = Dist.join(torch.device("cpu"))
+        own = torch.arange(total) if rank == world - 1 else torch.arange(0)
+        return dist.balance([0] * (world - 1) + [total], [own])[0].tolist()
+
+    results = ranks(world, work, tmp_path).results()
+    assert [len(own) for own in results] == shares
+    assert sorted(chain(*results)) == list(range(total))
+
+
+def test_few_active_samples_train_a_network_whose_batchnorm_sees_single_pixels(tmp_path):
+    """Two processes, unpacked, the default min_active of 2: it used to end with "Expected more than 1 value"."""
+    keys = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.epochs=3"]
+    keys += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "ast.warmup_epochs=1", "training.lr=0.05"]
+    config = make_config(*keys, "ast.target_activation=0.1", f"logging.output_dir={tmp_path}/out")
+    result = ranks(2, lambda rank: train(config)[0], tmp_path / "ranks").results()[0]
+    assert result["status"] == "completed"
