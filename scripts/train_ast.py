@@ -74,9 +74,9 @@ from lab.runtime.meters import Ledger, Meter
 from lab.runtime.optimizer import build_optimizer, lr_at
 from lab.runtime.outputs import Outputs, build_result, open_tensorboard, prepare_outputs
 from lab.runtime.sample_store import SampleStore
-from lab.runtime.state import reduce_to_rank0, resume_run, run_state, warm_up
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import WorkerLoader, ending_workers
+from lab.state import reduce_to_rank0, resume_run, run_state, warm_up
 
 # ---------------------------------------------------------------------------------------------- PI controller
 

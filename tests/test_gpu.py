@@ -12,7 +12,7 @@ from lab.data.randomness import uniform
 from lab.models import get_model
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.devices import configure_backends
-from lab.runtime.state import warm_up
+from lab.state import warm_up
 from train_ast import Run, build_dataloaders, load_config, train_one_epoch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -16,9 +16,9 @@ import torch
 
 from lab.config import Config
 from lab.errors import RequestError, TrainingFailed, one_line
+from lab.launch import launched
 from lab.runtime.devices import synchronize
 from lab.runtime.distributed import Dist, vote_interval
-from lab.runtime.launch import launched
 from lab.runtime.meters import EnergyMeter
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import kill_workers, worker_error

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from lab.config import Config, checkpoint_folder
 from lab.console import print_rank0
 from lab.errors import PeerLost, RequestError, one_line
-from lab.runtime.launch import launched
+from lab.launch import launched
 
 CONTACT_SECONDS = 300.0  # how long a process waits for the others before it gives the run up
 MEETINGS = count()  # one run may follow another in the same processes: each meets under its own name in the store
