@@ -48,6 +48,7 @@ class DatasetConfig(Section):
     augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
         "auto", description="auto: none for digits, pad_crop up to 64 px, random_resized_crop above"
     )
+    padding: Literal["black", "reflect"] = Field("black", description="pad_crop: what lies beyond the picture's edge")
     cache: Literal["none", "device"] = Field(
         "none", description="device: decode once, keep the pixels on the training device, crop and flip there"
     )

@@ -115,7 +115,8 @@ class ResidentLoader:
         self.images, labels, self.aspects, self.read_errors.found = decoded
         self.labels = torch.from_numpy(dataset.noisy_labels(labels, indices)).to(device)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
-        self.crop = compiled(partial(crop_resize, size=self.augmentation.size), mode)
+        crop = partial(crop_resize, size=self.augmentation.size, reflected=self.augmentation.reflected)
+        self.crop = compiled(crop, mode)
         if mode != "off":  # compile now, before training time is counted
             next(iter(self))
 

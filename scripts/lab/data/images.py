@@ -122,8 +122,9 @@ class Augmentation:
 
     `dataset.augment` names the kind:
     - random_resized_crop: a random crop, mirrored by chance. Validation: the crop in the middle.
-    - pad_crop: the whole picture, resized to `size`, shifted by up to `margin` pixels over black and mirrored by chance
-      (He et al. 2016, section 4.2). Validation: neither shifted nor mirrored.
+    - pad_crop: the whole picture, resized to `size`, shifted by up to `margin` pixels and mirrored by chance (He et al.
+      2016, section 4.2). Validation: neither shifted nor mirrored. Beyond the edge the picture is black, or with
+      `dataset.padding: reflect` its own reflection.
     - none: the whole picture, resized to `size`.
 
     `crops`: whether parts of pictures are cut out and resized. `random`: whether the uniform numbers matter.
@@ -133,6 +134,7 @@ class Augmentation:
         augment, self.size = config.resolved_augment(), config.image_size
         self.crops, self.random = augment == "random_resized_crop", train and augment != "none"
         self.margin = max(1, self.size // 8)  # pixels; 4 at a size of 32
+        self.reflected = self.margin if config.padding == "reflect" and not self.crops else 0  # pixels
 
     def boxes(self, uniforms: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes, float64 [n, 4], and which pictures are mirrored, bool [n].
@@ -159,7 +161,11 @@ class Augmentation:
     def _cut(self, image: Tensor, box: Sequence[int], mirror: bool) -> Tensor:
         top, left, height, width = box
         if not self.crops:
-            image, top, left = F.pad(image, [self.margin] * 4), top + self.margin, left + self.margin
+            around = [self.margin] * 4
+            image = (
+                F.pad(image[None].float(), around, "reflect")[0].to(image) if self.reflected else F.pad(image, around)
+            )
+            top, left = top + self.margin, left + self.margin
         image = image[:, top : top + height, left : left + width]
         image = resize(image, self.size) if self.crops else image
         return image.flip(-1) if mirror else image
@@ -171,7 +177,9 @@ def resize(image: Tensor, size: int) -> Tensor:
     return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
 
 
-def axis_weights(start: Tensor, length: Tensor, size: int, side: int, mirror: Tensor | None = None) -> Tensor:
+def axis_weights(
+    start: Tensor, length: Tensor, size: int, side: int, mirror: Tensor | None = None, reflected: int = 0
+) -> Tensor:
     """The matrices that crop and resize one axis of a batch of pictures: [batch, size, side].
 
     Row i of a matrix holds the weights with which the `side` pixels of the picture make up pixel i of the result. The
@@ -180,6 +188,7 @@ def axis_weights(start: Tensor, length: Tensor, size: int, side: int, mirror: Te
     all lie outside the picture is 0, which makes them black.
 
     start, length: float [batch], whole pixels. mirror: bool [batch], which pictures are turned round on this axis.
+    reflected: so many pixels beyond each edge are the picture's reflection, without its edge pixels repeated.
     float32 on the CPU; float16 on a GPU, which holds every grey level exactly.
     """
     start, length = start.float()[:, None, None], length.float()[:, None, None]
@@ -187,21 +196,27 @@ def axis_weights(start: Tensor, length: Tensor, size: int, side: int, mirror: Te
     outputs = torch.arange(size, device=start.device) + 0.5
     if mirror is not None:
         outputs = torch.where(mirror[:, None], size - outputs, outputs)
-    pixels = torch.arange(side, device=start.device) + 0.5 - start
+    pixels = torch.arange(-reflected, side + reflected, device=start.device) + 0.5 - start
     weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(min=0)
     weights = weights * ((pixels > 0) & (pixels < length))
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+    if reflected:  # the weight of a reflected pixel goes to the pixel it shows
+        before, weights, after = weights.split([reflected, side, reflected], -1)
+        weights = weights.contiguous()
+        weights[..., 1 : reflected + 1] += before.flip(-1)
+        weights[..., side - 1 - reflected : side - 1] += after.flip(-1)
     return weights.to(torch.float16 if start.is_cuda else torch.float32)
 
 
-def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int) -> Tensor:
+def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int, reflected: int = 0) -> Tensor:
     """Crop, resize and mirror each picture of a batch: uint8 [batch, 3, S, S] -> uint8 [batch, 3, size, size].
 
     Two products of matrices, one for each axis (see `axis_weights`). boxes: float [batch, 4]; mirror: bool [batch].
+    reflected: pixels beyond the edges that are the picture's reflection.
     """
     side = images.shape[-1]
-    rows = axis_weights(boxes[:, 0], boxes[:, 2], size, side)
-    columns = axis_weights(boxes[:, 1], boxes[:, 3], size, side, mirror)
+    rows = axis_weights(boxes[:, 0], boxes[:, 2], size, side, reflected=reflected)
+    columns = axis_weights(boxes[:, 1], boxes[:, 3], size, side, mirror, reflected)
     narrow = images.to(columns.dtype).flatten(1, 2) @ columns.mT
     return (rows[:, None] @ narrow.unflatten(1, (3, side))).round().clamp(0, 255).to(torch.uint8)
 

@@ -146,19 +146,20 @@ def test_a_streamed_crop_is_torchvisions(train):
     assert mirrors.any() == train
 
 
-def test_a_shifted_picture_is_padded_and_cropped():
-    augmentation = Augmentation(
-        load_config(None, ["dataset.image_size=32", "dataset.augment=pad_crop"]).dataset, train=True
-    )
+@pytest.mark.parametrize(("padding", "mode"), [("black", "constant"), ("reflect", "reflect")])
+def test_a_shifted_picture_is_padded_and_cropped(padding, mode):
+    """Streamed and cached alike, as torchvision pads and crops."""
+    keys = ["dataset.image_size=32", "dataset.augment=pad_crop", f"dataset.padding={padding}"]
+    augmentation = Augmentation(load_config(None, keys).dataset, train=True)
     image = pictures(1, 32)[0]
-    padded, seen = v2.functional.pad(image, [4, 4, 4, 4]), set()
+    padded, seen = v2.functional.pad(image, [4, 4, 4, 4], padding_mode=mode), set()
     for row in uniform(0, 0, torch.arange(400), UNIFORMS_PER_SAMPLE):
         boxes, mirror = augmentation.boxes(row[None], torch.ones(1), torch.full((1, 2), 32.0))
         top, left, height, width = boxes[0].int().tolist()
         expected = v2.functional.crop(padded, top + 4, left + 4, height, width)
-        assert torch.equal(
-            augmentation([image], row[None])[0], v2.functional.horizontal_flip(expected) if mirror else expected
-        )
+        expected = v2.functional.horizontal_flip(expected) if mirror else expected
+        assert torch.equal(augmentation([image], row[None])[0], expected)
+        assert torch.equal(crop_resize(image[None], boxes, mirror, 32, augmentation.reflected)[0], expected)
         seen |= {top, left + 100, 1000 + int(mirror)}
     assert seen == {*range(-4, 5), *range(96, 105), 1000, 1001}
 
