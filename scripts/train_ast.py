@@ -77,6 +77,7 @@ from lab.runtime.sample_store import SampleStore
 from lab.runtime.state import reduce_to_rank0, resume_run, run_state, warm_up
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import WorkerLoader, ending_workers
+from lab.selecting import top_up
 
 # ---------------------------------------------------------------------------------------------- PI controller
 
@@ -399,11 +400,14 @@ class HistoryThreshold(Selection):
         super().start_epoch(epoch, order)
         self.controller.epoch = float(epoch - self.config.ast.warmup_epochs)
         uniforms = np.random.default_rng((self.config.training.seed, epoch, 1)).random(len(order), dtype=np.float32)
-        choice = self.choose_epoch(self.store.scores(order), uniforms)
+        scores, ast, world = self.store.scores(order), self.config.ast, self.dist.world
+        choice = self.choose_epoch(scores, uniforms)
+        self.activations, self.thresholds = [int(np.count_nonzero(choice.kinds)) / len(order)], [choice.threshold]
+        floor = ast.min_active if world == 1 else min(1, ast.min_active) * max(ast.min_active, 2 * world)
+        choice.kinds[top_up(choice.kinds, scores, floor, ast.forget_rate)] = ACTIVE
         kinds = np.zeros(len(self.kinds), dtype=np.uint8)
         kinds[order] = choice.kinds
         self.kinds.copy_(torch.from_numpy(kinds))
-        self.activations, self.thresholds = [int(np.count_nonzero(kinds)) / len(order)], [choice.threshold]
 
     def choose_epoch(self, scores: np.ndarray, uniforms: np.ndarray) -> Choice:
         """scores: float32 [n], nats, in the order of the epoch. uniforms: float32 [n], a random number of each."""
@@ -967,10 +971,10 @@ class Metrics(Stateful):
             self.meter = self.new_meter()
 
 
-def close_epoch(run: Run, val_acc: float, dense_samples: float) -> dict[str, Any]:
+def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: float) -> dict[str, Any]:
     """Add the epoch's row to the history and return it: the one place that defines every figure.
 
-    dense_samples: how many samples a dense epoch would have trained on.
+    dense_samples: how many samples a dense epoch would have trained on. considered: out of how many this one was drawn.
     """
     metrics, clock = run.metrics, run.clock
     reduce_to_rank0(run)
@@ -983,10 +987,10 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float) -> dict[str, Any
         "epoch": metrics.epoch + 1,
         "train_acc": train_acc,
         "val_acc": val_acc,
-        "activation_rate": statistics.fmean(activations) if activations else done.loaded / dense_samples,
+        "activation_rate": statistics.fmean(activations) if activations else done.loaded / considered,
         "threshold": statistics.fmean(thresholds) if thresholds else None,
         "energy_savings": 1 - done.dense_equivalents(scoring_cost) / dense_samples,
-        "step_time_ms": 1000 * seconds / metrics.step,
+        "step_time_ms": 1000 * seconds / metrics.step if metrics.step else None,
         "est_energy_kj": clock.train_seconds * run.config.metrics.gpu_tdp_watts / 1000,
         "est_flops_g": run.network.base_flop * ledger.trained / 1e9,
         "lr": run.trainer.lr,
@@ -1145,7 +1149,9 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
         run.start_epoch(epoch, plan.permutation())
     if run.config.is_sparse(epoch):
         plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
-    run.trainer.pace = plan.planned_steps(epoch) / len(plan)
+    run.trainer.pace = plan.planned_steps(epoch) / max(1, len(plan))
+    if not len(plan):  # nobody was chosen: the schedule goes on all the same
+        run.trainer.unscheduled += plan.planned_steps(epoch)
 
 
 def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan) -> str:
@@ -1158,6 +1164,10 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
         begin_epoch(run, plan)
         whole = train_one_epoch(run, device_batches(train_loader, run.device, metrics.read_errors), len(plan))
         clock.pause()
+        if not whole and not metrics.step:
+            status = "completed" if metrics.epoch else "time_capped"
+            print_rank0("training.max_minutes are over: no step of this epoch fitted in")
+            break
         average_running_statistics(run.network.model, run.dist)
         val_acc = validate(run, val_loader)
         if val_acc is None:
@@ -1165,7 +1175,8 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
             if status == "time_capped":
                 print_rank0("training.max_minutes are over: the last validation did not fit in and was left")
             break
-        row = close_epoch(run, val_acc, plan.dense_samples * metrics.step / len(plan))
+        done, considered = metrics.step / len(plan) if len(plan) else 1.0, plan.considered_samples(metrics.epoch)
+        row = close_epoch(run, val_acc, done * plan.dense_samples, done * considered)
         metrics.epochs_completed += whole
         outputs.close_epoch(row)
         if not whole:  # the checkpoint is the one before the cap

@@ -113,7 +113,9 @@ class ASTConfig(Section):
         "iqr", description="what the gains move: running inter-quartile ranges of the significance, or nats"
     )
     entropy_weight: float = Field(1.0, ge=0, description="weight of the entropy in loss + weight * entropy")
-    min_active: int = Field(2, ge=0, description="train on at least this many samples of a batch, the top ones")
+    min_active: int = Field(
+        2, ge=0, description="train on at least this many samples of a batch (history: of an epoch), the top"
+    )
     warmup_epochs: int = Field(1, ge=0, description="dense epochs before the sparse (or random) ones")
     anneal_epochs: int = Field(0, ge=0, description="dense epochs after them")
 
