@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lab.config
+from lab.checks import check_start
 from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import ASTConfig, Config, DatasetConfig, checkpoint_folder, first_complaint, require_known
 from lab.console import epoch_line, print_rank0, step_bar
@@ -356,7 +357,8 @@ class TopShare(BatchThreshold):
 
     def active(self, scores: Tensor) -> Active:
         top = max(1, round(self.config.ast.target_activation * len(scores)))
-        return select_active(scores, math.inf, top)._replace(activation=top / len(scores))
+        floor = max(top, self.config.ast.min_active)
+        return select_active(scores, math.inf, floor)._replace(activation=top / len(scores))
 
 
 class HistoryThreshold(Selection):
@@ -1232,6 +1234,7 @@ def _train(
     configure_backends(config.ast.pack or not selection_class(config).scores_batches(), device)
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device, dist)
     model = get_model(config.model, num_classes, config.dataset.image_size)
+    check_start(config, model, plan, selection_class(config).scores_batches())
     planned = sum(plan.planned_steps(epoch) for epoch in range(config.training.epochs))
     run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started)
     if dist.rank:
