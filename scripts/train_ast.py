@@ -504,19 +504,23 @@ load_config = partial(lab.config.load_config, check=check_config)
 
 
 def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, smoothing: float) -> Callable:
-    """What a training step computes, one function to compile: uint8 images, labels -> (summed loss, correct [batch]).
+    """What a training step computes, one function to compile: uint8 images, labels -> (objective, correct [batch],
+    summed loss). The objective is the sum that is minimised: of smoothed losses, weighted where there are weights.
 
-    With weights [batch] of the samples: (weighted sum of the losses, correct, significance [batch]).
+    With weights [batch] of the samples the significance [batch] comes last.
     """
 
     def forward(images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
         with normalise.autocast():
             logits = model(normalise(images))
-        correct = logits.argmax(-1) == labels
+        correct, known = logits.argmax(-1) == labels, logits.detach().float()
         if weights is None:
-            return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing), correct
+            objective = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+            loss = F.cross_entropy(known, labels, reduction="sum") if smoothing else objective.detach()
+            return objective, correct, loss
         losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-        return (losses * weights).sum(), correct, measure(logits.detach(), labels)
+        loss = F.cross_entropy(known, labels, reduction="none") if smoothing else losses.detach()
+        return (losses * weights).sum(), correct, loss.sum(), measure(logits.detach(), labels)
 
     return forward
 
@@ -676,15 +680,15 @@ class Trainer(Stateful):
         statistics_before = [buffer.clone() for buffer in self.statistics]
         weights = selection.weights(batch)
         if weights is None:
-            loss, correct = network.forward(batch.images, batch.labels)
+            objective, correct, loss = network.forward(batch.images, batch.labels)
         else:
-            loss, correct, significances = network.forward(batch.images, batch.labels, weights)
+            objective, correct, loss, significances = network.forward(batch.images, batch.labels, weights)
             selection.record(batch, significances, correct, self.metrics.epoch)
         # synchronised, a sample's loss reaches the gradients of other ranks: all must divide alike
         self.change_divisor(network.local_batch if network.synced else self.window_divisor or max(1, n))
-        self.scaler.scale(loss / self.window_divisor).backward()
+        self.scaler.scale(objective / self.window_divisor).backward()
         self.window_samples += n
-        bad = self.metrics.meter.add_loss(loss.detach(), n, self.metrics.step)
+        bad = self.metrics.meter.add_loss(loss, n, self.metrics.step, objective.detach())
         self.window_bad = bad if self.window_bad is None else self.window_bad | bad
         for buffer, before in zip(self.statistics, statistics_before, strict=True):
             buffer.copy_(torch.where(bad, before, buffer))
