@@ -27,13 +27,40 @@ def reduce_to_rank0(run: Any) -> None:
     if run.dist.world == 1:
         return
     average_running_statistics(run.network.model, run.dist)
-    run.trainer.reduce_to_rank0()
+    reduce_window(run.trainer)
     states = run.dist.all_gather([*run.selection.alike(), *run.trainer.alike()])
     if not np.array_equal(states, states[:1].repeat(len(states), 0), equal_nan=True):
         where = f"epoch {run.metrics.epoch + 1}, step {run.metrics.step}"
         raise TrainingFailed(f"the processes have drifted apart in {where}")
-    run.metrics.reduce_to_rank0()
+    reduce_metrics(run.metrics)
     run.clock.reduce_to_rank0()
+
+
+def reduce_window(trainer: Any) -> None:
+    """Move an open window's gradient to rank 0. On the others the window is then open and empty. Collective."""
+    if trainer.dist.world > 1 and trainer.window_open():
+        trainer.window_samples = trainer.window_divisor = int(trainer.merge_gradients())
+        if trainer.dist.rank:
+            trainer.empty_window()
+
+
+def reduce_metrics(metrics: Any) -> None:
+    """Move to rank 0 what the ranks have counted by themselves since the last time. Collective."""
+    if metrics.dist.world == 1:
+        return
+    first, ledger, meter = metrics.dist.rank == 0, metrics.ledger, metrics.meter
+    counted = [ledger.loaded, ledger.scored, ledger.trained, meter.correct, meter.trained, meter.predicted]
+    rows = metrics.dist.all_gather([*counted, *meter.sums.tolist()])
+    numbers = [int(total) * first for total in rows[:, : len(counted)].sum(0)]
+    ledger.loaded, ledger.scored, ledger.trained, meter.correct, meter.trained, meter.predicted = numbers
+    sums = rows[:, len(counted) :]
+    first_bad, skipped = sums[:, 3][sums[:, 3] > 0], sums[:, 5].max()  # all ranks skip the same optimizer steps
+    sums = sums.sum(0)
+    sums[3], sums[5] = first_bad.min() if len(first_bad) else 0, skipped
+    meter.sums.copy_(torch.from_numpy(sums * first))
+    for found in metrics.dist.all_gather_objects(metrics.read_errors.found) if metrics.read_errors.limit else ():
+        if first:
+            metrics.read_errors.add(found)
 
 
 def run_state(run: Any) -> dict[str, Any]:

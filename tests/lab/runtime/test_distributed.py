@@ -31,6 +31,7 @@ from lab.runtime.clock import Clock, Stop
 from lab.runtime.distributed import Dist
 from lab.runtime.outputs import Outputs
 from lab.runtime.sample_store import SampleStore
+from lab.runtime.state import reduce_window
 from runs import TIMED, Ended, StopAfter, exit_code, final_state, ranks, running, same, untimed, wait_until
 from train_ast import Run, Trainer, execute, train
 
@@ -157,7 +158,7 @@ def test_windows_of_synchronised_ranks_have_one_divisor(tmp_path):
             trained_on(run, images[part], labels[part])
             if dist.world > 1:
                 assert run.trainer.window_divisor == 8
-                run.trainer.reduce_to_rank0()
+                reduce_window(run.trainer)
         return [parameter.grad for parameter in run.network.model.parameters()]
 
     merged = ranks(2, lambda rank: gradients(Dist.join(torch.device("cpu")), *parts[rank]), tmp_path).results()
@@ -629,3 +630,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(way, t
     assert result["nonfinite_steps"] == whole["nonfinite_steps"] == 2
     for name, tensor in last(one)["model"].items():
         assert torch.allclose(tensor, last(many)["model"][name], atol=1e-5, rtol=0), name
+
+
+def test_the_energy_estimate_counts_every_process(tmp_path, monkeypatch):
+    layer_norm_net(monkeypatch)
+    config = make_config(*TWENTY, "metrics.gpu_tdp_watts=100", f"logging.output_dir={tmp_path}/out")
+    result, _ = ranks(2, lambda _: train(config), tmp_path / "ranks").results()[0]
+    assert result["training_history"]["est_energy_kj"][-1] == pytest.approx(2 * 0.1 * result["train_seconds"])
