@@ -986,10 +986,11 @@ class Metrics(Stateful):
             self.meter = self.new_meter()
 
 
-def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: float) -> dict[str, Any]:
+def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: float | None = None) -> dict[str, Any]:
     """Add the epoch's row to the history and return it: the one place that defines every figure.
 
-    dense_samples: how many samples a dense epoch would have trained on. considered: out of how many this one was drawn.
+    dense_samples: how many samples a dense epoch would have trained on. considered: out of how many this one was drawn,
+    where that is another number.
     """
     metrics, clock = run.metrics, run.clock
     reduce_to_rank0(run)
@@ -1003,7 +1004,9 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: floa
         "epoch": metrics.epoch + 1,
         "train_acc": train_acc,
         "val_acc": val_acc,
-        "activation_rate": statistics.fmean(activations) if activations else done.loaded / considered,
+        "activation_rate": statistics.fmean(activations)
+        if activations
+        else done.loaded / (considered or dense_samples),
         "threshold": statistics.fmean(thresholds) if thresholds else None,
         "energy_savings": 1 - done.dense_equivalents(scoring_cost) / dense_samples,
         "step_time_ms": 1000 * seconds / metrics.step if metrics.step else None,
