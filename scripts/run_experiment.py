@@ -73,6 +73,9 @@ def execute_with_baseline(config: Config, resume: str | None = None) -> int:
     result, path = train(config, stop, resume)
     if result["status"] == "interrupted":
         return 128 + stop.signal
+    if result["final_accuracy"] is None:
+        print_rank0(f"verdict: none: training.max_minutes={config.training.max_minutes:g} left no time for an epoch")
+        return 0
     stop.deadline = math.inf  # training.max_minutes caps the sparse run; the baseline has its own budget
     twin, twin_path = train(time_matched_baseline(config, result["train_seconds"]), stop, resume and "auto")
     if twin["status"] == "interrupted":
@@ -86,6 +89,8 @@ def execute_with_baseline(config: Config, resume: str | None = None) -> int:
 
 def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
     """Which of the two has the higher final accuracy, by how many percentage points, and the training time of each."""
+    if twin["final_accuracy"] is None:
+        return f"verdict: none: no step of the dense twin fitted into {result['train_seconds']:.2g} s of training"
     lead, mode = result["final_accuracy"] - twin["final_accuracy"], result["config"]["ast"]["mode"]
     winner = "a draw" if lead == 0 else f"{mode if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
     texts = [f"{each['final_accuracy']:.2f} % in {each['train_seconds']:.1f} s" for each in (result, twin)]

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lab.config
+from lab.checks import check_start
 from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import ASTConfig, Config, DatasetConfig, checkpoint_folder, first_complaint, require_known
 from lab.console import epoch_line, print_rank0, step_bar
@@ -54,7 +55,7 @@ from lab.data.datasets import (
 from lab.data.images import Augmentation, axis_weights, cached_side
 from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores, as_is, device_batches, loader_processes
 from lab.data.queue import ActiveQueue
-from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
 from lab.errors import RequestError, one_line
 from lab.models import check_resolution, count_flops, eval_view, get_model, synchronised
 from lab.runtime.checkpoint import claimed, find_checkpoint, load_checkpoint, state_bytes
@@ -70,12 +71,13 @@ from lab.runtime.devices import (
     to_device,
 )
 from lab.runtime.distributed import Dist, average_running_statistics, meet, merge_gradients
-from lab.runtime.meters import Ledger, Meter, merged_sums
+from lab.runtime.meters import Ledger, Meter
 from lab.runtime.optimizer import build_optimizer, lr_at
-from lab.runtime.outputs import Outputs, build_result, open_tensorboard, prepare_outputs
+from lab.runtime.outputs import Outputs, build_result, live_figures, open_tensorboard, prepare_outputs
 from lab.runtime.sample_store import SampleStore
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import WorkerLoader, ending_workers
+from lab.selecting import draw_ties, out_of_reach, plateau, top_up, with_ties
 from lab.state import reduce_to_rank0, resume_run, run_state, warm_up
 
 # ---------------------------------------------------------------------------------------------- PI controller
@@ -88,7 +90,8 @@ class PIController(Stateful):
     error = activation - target, so that too many active samples raise the threshold:
     threshold += (kp * error + ki * sum of errors) * spread, kept within [min_threshold, max_threshold].
     Anti-windup by conditional integration (Astrom & Hagglund, "PID Controllers", 1995, section 3.5): the sum
-    does not grow while the threshold sits on a bound and the error pushes it further out.
+    does not grow while the threshold sits on a bound and the error pushes it further out, and is cleared there if it
+    pushes too.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ("threshold", "integral", "epoch", "frozen")
@@ -132,6 +135,8 @@ class PIController(Stateful):
         )
         if not outward:
             self.integral += error
+        elif self.integral * error > 0:  # wound up on the way to the bound
+            self.integral = 0.0
         kp, ki = self.gains()
         moved = self.threshold + (kp * error + ki * self.integral) * spread
         self.threshold = min(max(moved, self.min_threshold), self.max_threshold)
@@ -187,12 +192,14 @@ LEFT_OUT, ACTIVE, EXPLORED = np.uint8(0), np.uint8(1), np.uint8(2)
 
 
 def choose_by_threshold(
-    scores: np.ndarray, drawn: np.ndarray, controller: PIController, chunk: int, in_iqr: bool, forget_rate: float = 0.0
-) -> Choice:
+    scores: np.ndarray, drawn: np.ndarray, controller: PIController, chunk: int, in_iqr: bool, forget_rate: float = 0.0,
+    uniforms: np.ndarray | None = None
+) -> Choice:  # fmt: skip
     """Which samples an epoch trains on: those above the threshold or never seen, and those drawn to be explored.
 
     scores: float32 [n], nats, in the order of the epoch, infinite for never seen. drawn: bool [n], who is explored if
-    not active. forget_rate: the share of the samples, of the highest scores, that does not count as above.
+    not active. forget_rate: the share of the samples, of the highest scores, that does not count as above. uniforms:
+    float32 [n], a random number of each, by which samples at the threshold are taken; None takes none of them.
 
     Walks the order in chunks. After each the controller is updated by the share that was taken, as after a batch. A
     sample comes once an epoch, so its stored score is the same now as at its turn: nothing has to be loaded for this.
@@ -202,20 +209,28 @@ def choose_by_threshold(
     some = some if len(some) else np.zeros(1, dtype=np.float32)
     lower, upper, ceiling = np.quantile(some, [0.25, 0.75, 1 - forget_rate])
     spread = float(upper - lower) if in_iqr else 1.0
-    if controller.threshold is None:  # explored samples are part of the target: the threshold takes what they leave
-        explored = float(drawn.mean())
-        share = forget_rate + (controller.target - explored) / max(1e-9, 1 - explored)
-        controller.start(float(np.quantile(some, 1 - min(1.0, max(0.0, share)))))
+    explored = float(drawn.mean())  # explored samples are part of the target: the threshold takes what they leave
+    share = min(1.0, max(0.0, forget_rate + (controller.target - explored) / max(1e-9, 1 - explored)))
+    shared = None if uniforms is None else plateau(some, share)
+    if shared is not None and controller.threshold != shared:
+        controller.start(shared)
+    if controller.threshold is None:
+        controller.start(float(np.quantile(some, 1 - share)))
     if forget_rate:
         scores = np.where((scores > ceiling) & np.isfinite(scores), -math.inf, scores)
     kinds = drawn.astype(np.uint8) * EXPLORED
     before, thresholds = controller.epoch, []
     for start in range(0, len(scores), chunk):
-        part = kinds[start : start + chunk]
-        part[scores[start : start + chunk] > controller.threshold] = ACTIVE
+        here = slice(start, start + chunk)
+        part = kinds[here]
+        part[scores[here] > controller.threshold] = ACTIVE
         thresholds.append(controller.threshold)
+        activation = int(np.count_nonzero(part)) / len(part)
+        if shared is not None:
+            ties = draw_ties(scores[here], part > 0, controller.threshold, controller.target, uniforms[here])
+            part[ties.taken], activation = ACTIVE, ties.expected
         controller.epoch = before + start / len(scores)
-        controller.update(int(np.count_nonzero(part)) / len(part), spread)
+        controller.update(activation, spread)
     return Choice(kinds, statistics.fmean(thresholds))
 
 
@@ -250,7 +265,8 @@ class Selection(Stateful):
     """
 
     STATE = ("activations", "thresholds", "controller")
-    CHOOSES_BEFORE_LOADING: ClassVar[bool] = False  # whether a sparse epoch loads its target share alone
+    CHOOSES_BEFORE_LOADING: ClassVar[bool] = False  # whether a sparse epoch loads a share alone
+    PLANNED_SHARE: ClassVar[float | None] = None  # that share, as the schedule expects it; None: the target activation
 
     def __init__(self, config: Config, samples: int, device: torch.device, dist: Dist):
         """samples: how many indices the training set has."""
@@ -258,6 +274,7 @@ class Selection(Stateful):
         self.controller = PIController.from_config(config.ast)  # frozen in dense epochs
         self.activations: list[float] = []  # of this epoch's sparse steps: shares of 0 to 1
         self.thresholds: list[float] = []  # likewise, nats
+        self.told = False  # that the target is out of reach
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -326,19 +343,29 @@ class BatchThreshold(Selection):
 
     def choose(self, scores: Tensor) -> Tensor:
         ast, controller = self.config.ast, self.controller
+        shared = plateau(scores.numpy(), ast.target_activation) if ast.kp or ast.ki else None
+        if shared is not None and controller.threshold != shared:
+            controller.start(shared)
         if controller.threshold is None:  # after a dense phase, or lost: see below
             controller.start(torch.quantile(scores, 1 - ast.target_activation).item())
-        active = self.active(scores)
+        active = select_active(scores, controller.threshold, ast.min_active)
+        expected = active.activation
+        if shared is not None:
+            uniforms = self.uniforms(len(scores))
+            ties = with_ties(scores.numpy(), controller.threshold, ast.target_activation, uniforms, ast.min_active)
+            active, expected = Active(torch.from_numpy(ties.indices), ties.activation, active.iqr), ties.expected
         self.activations.append(active.activation)
         self.thresholds.append(controller.threshold)
         self.iqr = active.iqr if self.iqr is None else 0.9 * self.iqr + 0.1 * active.iqr
-        controller.update(active.activation, self.iqr if ast.threshold_unit == "iqr" else 1.0)
+        controller.update(expected, self.iqr if ast.threshold_unit == "iqr" else 1.0)
         if ast.initial_threshold == "auto" and self.is_lost(active.activation, len(scores)):
             controller.threshold = None  # the scores have left the threshold behind: start again from their quantile
         return active.indices
 
-    def active(self, scores: Tensor) -> Active:
-        return select_active(scores, self.controller.threshold, self.config.ast.min_active)
+    def uniforms(self, samples: int) -> np.ndarray:
+        """A random number of each sample of the batch, by the seed, the epoch and the sample's place in its order."""
+        places = len(self.activations) * samples + torch.arange(samples)
+        return uniform(self.config.training.seed, math.floor(self.controller.epoch), places, 1)[:, 0].numpy()
 
     def is_lost(self, activation: float, samples: int) -> bool:
         """Whether so many samples in a row were all active, or all inactive, that chance (1e-6) cannot explain it."""
@@ -351,11 +378,16 @@ class BatchThreshold(Selection):
 
 
 class TopShare(BatchThreshold):
-    """The largest scores of each batch, a fixed share (Kawaguchi & Lu 2020, "Ordered SGD")."""
+    """The largest scores of each batch, a fixed share (Kawaguchi & Lu 2020, "Ordered SGD").
 
-    def active(self, scores: Tensor) -> Active:
+    The threshold that it reports is the lowest score of that share.
+    """
+
+    def choose(self, scores: Tensor) -> Tensor:
         top = max(1, round(self.config.ast.target_activation * len(scores)))
-        return select_active(scores, math.inf, top)._replace(activation=top / len(scores))
+        self.activations.append(top / len(scores))
+        self.thresholds.append(scores.topk(top).values[-1].item())
+        return select_active(scores, math.inf, max(top, self.config.ast.min_active)).indices
 
 
 class HistoryThreshold(Selection):
@@ -399,17 +431,22 @@ class HistoryThreshold(Selection):
         super().start_epoch(epoch, order)
         self.controller.epoch = float(epoch - self.config.ast.warmup_epochs)
         uniforms = np.random.default_rng((self.config.training.seed, epoch, 1)).random(len(order), dtype=np.float32)
-        choice = self.choose_epoch(self.store.scores(order), uniforms)
+        scores, ast, world = self.store.scores(order), self.config.ast, self.dist.world
+        choice = self.choose_epoch(scores, uniforms)
+        self.activations, self.thresholds = [int(np.count_nonzero(choice.kinds)) / len(order)], [choice.threshold]
+        floor = ast.min_active if world == 1 else min(1, ast.min_active) * max(ast.min_active, 2 * world)
+        choice.kinds[top_up(choice.kinds, scores, floor, ast.forget_rate)] = ACTIVE
         kinds = np.zeros(len(self.kinds), dtype=np.uint8)
         kinds[order] = choice.kinds
         self.kinds.copy_(torch.from_numpy(kinds))
-        self.activations, self.thresholds = [int(np.count_nonzero(kinds)) / len(order)], [choice.threshold]
 
     def choose_epoch(self, scores: np.ndarray, uniforms: np.ndarray) -> Choice:
         """scores: float32 [n], nats, in the order of the epoch. uniforms: float32 [n], a random number of each."""
         ast, batch = self.config.ast, self.config.training.batch_size
         in_iqr = ast.threshold_unit == "iqr"
-        return choose_by_threshold(scores, uniforms < ast.explore, self.controller, batch, in_iqr, ast.forget_rate)
+        rest = (uniforms - ast.explore) / (1 - ast.explore) if ast.kp or ast.ki else None  # of those not explored
+        drawn = uniforms < ast.explore
+        return choose_by_threshold(scores, drawn, self.controller, batch, in_iqr, ast.forget_rate, rest)
 
     def start_dense_epoch(self) -> None:
         super().start_dense_epoch()
@@ -427,6 +464,8 @@ class HistoryThreshold(Selection):
 
 class InfoBatch(HistoryThreshold):
     """Drops half of the samples below the mean loss, and counts the other half of them twice; see `choose_by_mean`."""
+
+    PLANNED_SHARE = 0.75  # how many are below the mean shows at each epoch's start; the plan takes half of them for it
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -462,8 +501,9 @@ def selection_class(config: Config) -> type[Selection]:
 
 def planned_share(config: Config, epoch: int) -> float:
     """Which share of the samples `epoch` is planned to load."""
-    before = selection_class(config).CHOOSES_BEFORE_LOADING
-    return config.ast.target_activation if before and config.is_sparse(epoch) else 1.0
+    rule = selection_class(config)
+    share = rule.PLANNED_SHARE or config.ast.target_activation
+    return share if rule.CHOOSES_BEFORE_LOADING and config.is_sparse(epoch) else 1.0
 
 
 def lr_warmup_share(config: Config) -> float:
@@ -498,19 +538,23 @@ load_config = partial(lab.config.load_config, check=check_config)
 
 
 def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, smoothing: float) -> Callable:
-    """What a training step computes, one function to compile: uint8 images, labels -> (summed loss, correct [batch]).
+    """What a training step computes, one function to compile: uint8 images, labels -> (objective, correct [batch],
+    summed loss). The objective is the sum that is minimised: of smoothed losses, weighted where there are weights.
 
-    With weights [batch] of the samples: (weighted sum of the losses, correct, significance [batch]).
+    With weights [batch] of the samples the significance [batch] comes last.
     """
 
     def forward(images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
         with normalise.autocast():
             logits = model(normalise(images))
-        correct = logits.argmax(-1) == labels
+        correct, known = logits.argmax(-1) == labels, logits.detach().float()
         if weights is None:
-            return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing), correct
+            objective = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+            loss = F.cross_entropy(known, labels, reduction="sum") if smoothing else objective.detach()
+            return objective, correct, loss
         losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-        return (losses * weights).sum(), correct, measure(logits.detach(), labels)
+        loss = F.cross_entropy(known, labels, reduction="none") if smoothing else losses.detach()
+        return (losses * weights).sum(), correct, loss.sum(), measure(logits.detach(), labels)
 
     return forward
 
@@ -668,15 +712,15 @@ class Trainer(Stateful):
         statistics_before = [buffer.clone() for buffer in self.statistics]
         weights = selection.weights(batch)
         if weights is None:
-            loss, correct = network.forward(batch.images, batch.labels)
+            objective, correct, loss = network.forward(batch.images, batch.labels)
         else:
-            loss, correct, significances = network.forward(batch.images, batch.labels, weights)
+            objective, correct, loss, significances = network.forward(batch.images, batch.labels, weights)
             selection.record(batch, significances, correct, self.metrics.epoch)
         # synchronised, a sample's loss reaches the gradients of other ranks: all must divide alike
         self.change_divisor(network.local_batch if network.synced else self.window_divisor or max(1, n))
-        self.scaler.scale(loss / self.window_divisor).backward()
+        self.scaler.scale(objective / self.window_divisor).backward()
         self.window_samples += n
-        bad = self.metrics.meter.add_loss(loss.detach(), n, self.metrics.step)
+        bad = self.metrics.meter.add_loss(loss, n, self.metrics.step, objective.detach())
         self.window_bad = bad if self.window_bad is None else self.window_bad | bad
         for buffer, before in zip(self.statistics, statistics_before, strict=True):
             buffer.copy_(torch.where(bad, before, buffer))
@@ -920,20 +964,6 @@ class Metrics(Stateful):
         *before, newest = self.history["val_acc"]
         return newest > max(before, default=-1.0)
 
-    def reduce_to_rank0(self) -> None:
-        """Move to rank 0 what the ranks have counted by themselves since the last time. Collective."""
-        if self.dist.world == 1:
-            return
-        first, ledger, meter = self.dist.rank == 0, self.ledger, self.meter
-        counted = [ledger.loaded, ledger.scored, ledger.trained, meter.correct, meter.trained, meter.predicted]
-        rows = self.dist.all_gather([*counted, *meter.sums.tolist()])
-        numbers = [int(total) * first for total in rows[:, : len(counted)].sum(0)]
-        ledger.loaded, ledger.scored, ledger.trained, meter.correct, meter.trained, meter.predicted = numbers
-        meter.sums.copy_(torch.from_numpy(merged_sums(rows[:, len(counted) :]) * first))
-        for found in self.dist.all_gather_objects(self.read_errors.found) if self.read_errors.limit else ():
-            if first:
-                self.read_errors.add(found)
-
     def own_state(self) -> dict[str, Any]:
         return {**super().own_state(), "read_errors": self.read_errors.found}
 
@@ -943,10 +973,11 @@ class Metrics(Stateful):
         self.read_errors.add(state["read_errors"])
 
 
-def close_epoch(run: Run, val_acc: float, dense_samples: float) -> dict[str, Any]:
+def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: float | None = None) -> dict[str, Any]:
     """Add the epoch's row to the history and return it: the one place that defines every figure.
 
-    dense_samples: how many samples a dense epoch would have trained on.
+    dense_samples: how many samples a dense epoch would have trained on. considered: out of how many this one was drawn,
+    where that is another number.
     """
     metrics, clock = run.metrics, run.clock
     reduce_to_rank0(run)
@@ -955,15 +986,18 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float) -> dict[str, Any
     done, ledger = metrics.ledger.since(metrics.ledger_before), metrics.ledger
     seconds, scoring_cost = clock.close_epoch(), run.scorer.cost if run.scorer else 0.0
     activations, thresholds = run.selection.activations, run.selection.thresholds
+    watts = run.config.metrics.gpu_tdp_watts * run.dist.world
     row = {
         "epoch": metrics.epoch + 1,
         "train_acc": train_acc,
         "val_acc": val_acc,
-        "activation_rate": statistics.fmean(activations) if activations else done.loaded / dense_samples,
+        "activation_rate": statistics.fmean(activations)
+        if activations
+        else done.loaded / (considered or dense_samples),
         "threshold": statistics.fmean(thresholds) if thresholds else None,
         "energy_savings": 1 - done.dense_equivalents(scoring_cost) / dense_samples,
-        "step_time_ms": 1000 * seconds / metrics.step,
-        "est_energy_kj": clock.train_seconds * run.config.metrics.gpu_tdp_watts / 1000,
+        "step_time_ms": 1000 * seconds / metrics.step if metrics.step else None,
+        "est_energy_kj": (metrics.history["est_energy_kj"] or [0.0])[-1] + seconds * watts / 1000,
         "est_flops_g": run.network.base_flop * ledger.trained / 1e9,
         "lr": run.trainer.lr,
         "train_loss": loss,
@@ -976,6 +1010,7 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float) -> dict[str, Any
         "total_flops_g": run.network.base_flop * ledger.dense_equivalents(scoring_cost) / 1e9,
     }
     metrics.close_epoch(row)
+    run.selection.told |= not run.selection.told and out_of_reach(run.config.ast, activations, thresholds)
     return row
 
 
@@ -1079,16 +1114,6 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
     return metrics.step == steps
 
 
-def live_figures(run: Run) -> dict[str, str]:
-    """What the progress bar shows. A device read. Raises TrainingFailed on a non-finite loss too many."""
-    loss, _ = run.metrics.meter.read()
-    shown = {"loss": f"{loss:.3f}" if loss is not None else "-"}
-    if run.selection.activations:
-        shown["activation"] = f"{run.selection.activations[-1]:.3f}"
-        shown["threshold"] = f"{run.selection.thresholds[-1]:.3f}"
-    return shown
-
-
 @torch.no_grad()
 def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> float | None:
     """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape.
@@ -1121,7 +1146,9 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
         run.start_epoch(epoch, plan.permutation())
     if run.config.is_sparse(epoch):
         plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
-    run.trainer.pace = plan.planned_steps(epoch) / len(plan)
+    run.trainer.pace = plan.planned_steps(epoch) / max(1, len(plan))
+    if not len(plan):  # nobody was chosen: the schedule goes on all the same
+        run.trainer.unscheduled += plan.planned_steps(epoch)
 
 
 def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan) -> str:
@@ -1134,13 +1161,18 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
         begin_epoch(run, plan)
         whole = train_one_epoch(run, device_batches(train_loader, run.device, metrics.read_errors), len(plan))
         clock.pause()
+        if not whole and not metrics.step:
+            status = "completed" if metrics.epoch else "time_capped"
+            print_rank0("training.max_minutes are over: no step of this epoch fitted in")
+            break
         val_acc = validate(run, val_loader)
         if val_acc is None:
             status = "interrupted" if clock.stop.signal is not None else "time_capped"
             if status == "time_capped":
                 print_rank0("training.max_minutes are over: the last validation did not fit in and was left")
             break
-        row = close_epoch(run, val_acc, plan.dense_samples * metrics.step / len(plan))
+        done, considered = metrics.step / len(plan) if len(plan) else 1.0, plan.considered_samples(metrics.epoch)
+        row = close_epoch(run, val_acc, done * plan.dense_samples, done * considered)
         metrics.epochs_completed += whole
         outputs.close_epoch(row)
         if not whole:  # the checkpoint is the one before the cap
@@ -1203,6 +1235,7 @@ def _train(
     configure_backends(config.ast.pack or not selection_class(config).scores_batches(), device)
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device, dist)
     model = get_model(config.model, num_classes, config.dataset.image_size)
+    check_start(config, model, plan, selection_class(config).scores_batches())
     planned = sum(plan.planned_steps(epoch) for epoch in range(config.training.epochs))
     run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started)
     if dist.rank:

@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import analyze_results
-from conftest import make_config
+import run_experiment
+from conftest import REPO, make_config
 from lab.analysis.study import Study, compare
 from lab.cli import run_cli
 from lab.results import load_runs
@@ -72,6 +73,14 @@ def study_of(*folders: Path, **options: str) -> Study:
 def analyze(argv: list[str]) -> int:
     """The exit code of the command."""
     return run_cli(lambda: analyze_results.main(argv))
+
+
+def run_digits(output_dir: Path, *arguments: str) -> int:
+    """The exit code of run_experiment.py on a few digits: a dense epoch, then a sparse one."""
+    settings = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=128"]
+    settings += ["dataset.max_val_samples=64", "training.device=cpu", f"logging.output_dir={output_dir}"]
+    smoke = str(REPO / "configs/digits_smoke.yaml")
+    return run_cli(lambda: run_experiment.main(["--config", smoke, *settings, *arguments]))
 
 
 def processes(word: str) -> list[int]:

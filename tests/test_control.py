@@ -110,3 +110,14 @@ def test_activation_returns_to_target_while_the_scores_drift(target, kp, ki, sig
         activations.append(float((scores > controller.threshold).mean()))
         controller.update(activations[-1], iqr)
     assert abs(np.mean(activations[-400:]) - target) < 0.02
+
+
+def test_what_wound_up_on_the_way_to_a_bound_is_forgotten_there():
+    """A long fall, a long stay at the lower bound: the first error of the other sign leaves it."""
+    controller = PIController(0.25, 0.1, 0.01, min_threshold=0.0)
+    controller.start(5.0)
+    for _ in range(500):
+        controller.update(0.0)
+    assert controller.threshold == 0.0
+    controller.update(0.9)
+    assert controller.threshold > 0.0

@@ -43,12 +43,12 @@ class Stripes(ImageDataset):
 def test_a_measure_is_one_function_and_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(train_ast.MEASURES, "margin", margin)
     seen = []
-    monkeypatch.setattr(BatchThreshold, "active", lambda rule, scores: (seen.append(scores), real(rule, scores))[1])
+    monkeypatch.setattr(BatchThreshold, "choose", lambda rule, scores: (seen.append(scores), real(rule, scores))[1])
     train(make_config(*TINY, "ast.measure=margin", "ast.min_threshold=-100", f"logging.output_dir={tmp_path}"))
     assert min(scores.min().item() for scores in seen) < 0  # neither loss nor entropy ever is
 
 
-real = BatchThreshold.active
+real = BatchThreshold.choose
 
 
 def test_a_rule_is_one_class_and_one_line(tmp_path, monkeypatch):

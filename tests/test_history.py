@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import LayerNormNet, as_batch, loaded, make_batch, make_config, trained_on
+from conftest import LayerNormNet, as_batch, loaded, make_batch, make_config, make_run, trained_on
+from helpers import run_digits
 from lab.data.loading import EpochPlan, device_batches
 from lab.runtime.sample_store import SampleStore
 from train_ast import (
@@ -294,3 +295,76 @@ def test_choosing_costs_at_most_50_ns_a_sample():
         assert nanoseconds <= 50
         assert kept <= 8
         assert abs(share - 0.3) < 0.01
+
+
+def test_infobatch_follows_its_schedule_by_what_it_loads(tmp_path):
+    """The rate at an epoch's end tells how far the schedule is: as far as the samples are."""
+    settings = ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0", "ast.warmup_epochs=1"]
+    config = make_config(*settings, *TINY, "training.epochs=8", f"logging.output_dir={tmp_path}")
+    result, _ = train(config)
+    history = result["training_history"]
+    progress = np.arccos(2 * np.array(history["lr"]) / 0.02 - 1) / np.pi
+    loaded = np.cumsum(history["samples_loaded"]) / sum(history["samples_loaded"])
+    assert np.abs(progress - loaded).max() < 0.06
+    assert history["threshold"][1] > 0
+
+
+def test_top_k_reports_the_lowest_score_it_took(tmp_path):
+    run = make_run(LayerNormNet(), "ast.rule=topk", "ast.target_activation=0.25")
+    scores = torch.rand(16, generator=torch.Generator().manual_seed(0))
+    chosen = run.selection.choose(scores)
+    assert run.selection.thresholds == [scores[chosen].min().item()]
+
+
+# ---------------------------------------------------------------------------------------------- Equal scores
+
+
+@pytest.mark.parametrize("zeros", [0.85, 1.0])
+@pytest.mark.parametrize("value", [0.0, 1.5])
+@pytest.mark.parametrize("start", ["auto", "0.3"])
+@pytest.mark.parametrize("unit", ["iqr", "raw"])
+def test_the_target_holds_where_scores_are_equal(zeros, value, start, unit):
+    """Batch-scored: most or all scores are one number, from the first step or from the eleventh on."""
+    settings = ["ast.target_activation=0.25", f"ast.initial_threshold={start}", f"ast.threshold_unit={unit}"]
+    run, rng = make_run(LayerNormNet(), *settings), np.random.default_rng(0)
+    for _ in range(200):
+        scores = np.where(rng.random(64) < zeros, value, value + rng.exponential(1.0, 64)).astype(np.float32)
+        assert len(run.selection.choose(torch.from_numpy(scores))) >= 2
+    assert np.mean(run.selection.activations) == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("zeros", [0.85, 1.0])
+@pytest.mark.parametrize("start", [None, 0.3])
+def test_the_target_holds_where_stored_scores_are_equal(zeros, start):
+    rng, controller, shares = np.random.default_rng(0), PIController(0.25, threshold=start), []
+    for _ in range(5):
+        scores = np.where(rng.random(4096) < zeros, 0.0, rng.exponential(1.0, 4096)).astype(np.float32)
+        drawn, uniforms = rng.random(4096) < 0.1, rng.random(4096)
+        chosen = choose_by_threshold(scores, drawn, controller, 64, in_iqr=True, uniforms=uniforms)
+        assert (chosen.kinds[scores > 0] == 1).all()
+        shares.append(np.count_nonzero(chosen.kinds) / 4096)
+    assert shares == pytest.approx([0.25] * 5, abs=0.02)
+
+
+def test_who_of_equals_is_taken_repeats_and_changes_with_seed_and_epoch():
+    def chosen(seed, epoch):
+        run = make_run(LayerNormNet(), f"training.seed={seed}")
+        run.selection.controller.epoch = epoch
+        return [run.selection.choose(torch.zeros(64)).tolist() for _ in range(2)]
+
+    assert chosen(0, 1.0) == chosen(0, 1.5)
+    different = [chosen(0, 1.0), chosen(0, 2.0), chosen(1, 1.0)]
+    assert all(one != two for i, one in enumerate(different) for two in different[:i])
+    assert different[0][0] != different[0][1]
+
+
+@pytest.mark.parametrize("scoring", ["batch", "history"])
+def test_a_target_out_of_reach_is_said_once(scoring, tmp_path, capsys):
+    request = ["ast.min_threshold=50", f"ast.scoring={scoring}", "ast.explore=0", "training.epochs=4"]
+    assert run_digits(tmp_path, *request) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "out of reach" in line]
+    assert line == (
+        "note: ast.target_activation=0.25 is out of reach: only 0.000 of the samples are above ast.min_threshold=50"
+    )
+    assert run_digits(tmp_path, f"ast.scoring={scoring}") == 0
+    assert "out of reach" not in capsys.readouterr().out

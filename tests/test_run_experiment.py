@@ -13,6 +13,7 @@ import yaml
 
 import run_experiment
 from conftest import REPO
+from helpers import run_digits
 from lab.cli import run_cli
 from lab.errors import RequestError
 from train_ast import load_config
@@ -181,3 +182,54 @@ def test_processes_get_the_config_its_overrides_and_what_to_resume(monkeypatch):
         (script, 2, 3, ["--config", config, "--resume", "auto", "training.epochs=5"]),
         (script, 2, 0, ["--config", config, "--resume", "x.pt", "--dense-twin", "training.epochs=5"]),
     ]
+
+
+def results_of(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("final_results_*.json"))]
+
+
+@pytest.mark.parametrize("min_active", [0, 2])
+def test_an_epoch_that_chooses_nobody_ends_like_any_other(min_active, tmp_path):
+    """The floor of `ast.min_active` holds for it; without one nothing is trained on."""
+    request = ["ast.scoring=history", "ast.explore=0", "ast.initial_threshold=100", f"ast.min_active={min_active}"]
+    network = ["model.name=test_vit", "dataset.image_size=32"]  # without BatchNorm, which refuses min_active=0
+    assert run_digits(tmp_path, *request, *network, "training.epochs=3") == 0
+    (result,) = results_of(tmp_path)
+    history = result["training_history"]
+    assert result["status"] == "completed"
+    assert history["activation_rate"][1] == 0
+    assert history["samples_trained"][1] == min_active
+    assert (history["step_time_ms"][1] is None) == (min_active == 0)
+    assert len(history["val_acc"]) == 3
+
+
+@pytest.mark.parametrize("decay", ["time", "epochs"])
+def test_a_run_without_time_for_a_step_ends_in_peace(decay, tmp_path, capsys):
+    assert run_digits(tmp_path, f"training.lr_decay={decay}", "training.max_minutes=1e-9") == 0
+    (result,) = results_of(tmp_path)
+    assert (result["status"], result["final_accuracy"], result["ledger"]["trained"]) == ("time_capped", None, 0)
+    assert "time_capped" in capsys.readouterr().out
+
+
+def test_no_verdict_on_a_run_without_an_accuracy(tmp_path, capsys):
+    assert run_digits(tmp_path, "--dense-twin", "training.max_minutes=0.0001") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "verdict: none: training.max_minutes=0.0001 left no time for an epoch"
+
+
+def test_no_verdict_on_a_twin_without_an_accuracy():
+    result = {"final_accuracy": 50.0, "train_seconds": 1e-5, "config": {"ast": {"mode": "ast"}}}
+    twin = {"final_accuracy": None, "train_seconds": 0.0}
+    assert (
+        run_experiment.verdict(result, twin)
+        == "verdict: none: no step of the dense twin fitted into 1e-05 s of training"
+    )
+
+
+@pytest.mark.parametrize(("target", "share"), [(0.25, 359 / 1437), (0.5, 512 / 1437), (1.0, 1.0)])
+def test_a_random_epoch_reports_the_share_it_drew(target, share, tmp_path):
+    """Of 1,437 samples two batches of 512 are a dense epoch."""
+    request = ["ast.mode=random", f"ast.target_activation={target}", "training.batch_size=512"]
+    assert run_digits(tmp_path, *request, "dataset.max_train_samples=null", "dataset.image_size=8") == 0
+    (result,) = results_of(tmp_path)
+    assert result["training_history"]["activation_rate"] == [1.0, pytest.approx(share)]

@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from conftest import REPO, BatchNormNet, make_config, make_run
+from conftest import REPO, BatchNormNet, LayerNormNet, make_batch, make_config, make_run, trained_on
 from lab.config import TrainingConfig
 from lab.errors import RequestError, TrainingFailed
 from lab.runtime.clock import Stop
@@ -20,7 +21,7 @@ from lab.runtime.devices import resolve_amp_dtype, resolve_device
 from lab.runtime.optimizer import lr_at
 from lab.runtime.outputs import save_results
 from lab.state import warm_up
-from train_ast import HISTORY_KEYS, train
+from train_ast import HISTORY_KEYS, Run, train
 
 DOCUMENTED = ["best_accuracy", "total_time_hours", "epochs_completed", "training_history"]
 FAST = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=64", "ast.pack=true"]
@@ -259,3 +260,48 @@ def test_a_machine_that_cannot_compile_is_told_so(tmp_path, monkeypatch):
     with pytest.raises(RequestError, match=message):
         run_digits(tmp_path, "training.compile=default")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["ast.mode=dense"],
+        ["ast.mode=dense", "training.label_smoothing=0.3"],
+        ["ast.scoring=history", "ast.target_activation=0.5", "ast.explore=0.25", "ast.explore_weight_cap=4"],
+        [
+            "ast.scoring=history",
+            "ast.target_activation=0.5",
+            "ast.explore_weight_cap=9",
+            "training.label_smoothing=0.3",
+        ],
+    ],
+)
+def test_the_reported_loss_is_the_plain_mean_over_the_trained_samples(settings):
+    """Neither weights nor smoothing: those are the objective's."""
+    config = make_config(*settings)
+    run = Run.build(config, LayerNormNet(), torch.device("cpu"), planned_steps=100, samples=16)
+    run.selection.start_dense_epoch()
+    images, labels = make_batch()
+    if config.ast.scoring == "history":
+        run.selection.kinds[:8] = 2  # explored
+    with torch.no_grad():
+        expected = F.cross_entropy(run.network.model(run.network.normalise(images)), labels)
+    trained_on(run, images, labels)
+    assert run.metrics.meter.read()[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_without_smoothing_and_weights_the_loss_is_the_objective_bit_for_bit():
+    run, (images, labels) = make_run(LayerNormNet(), "ast.mode=dense"), make_batch()
+    objective, _, loss = run.network.forward(images, labels)
+    assert loss.item() == objective.item()
+    objective, _, loss, _ = run.network.forward(images, labels, torch.ones(16))
+    assert loss.item() == objective.item()
+
+
+def test_weighted_and_smoothed_runs_report_a_loss_like_any_other(tmp_path):
+    """Ten classes from nothing: about ln 10 in the first epoch, whatever the objective adds."""
+    request = ["training.label_smoothing=0.9", "training.lr=1e-6", "training.epochs=1", "ast.mode=dense"]
+    result, _ = run_digits(tmp_path, *request)
+    plain, _ = run_digits(tmp_path, *request, "training.label_smoothing=0")
+    losses = [each["training_history"]["train_loss"][0] for each in (result, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -80,7 +80,8 @@ class ASTConfig(Section):
     rule: str = Field(
         "pi",
         description="which samples are active; pi: those over the controlled threshold; topk (with batch): the top "
-        "share of each batch; infobatch (with history): those over the mean, and half of the others",
+        "share of each batch; infobatch (with history): those over the mean, and half of the others, which "
+        "the schedule plans as 0.75 of the set, whatever target_activation says",
     )
     forget_rate: float = Field(
         0.0,
@@ -92,7 +93,10 @@ class ASTConfig(Section):
         0.1, ge=0, lt=1, description="history: chance of a sample below the threshold to be trained on all the same"
     )
     explore_weight_cap: float = Field(
-        1.0, ge=1, description="history: weight of such a sample is 1 / explore, at most this; 1: none"
+        1.0,
+        ge=1,
+        description="history: weight of such a sample is 1 / explore, at most this; 1: none. At 1 / explore or more "
+        "the gradient is that of all samples times 1 / activation, for it is divided by the number trained on",
     )
     score_resolution: int | None = Field(
         None, ge=1, description="side at which the same view is scored, pixels; null: dataset.image_size"
@@ -114,7 +118,9 @@ class ASTConfig(Section):
         "iqr", description="what the gains move: running inter-quartile ranges of the significance, or nats"
     )
     entropy_weight: float = Field(1.0, ge=0, description="weight of the entropy in loss + weight * entropy")
-    min_active: int = Field(2, ge=0, description="train on at least this many samples of a batch, the top ones")
+    min_active: int = Field(
+        2, ge=0, description="train on at least this many samples of a batch (history: of an epoch), the top"
+    )
     warmup_epochs: int = Field(1, ge=0, description="dense epochs before the sparse (or random) ones")
     anneal_epochs: int = Field(0, ge=0, description="dense epochs after them")
 
@@ -122,10 +128,17 @@ class ASTConfig(Section):
 class TrainingConfig(Section):
     epochs: int = Field(10, ge=1, description="passes over the training set")
     batch_size: int = Field(128, ge=1, description="samples a step, of all processes together")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="norms and biases are not decayed")
+    optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="norms, biases and a ViT's class token and positions are not decayed"
+    )
     lr: float = Field(0.1, gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine decay")
-    lr_warmup_epochs: float = Field(0, ge=0, description="epochs over which the rate rises from 0")
+    lr_warmup_epochs: float = Field(
+        0,
+        ge=0,
+        description="epochs over which the rate rises from 0; lr_decay=time: their share of the planned steps, as a "
+        "share of max_minutes",
+    )
     lr_decay: Literal["epochs", "time"] = Field(
         "epochs", description="time: the schedule and the run end after max_minutes of training, validation left out"
     )
@@ -162,9 +175,12 @@ class TrainingConfig(Section):
 
 class MetricsConfig(Section):
     base_flop_per_sample: float | None = Field(
-        None, gt=0, description="forward + backward FLOP of one sample; null: counted from the model"
+        None,
+        gt=0,
+        description="forward + backward FLOP of one sample; null: counted from the model, two a multiply-add, no input "
+        "gradient in the first layer (ResNet-50 at 224 px: 24.3e9; the often quoted 7.8e9 is a forward alone)",
     )
-    gpu_tdp_watts: float = Field(250.0, gt=0, description="for the energy proxy, watts")
+    gpu_tdp_watts: float = Field(250.0, gt=0, description="for the energy proxy, watts of one GPU (of one process)")
 
 
 class LoggingConfig(Section):

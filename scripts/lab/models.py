@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torchvision
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from lab.config import ModelConfig
 from lab.errors import RequestError, one_line
@@ -20,19 +22,42 @@ TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
 def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     """Build the network with a head for `num_classes`.
 
-    Raises RequestError for an unknown name, an image size the network cannot take, weights that cannot be
-    fetched and a small stem on anything but a torchvision ResNet.
+    Raises RequestError for an unknown name, an image size the network cannot take (tried on shapes alone), weights that
+    cannot be fetched and a small stem on anything but a torchvision ResNet.
     """
     if config.small_stem and config.name not in ("resnet18", "resnet50"):
         raise RequestError(f"model.small_stem: only for resnet18 and resnet50, not for {config.name}")
     build = _torchvision_model if config.name in TORCHVISION_MODELS else _timm_model
     try:
-        return build(config, num_classes, image_size)
+        model = build(config, num_classes, image_size)
     except OSError as error:  # URLError and the hub's errors are OSErrors
         hint = "check the network or set model.pretrained=false"
         raise RequestError(f"model.pretrained: no weights of {config.name}: {one_line(error)}; {hint}") from None
-    except (ValueError, AssertionError) as error:
-        raise RequestError(f"model.name: {config.name} at {image_size} px: {one_line(error)}") from None
+    except (ValueError, AssertionError, RuntimeError, TypeError, ArithmeticError, LookupError) as error:
+        raise RequestError(_misfit(config, image_size, error)) from None
+    try:
+        forward_shapes(model, image_size)
+    except Exception as error:  # a layer may raise anything on a size that it was not written for
+        raise RequestError(_misfit(config, image_size, error)) from None
+    return model
+
+
+def _misfit(config: ModelConfig, image_size: int, error: Exception) -> str:
+    """Why a network cannot be had for pictures of a size, and which size it is made for, where that is known."""
+    size = made_for(config)
+    hint = "" if size in (None, image_size) else f"; it is made for {size} px"
+    return f"model.name: {config.name} does not take dataset.image_size={image_size}: {one_line(error)[:200]}{hint}"
+
+
+def made_for(config: ModelConfig) -> int | None:
+    """The side of the pictures that a network's published weights were trained on, pixels; None where nobody says."""
+    if config.name in TORCHVISION_MODELS:
+        weights = torchvision.models.get_model_weights(config.name).DEFAULT
+        return weights.transforms().crop_size[0] if config.name == "vit_b_16" else None
+    import timm
+
+    published = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    return published.input_size[-1] if published is not None else None
 
 
 def _torchvision_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -64,10 +89,19 @@ def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
 def eval_view(model: nn.Module) -> nn.Module:
     """A second module tree over the same parameters and buffers, in eval mode.
 
-    Scoring then neither toggles the mode nor copies weights.
+    Scoring then neither toggles the mode nor copies weights. What modules compute from weights once for all of eval
+    mode, and forget in `train`, is forgotten before every forward: here the weights change without a change of mode.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared).eval()
+    view = copy.deepcopy(model, shared).eval()
+    for module in view.modules():
+        if hasattr(module, "attention_bias_cache"):  # timm: LeViT, EfficientFormer, EfficientViT, TinyViT
+            module.register_forward_pre_hook(_forget_biases)
+    return view
+
+
+def _forget_biases(module: nn.Module, _: Any) -> None:
+    module.attention_bias_cache = {}
 
 
 def synchronised(model: nn.Module) -> nn.Module:
@@ -77,18 +111,54 @@ def synchronised(model: nn.Module) -> nn.Module:
     return convert_sync_batchnorm(model)
 
 
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the model without memory for its weights: its forward computes shapes alone."""
+    parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    buffers = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, parameters | buffers).to("meta")
+
+
+def forward_shapes(model: nn.Module, side: int, samples: int = 2, training: bool = True) -> None:
+    """Forward so many pictures of `side` px, on shapes alone where the model can. Raises what a layer raises."""
+    try:
+        on_meta(model).train(training)(torch.empty(samples, 3, side, side, device="meta"))
+    except NotImplementedError:  # it looks at values
+        with torch.no_grad():
+            copy.deepcopy(model).cpu().train(training)(torch.zeros(samples, 3, side, side))
+
+
+def takes_one_sample(model: nn.Module, side: int) -> bool:
+    """Whether the model can train on a single sample: BatchNorm cannot where it leaves a single pixel."""
+    try:
+        forward_shapes(model, side, samples=1)
+    except ValueError as error:
+        return "more than 1 value per channel" not in str(error)
+    return True
+
+
+def convolution_backward_flops(
+    gradient: Sequence[int], images: Sequence[int], weight: Sequence[int], bias: Any, stride: Any, padding: Any,
+    dilation: Any, transposed: bool, output_padding: Any, groups: int, wanted: Sequence[bool], **_: Any
+) -> int:  # fmt: skip
+    """FLOP of a convolution's backward, from shapes: those of its forward for each of the two gradients `wanted`.
+
+    torch's own formula takes every convolution for one with a single group.
+    """
+    return conv_flop_count(images, weight, gradient, transposed) * sum(wanted[:2])
+
+
 def count_flops(model: nn.Module, image_size: int) -> float:
-    """Forward + backward FLOP of one sample, counted on shapes alone (torch.utils.flop_counter)."""
-    twin = copy.deepcopy(model).to("meta").train()
-    with FlopCounterMode(display=False) as counter:  # two samples: BatchNorm refuses one
+    """Forward + backward FLOP of one sample, two a multiply-add, counted on shapes alone (torch.utils.flop_counter)."""
+    twin, formulas = on_meta(model).train(), {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:  # two samples: BatchNorm refuses one
         twin(torch.empty(2, 3, image_size, image_size, device="meta")).sum().backward()
     return counter.get_total_flops() / 2
 
 
 def check_resolution(model: nn.Module, config: ModelConfig, resolution: int) -> None:
-    """Raises RequestError where the network takes no images of `resolution` px; tried on shapes alone."""
-    twin = copy.deepcopy(model).to("meta").eval()
+    """Raises RequestError where the network takes no images of `resolution` px to score; tried on shapes alone."""
     try:
-        twin(torch.empty(1, 3, resolution, resolution, device="meta"))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise RequestError(f"ast.score_resolution: {config.name} at {resolution} px: {one_line(error)}") from None
+        forward_shapes(model, resolution, samples=1, training=False)
+    except Exception as error:  # a layer may raise anything on a size that it was not written for
+        why = one_line(error)[:200]
+        raise RequestError(f"ast.score_resolution: {config.name} at {resolution} px: {why}") from None

@@ -31,8 +31,23 @@ def require_alike(run: Any) -> None:
 def reduce_to_rank0(run: Any) -> None:
     """At the end of an epoch, move to rank 0 what the ranks have counted by themselves. Collective."""
     require_alike(run)
-    run.metrics.reduce_to_rank0()
+    _reduce_metrics(run.metrics)
     run.clock.reduce_to_rank0()
+
+
+def _reduce_metrics(metrics: Any) -> None:
+    """Move to rank 0 what the ranks have counted by themselves since the last time. Collective."""
+    if metrics.dist.world == 1:
+        return
+    first, ledger, meter = metrics.dist.rank == 0, metrics.ledger, metrics.meter
+    counted = [ledger.loaded, ledger.scored, ledger.trained, meter.correct, meter.trained, meter.predicted]
+    rows = metrics.dist.all_gather([*counted, *meter.sums.tolist()])
+    numbers = [int(total) * first for total in rows[:, : len(counted)].sum(0)]
+    ledger.loaded, ledger.scored, ledger.trained, meter.correct, meter.trained, meter.predicted = numbers
+    meter.sums.copy_(torch.from_numpy(merged_sums(rows[:, len(counted) :]) * first))
+    for found in metrics.dist.all_gather_objects(metrics.read_errors.found) if metrics.read_errors.limit else ():
+        if first:
+            metrics.read_errors.add(found)
 
 
 def run_state(run: Any) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """Networks: heads, stems, the shared eval view, counted FLOPs."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from conftest import BatchNormNet, make_config
+from helpers import run_digits
 from lab.config import ModelConfig
 from lab.errors import RequestError
 from lab.models import count_flops, eval_view, get_model
@@ -33,7 +36,7 @@ def test_small_stem_keeps_the_resolution():
     ("config", "size", "message"),
     [
         ({"name": "resnt50"}, 32, "model.name: no model 'resnt50'; did you mean"),
-        ({"name": "vit_b_16"}, 30, "model.name: vit_b_16 at 30 px"),
+        ({"name": "vit_b_16"}, 30, "model.name: vit_b_16 does not take dataset.image_size=30: "),
         ({"name": "test_resnet", "small_stem": True}, 32, "model.small_stem: only for resnet18 and resnet50"),
     ],
 )
@@ -68,3 +71,70 @@ def test_a_network_that_takes_no_smaller_images_cannot_score_at_them():
     model = get_model(config.model, 10, 32)
     with pytest.raises(RequestError, match=r"ast.score_resolution: vit_b_16 at 16 px: .*Wrong image height"):
         Run.build(config, model, torch.device("cpu"), planned_steps=1)
+
+
+def test_flops_of_grouped_convolutions_counted_by_hand():
+    """A plain convolution, a depthwise one, one of four groups and a transposed one, at 8 px."""
+    layers = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 16, 3, padding=1, groups=4)
+    model = nn.Sequential(*layers, nn.ConvTranspose2d(16, 8, 2, stride=2, groups=2), nn.Flatten())
+    first, depthwise, grouped = 2 * 3 * 8 * 64, 2 * 9 * 1 * 8 * 64, 2 * 9 * 2 * 16 * 64
+    transposed = 2 * 16 * 4 * 4 * 64  # each of 16 x 64 inputs meets 2 x 2 weights of 4 outputs
+    assert count_flops(model, 8) == 2 * first + 3 * (depthwise + grouped + transposed)
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),  # 2 FLOP a multiply-add of the forward, as published
+    [("resnet50", 2 * 4.09e9), ("mobilenetv3_small_100", 2 * 0.0565e9), ("resnext50_32x4d", 2 * 4.26e9)],
+)
+def test_a_backward_takes_twice_the_flops_of_a_forward(name, forward):
+    model = get_model(ModelConfig(name=name), 1000, 224)
+    assert count_flops(model, 224) == pytest.approx(3 * forward, rel=0.04)
+
+
+def test_flops_of_resnet50():
+    assert count_flops(get_model(ModelConfig(name="resnet50"), 1000, 224), 224) == pytest.approx(24.3e9, rel=0.001)
+
+
+@pytest.mark.parametrize("base_flop", ["null", "1e9"])
+@pytest.mark.parametrize(
+    ("name", "size", "wanted"),
+    [
+        ("inception_v3", 32, "; it is made for 299 px"),
+        ("vgg11", 16, "; it is made for 224 px"),
+        ("halonet26t", 224, "; it is made for 256 px"),
+        ("crossvit_tiny_240", 224, "; it is made for 240 px"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_pictures_is_one_line(name, size, wanted, base_flop, tmp_path, capsys):
+    request = [f"model.name={name}", f"dataset.image_size={size}", f"metrics.base_flop_per_sample={base_flop}"]
+    assert run_digits(tmp_path, *request) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: model.name: {name} does not take dataset.image_size={size}: ")
+    assert error.endswith(f"{wanted}\n")
+    assert error.count("\n") == 1
+
+
+def test_published_weights_for_another_size_are_one_line(tmp_path, capsys):
+    assert run_digits(tmp_path, "model.name=vit_b_16", "model.pretrained=true", "dataset.image_size=96") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.name: vit_b_16 does not take dataset.image_size=96: ")
+    assert error.endswith("; it is made for 224 px\n")
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0", "tiny_vit_5m_224", "efficientformerv2_s0"])
+def test_scores_come_from_the_attention_biases_of_now(name):
+    """After a few steps the evaluator's logits are those of a copy put into eval mode afresh."""
+    torch.manual_seed(0)
+    size = 32 if name == "levit_128s" else 64
+    model = get_model(ModelConfig(name=name), 10, size)
+    view, images = eval_view(model.train()), torch.rand(4, 3, size, size)
+    biases = [p for name, p in model.named_parameters() if name.endswith("attention_biases")]
+    with torch.no_grad():
+        view(images)
+        for bias in biases:
+            bias.add_(torch.randn(bias.shape))  # what training steps do
+    model(images).sum().backward()
+    fresh = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        assert torch.equal(view(images), fresh(images))
+    assert biases

@@ -79,6 +79,11 @@ class EpochPlan(Sampler):
         """How many samples an epoch loads that loads all."""
         return self._in_full_batches(len(self.indices))
 
+    def considered_samples(self, epoch: int) -> int:
+        """Out of how many samples those that `epoch` loads are drawn: all, but for what fills no batch where it loads
+        all."""
+        return self.dense_samples if self.share(epoch) == 1 else len(self.indices)
+
     def __len__(self) -> int:
         """How many batches the current epoch has, those before `first_batch` included."""
         if self.mask is None:

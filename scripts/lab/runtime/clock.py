@@ -219,6 +219,8 @@ def explained(error: Exception, config: Config | None = None) -> Exception:
             return TrainingFailed(f"{why}: {(met or text)[:200]}; {hint}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return TrainingFailed(f"out of memory: {text[:200]}; lower training.batch_size")
+    if isinstance(error, ValueError) and "more than 1 value per channel" in text:
+        return TrainingFailed("BatchNorm cannot normalise a single sample; raise ast.min_active or training.batch_size")
     if isinstance(error, OSError):
         where = error.filename or ("standard output" if config is None else config.logging.output_dir)
         return TrainingFailed(f"{where}: {met or error.strerror or text}")

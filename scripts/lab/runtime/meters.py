@@ -49,9 +49,10 @@ class Meter(Stateful):
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
         self.correct = self.trained = self.predicted = 0  # correct: those counted on the host
 
-    def add_loss(self, loss: Tensor, samples: int, step: int) -> Tensor:
-        """Add a loss summed over `samples`. Returns, on the device, whether it is not finite."""
-        bad = ~loss.isfinite()
+    def add_loss(self, loss: Tensor, samples: int, step: int, objective: Tensor | None = None) -> Tensor:
+        """Add a loss summed over `samples`. Returns, on the device, whether it is not finite, or the objective that was
+        minimised (None: the loss)."""
+        bad = ~(loss if objective is None else loss + objective).isfinite()
         self.sums[0] += loss.masked_fill(bad, 0.0)
         self._add_bad(bad, samples, step)
         self.trained += samples

@@ -21,9 +21,12 @@ def lr_at(progress: float, training: TrainingConfig, warmup: float) -> float:
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """SGD or AdamW, fused on a GPU. Tensors of one dimension (norms, biases) are not decayed."""
-    flat = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    """SGD or AdamW, fused on a GPU. Not decayed are tensors of one dimension (norms, biases), and what the network
+    says should not be: of a ViT the class token and the position embedding."""
+    excepted = {"class_token", "encoder.pos_embedding"}  # torchvision's names; timm's networks have a method
+    excepted |= set(getattr(model, "no_weight_decay", set)())
+    trained = [(p.ndim <= 1 or name in excepted, p) for name, p in model.named_parameters() if p.requires_grad]
+    flat, rest = ([p for is_flat, p in trained if is_flat is wanted] for wanted in (True, False))
     groups = [{"params": rest}, {"params": flat, "weight_decay": 0.0}]
     shared = {"lr": training.lr, "weight_decay": training.weight_decay, "fused": device.type == "cuda" or None}
     if training.optimizer == "sgd":

@@ -138,6 +138,16 @@ def prepare_outputs(outputs: LoggingConfig) -> None:
         require_folder(Path(outputs.jsonl_path).parent, "logging.jsonl_path", outputs.jsonl_path)
 
 
+def live_figures(run: Any) -> dict[str, str]:
+    """What the progress bar shows. A device read. Raises TrainingFailed on a non-finite loss too many."""
+    loss, _ = run.metrics.meter.read()
+    shown = {"loss": f"{loss:.3f}" if loss is not None else "-"}
+    if run.selection.activations:
+        shown["activation"] = f"{run.selection.activations[-1]:.3f}"
+        shown["threshold"] = f"{run.selection.thresholds[-1]:.3f}"
+    return shown
+
+
 def build_result(run: Any, outcome: dict[str, str]) -> dict[str, Any]:
     """The contents of a results file: the documented keys first, then how they came about."""
     metrics, clock = run.metrics, run.clock

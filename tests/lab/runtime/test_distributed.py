@@ -610,7 +610,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(way, t
     def spoilt(trainer: Trainer, *inputs: Any, **options: Any) -> int:
         whole = trainer.network.forward
         if (trainer.metrics.epoch, trainer.metrics.step) in ((1, 2), (2, 4)):
-            trainer.network.forward = lambda *inputs: (float("nan") * whole(*inputs)[0], whole(*inputs)[1])
+            trainer.network.forward = lambda *inputs: (float("nan") * (got := whole(*inputs))[0], *got[1:])
         trained = step(trainer, *inputs, **options)
         trainer.network.forward = whole
         return trained
@@ -653,3 +653,10 @@ def test_few_active_samples_train_a_network_whose_batchnorm_sees_single_pixels(t
     config = make_config(*keys, "ast.target_activation=0.1", f"logging.output_dir={tmp_path}/out")
     result = ranks(2, lambda rank: train(config)[0], tmp_path / "ranks").results()[0]
     assert result["status"] == "completed"
+
+
+def test_the_energy_estimate_counts_every_process(tmp_path, monkeypatch):
+    layer_norm_net(monkeypatch)
+    config = make_config(*TWENTY, "metrics.gpu_tdp_watts=100", f"logging.output_dir={tmp_path}/out")
+    result, _ = ranks(2, lambda _: train(config), tmp_path / "ranks").results()[0]
+    assert result["training_history"]["est_energy_kj"][-1] == pytest.approx(2 * 0.1 * result["train_seconds"])
