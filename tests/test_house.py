@@ -17,7 +17,7 @@ MODULES = {
 LIGHT = [
     f"lab.{name}" for name in ("config", "console", "cli", "errors", "files", "runtime.launch", "results", "sweep")
 ]
-LIGHT += [f"lab.analysis.{name}" for name in ("study", "tables", "figures", "report")]
+LIGHT += [f"lab.analysis.{name}" for name in ("settings", "statistics", "study", "tables", "figures", "report")]
 LIGHT += ["analyze_results"]
 
 
