@@ -17,6 +17,7 @@ from lab.errors import RequestError, one_line
 
 REQUIRED = ("best_accuracy", "total_time_hours", "epochs_completed", "training_history")
 ACTIVATION_BAND = 0.02  # an epoch's activation further than this from its target is worth a warning
+STATUSES = ("completed", "early_stopped", "time_capped", "interrupted", "failed")
 LARGEST = 1e18  # a figure beyond it is a damaged one
 NAMED = ("model.name", "dataset.type", "ast.mode", "training.epochs")  # a config without one of them is not this lab's
 
@@ -101,11 +102,11 @@ def read_history(histories: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises TypeError for what is no list of numbers, ValueError for a number beyond LARGEST or a share or percentage
     beyond its range.
     """
-    found = {}
+    found, numbers = {}, (int, float, type(None))
     for key, values in histories.items():
-        if not isinstance(values, list) or any(type(value) not in (int, float, type(None)) for value in values):
-            wrong = next((each for each in values if type(each) not in (int, float, type(None))), values)
-            raise TypeError(f"{one_line(key, 40)}: a list of numbers was expected, not {one_line(repr(wrong), 40)}")
+        wrong = [each for each in values if type(each) not in numbers] if isinstance(values, list) else [values]
+        if wrong:
+            raise TypeError(f"{one_line(key, 40)}: a list of numbers was expected, not {one_line(repr(wrong[0]), 40)}")
         array = np.array(values, dtype=float)
         array[~np.isfinite(array)] = math.nan
         low, high = {"val_acc": (0, 100), "train_acc": (0, 100), "activation_rate": (0, 1)}.get(
@@ -212,10 +213,12 @@ def run_figures(
     config = result.get("config") or {}
     seed = result.get("seed", (config.get("training") or {}).get("seed") if is_whole(settings) else None)
     active = history.get("activation_rate", np.array([]))[sparse]
+    if (status := result.get("status", "completed")) not in STATUSES:
+        raise ValueError(f"status: {one_line(repr(status), 40)} is none of {', '.join(STATUSES)}")
     best_epoch = int(np.nanargmax(accuracies)) if np.isfinite(accuracies := history.get("val_acc", [])).any() else None
     return {
         "seed": seed if isinstance(seed, int | None) else one_line(seed),
-        "status": one_line(result.get("status") or "completed"),
+        "status": status,
         "error": one_line(result.get("error") or ""),
         "twin": one_line(result.get("twin") or ""),
         "epochs": int(number(result["epochs_completed"], 1e9)),
@@ -245,6 +248,8 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[ResultsFile], dict[str, 
             raise RequestError(f"--results-dir: {folder}: no such folder")
         for path in sorted(folder.glob("final_results_*.json")):
             try:
+                if path.exists() and not path.is_file():
+                    raise OSError("not a regular file")  # reading a pipe would wait for ever
                 runs.append(read_run(path))
             except (OSError, ValueError) as error:
                 unreadable[str(path)] = one_line(error)
