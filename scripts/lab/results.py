@@ -72,14 +72,19 @@ class ResultsFile:
 
 
 def spell(value: Any) -> str:
-    """A config value as text, 10 and 10.0 alike."""
+    """A config value as text, 10 and 10.0 alike, without what is no text: half a surrogate pair."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if isinstance(value, str) else json.dumps(value)
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else json.dumps(value)
 
 
 DEFAULTS = {key: spell(default) for key, (_, default) in config_keys().items() if not key.startswith("logging.")}
 DEFAULTS.pop("training.seed")
+
+
+def shown(path: Path) -> str:
+    """A path as one printable line: a name may hold line breaks, and bytes that are no text."""
+    return one_line(path, 4096)
 
 
 def number(value: Any, largest: float = LARGEST) -> float:
@@ -134,7 +139,7 @@ def read_run(path: Path) -> ResultsFile:
     try:
         history = read_history(result["training_history"])
         settings = settings_of(result)
-        environment = {key: spell(value) for key, value in (result.get("environment") or {}).items()}
+        environment = {spell(key): spell(value) for key, value in (result.get("environment") or {}).items()}
         figures = run_figures(result, history, settings) | {"non_finite": len(non_finite)}
         return ResultsFile(path, settings, history, figures, environment)
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
@@ -155,7 +160,7 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, str]:
     settings = {}
     for name, part in (result.get("config") or {}).items():
         pairs = {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, dict) else {name: part}
-        settings |= {RENAMED.get(key, key): spell(value) for key, value in pairs.items() if name != "logging"}
+        settings |= {spell(RENAMED.get(key, key)): spell(value) for key, value in pairs.items() if name != "logging"}
     settings.pop("training.seed", None)
     if is_whole(settings):
         settings = DEFAULTS | settings
@@ -252,7 +257,7 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[ResultsFile], dict[str, 
                     raise OSError("not a regular file")  # reading a pipe would wait for ever
                 runs.append(read_run(path))
             except (OSError, ValueError) as error:
-                unreadable[str(path)] = one_line(error)
+                unreadable[shown(path)] = one_line(error)
     if not runs and not unreadable:
         raise RequestError(f"--results-dir: {', '.join(map(str, folders))}: no final_results_*.json in it")
     return runs, unreadable
@@ -270,15 +275,15 @@ def load_runs(folders: Sequence[Path], dataset: str | None = None) -> tuple[list
     for run in runs:
         status = run.figures["status"]
         if status in ("failed", "interrupted"):
-            left_out[str(run.path)] = ": ".join(filter(None, [status, run.figures["error"]]))
+            left_out[shown(run.path)] = ": ".join(filter(None, [status, run.figures["error"]]))
         elif dataset is not None and run.dataset != dataset:
-            left_out[str(run.path)] = f"other dataset: {one_line(run.dataset or 'it does not say which')}"
+            left_out[shown(run.path)] = f"other dataset: {one_line(run.dataset or 'it does not say which')}"
         else:
             candidates.append(run)
     newest = {run.replicate: run for run in sorted(candidates, key=lambda run: run.name)}
     for run in candidates:
         if (newer := newest[run.replicate]) is not run:
-            left_out[str(run.path)] = f"config and seed of {newer.path}, which is newer"
+            left_out[shown(run.path)] = f"config and seed of {shown(newer.path)}, which is newer"
     kept = [run for run in candidates if newest[run.replicate] is run]
     if not kept:
         (path, reason), more = next(iter(left_out.items())), len(left_out) - 1

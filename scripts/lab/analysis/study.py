@@ -17,7 +17,7 @@ import pandas as pd
 from lab.analysis.settings import comparison_group, group_titles, label_settings
 from lab.analysis.statistics import DenseTraining, Runs, at_equal_time, difference_half_width, half_width, time_to_match
 from lab.errors import RequestError, one_line
-from lab.results import ACTIVATION_BAND, ResultsFile, is_whole
+from lab.results import ACTIVATION_BAND, ResultsFile, is_whole, shown
 
 
 @dataclass
@@ -156,7 +156,7 @@ def compare_group(runs: Sequence[ResultsFile], title: str, left_out: Mapping[str
     first = {run.key: run for run in reversed(runs)}
     known = [run.settings | {"gpu": run.machine} if is_whole(run.settings) else {} for run in first.values()]
     label_of = dict(zip(first, label_settings(known, [run.name for run in first.values()]), strict=True))
-    frame = pd.DataFrame([{"setting": label_of[run.key], **run.figures, "file": str(run.path)} for run in runs])
+    frame = pd.DataFrame([{"setting": label_of[run.key], **run.figures, "file": shown(run.path)} for run in runs])
     frame["seed"] = ["-" if run.figures["seed"] is None else str(run.figures["seed"]) for run in runs]
     comparable = bool(comparison_group(runs[0].settings))
     frame["mode"] = [run.settings.get("ast.mode", "") if comparable else "" for run in runs]
