@@ -143,6 +143,27 @@ def test_what_is_missing_is_a_dash(spoil, tmp_path, capsys):
     assert row.split()[1:3] == (["0", "-"] if spoil == "no accuracy" else ["1", "70.00"])
 
 
+def test_what_is_no_text_is_shown_as_a_question_mark(tmp_path, capsys):
+    half = "\ud800"  # of a surrogate pair
+    path = write_run(tmp_path, "1", dataset__type=f"x{half}", extra={"environment": {"gpu": half, half: half}})
+    path.rename(tmp_path / "final_results_\udcff\n.json")  # a name of bytes that are no text, with a line break
+    write_run(tmp_path, "2", ast__mode=half, training__seed=1)
+    outputs = [
+        "--csv",
+        str(tmp_path / "t.csv"),
+        "--report",
+        str(tmp_path / "r.html"),
+        "--latex",
+        str(tmp_path / "t.tex"),
+    ]
+    assert analyze(["--results-dir", str(tmp_path), *outputs]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "== x?, resnet18" in out
+    assert pd.read_csv(tmp_path / "t.csv", keep_default_na=False)["machine"].tolist() == ["null", "?"]
+    assert "final_results_? .json" in (tmp_path / "r.html").read_text()
+
+
 def test_a_thousand_files_are_quick(tmp_path):
     """Time and memory of the command over 1,000 files of 100 epochs, in a process of its own."""
     text = write_run(tmp_path, "0000", [50 + i / 3 for i in range(100)], training__epochs=100).read_text()
