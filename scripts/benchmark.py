@@ -35,9 +35,9 @@ from lab.cli import run_cli
 from lab.config import Config
 from lab.data.loading import DeviceBatch
 from lab.files import require_folder
+from lab.launch import launch, launched
 from lab.models import get_model
 from lab.runtime.devices import configure_backends, environment, resolve_device
-from lab.runtime.launch import launch, launched
 from train_ast import Run, select_active, selection_class, significance, train_one_epoch
 
 

@@ -25,8 +25,8 @@ from lab.config import Config
 from lab.console import print_rank0
 from lab.errors import RequestError
 from lab.files import write_result
+from lab.launch import launch, launched
 from lab.runtime.clock import Stop
-from lab.runtime.launch import launch, launched
 from train_ast import execute, load_config, lr_warmup_share, train
 
 FLAGS = {

@@ -70,13 +70,13 @@ from lab.runtime.devices import (
     to_device,
 )
 from lab.runtime.distributed import Dist, average_running_statistics, meet, merge_gradients
-from lab.runtime.meters import Ledger, Meter
+from lab.runtime.meters import Ledger, Meter, merged_sums
 from lab.runtime.optimizer import build_optimizer, lr_at
 from lab.runtime.outputs import Outputs, build_result, open_tensorboard, prepare_outputs
 from lab.runtime.sample_store import SampleStore
-from lab.runtime.state import reduce_to_rank0, resume_run, run_state, warm_up
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import WorkerLoader, ending_workers
+from lab.state import reduce_to_rank0, resume_run, run_state, warm_up
 
 # ---------------------------------------------------------------------------------------------- PI controller
 
@@ -624,10 +624,8 @@ class Trainer(Stateful):
     `optimizer_step` corrects that to the count of the whole window, on all processes.
     """
 
-    STATE = (
-        *("lr", "scheduled", "unscheduled", "window_samples", "window_divisor", "window_forwards"),
-        *("optimizer", "scaler"),
-    )
+    STATE = ("lr", "scheduled", "unscheduled", "window_forwards", "optimizer", "scaler")
+    OWN = ("window_samples", "window_divisor")
 
     def __init__(
         self, network: Network, config: Config, planned_steps: int, clock: Clock, metrics: Metrics, dist: Dist
@@ -740,39 +738,23 @@ class Trainer(Stateful):
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
 
-    def empty_window(self) -> None:
-        """Forget the window's gradient; its memory stays."""
-        self.window_samples = self.window_divisor = 0
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-
-    def reduce_to_rank0(self) -> None:
-        """Move an open window's gradient to rank 0. On the others the window is then open and empty. Collective."""
-        if self.dist.world > 1 and self.window_open():
-            self.window_samples = self.window_divisor = int(self.merge_gradients())
-            if self.dist.rank:
-                self.empty_window()
-
     def alike(self) -> list[float]:
         """Numbers that every process must have alike."""
         return [self.lr, self.scheduled, self.network.weight_sum()]
 
-    def state_dict(self) -> dict[str, Any]:
-        gradients = [p.grad for p in self.network.model.parameters()] if self.window_samples else None
-        return {**super().state_dict(), "gradients": gradients, "window_bad": self.window_bad}
+    def own_state(self) -> dict[str, Any]:
+        gradients = [p.grad for p in self.parameters] if self.window_samples else None
+        return {**super().own_state(), "gradients": gradients, "window_bad": self.window_bad}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        super().load_own_state(state)
         bad = state["window_bad"]
         self.window_bad = None if bad is None else bad.to(self.device)
-        for parameter, gradient in zip(self.network.model.parameters(), state["gradients"] or []):  # noqa: B905
+        for parameter, gradient in zip(self.parameters, state["gradients"] or []):  # noqa: B905
             if parameter.grad is None:
                 parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
             elif gradient is not None:
                 parameter.grad.copy_(gradient)
-        if self.dist.rank:  # rank 0 has the window
-            self.empty_window()
 
 
 # -------------------------------------------------------------------------------------------------------- Data
@@ -886,7 +868,8 @@ HISTORY_KEYS = (
 class Metrics(Stateful):
     """Where the run stands, and what it has counted: the ledger of work, the epoch's meter, the history."""
 
-    STATE = ("epoch", "step", "history", "epochs_completed", "nonfinite_steps", "ledger", "ledger_before", "meter")
+    STATE = ("epoch", "step", "history", "epochs_completed", "nonfinite_steps")
+    OWN = ("ledger", "ledger_before", "meter")
 
     def __init__(self, config: Config, device: torch.device, dist: Dist):
         self.allowed = config.training.max_nonfinite_steps
@@ -946,25 +929,18 @@ class Metrics(Stateful):
         rows = self.dist.all_gather([*counted, *meter.sums.tolist()])
         numbers = [int(total) * first for total in rows[:, : len(counted)].sum(0)]
         ledger.loaded, ledger.scored, ledger.trained, meter.correct, meter.trained, meter.predicted = numbers
-        sums = rows[:, len(counted) :]
-        first_bad, skipped = sums[:, 3][sums[:, 3] > 0], sums[:, 5].max()  # all ranks skip the same optimizer steps
-        sums = sums.sum(0)
-        sums[3], sums[5] = first_bad.min() if len(first_bad) else 0, skipped
-        meter.sums.copy_(torch.from_numpy(sums * first))
+        meter.sums.copy_(torch.from_numpy(merged_sums(rows[:, len(counted) :]) * first))
         for found in self.dist.all_gather_objects(self.read_errors.found) if self.read_errors.limit else ():
             if first:
                 self.read_errors.add(found)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "read_errors": self.read_errors.found}
+    def own_state(self) -> dict[str, Any]:
+        return {**super().own_state(), "read_errors": self.read_errors.found}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        super().load_own_state(state)
         self.meter.epoch, self.meter.allowed = self.epoch, self.allowed - self.nonfinite_steps
         self.read_errors.add(state["read_errors"])
-        if self.dist.rank:  # rank 0 has what was counted until then
-            self.ledger.loaded = self.ledger.scored = self.ledger.trained = 0
-            self.meter = self.new_meter()
 
 
 def close_epoch(run: Run, val_acc: float, dense_samples: float) -> dict[str, Any]:
@@ -1158,7 +1134,6 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
         begin_epoch(run, plan)
         whole = train_one_epoch(run, device_batches(train_loader, run.device, metrics.read_errors), len(plan))
         clock.pause()
-        average_running_statistics(run.network.model, run.dist)
         val_acc = validate(run, val_loader)
         if val_acc is None:
             status = "interrupted" if clock.stop.signal is not None else "time_capped"
@@ -1180,14 +1155,21 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
 
 
 def validate(run: Run, loader: Loader) -> float | None:
-    """`evaluate` over `loader`, timed; None after a signal."""
+    """`evaluate` over `loader` with the running statistics of all processes, timed.
+
+    None where it was cut short; the statistics are then as before, so that the resumed run ends as one left alone.
+    """
     started = time.monotonic()
     if run.clock.signalled():
         return None
+    own = average_running_statistics(run.network.model, run.dist)
     accuracy = evaluate(run.network, device_batches(loader, run.device, run.metrics.read_errors), run.clock)
     if accuracy is not None:
         run.clock.eval_seconds = time.monotonic() - started
-    return accuracy
+        return accuracy
+    for buffer, value in own:
+        buffer.copy_(value)
+    return None
 
 
 def train(config: Config, stop: Stop | None = None, resume: str | None = None) -> tuple[dict[str, Any], Path]:

@@ -2,10 +2,7 @@
 
 import io
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -94,15 +91,6 @@ def processes(word: str) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """What `condition` returns once that is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return value
 
 
 def folder_config(folder, *overrides):

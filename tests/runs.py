@@ -201,9 +201,17 @@ class Ended:
 
 
 def ranks(
-    world: int, work: Callable[[int], Any], folder: Path, seconds: float = 60, missing: Sequence[int] = ()
+    world: int,
+    work: Callable[[int], Any],
+    folder: Path,
+    seconds: float = 60,
+    missing: Sequence[int] = (),
+    disturb: Callable[[list[int]], object] = bool,
 ) -> Ended:
-    """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out."""
+    """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out.
+
+    disturb: called with the ids of the processes once they are started.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     meeting_point()
     attempt = next(ATTEMPTS)
@@ -214,6 +222,7 @@ def ranks(
     deadline = time.monotonic() + seconds
     for process in processes:
         process.start()
+    disturb([process.pid for process in processes])
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
     hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from conftest import BatchNormNet, LayerNormNet, as_batch, loaded, make_batch, make_run, scores_of, sparse_step
 from lab.data.queue import ActiveQueue
-from lab.runtime.state import warm_up
+from lab.state import warm_up
 from train_ast import select_active, train_one_epoch
 
 NETS = [LayerNormNet, BatchNormNet]

@@ -12,7 +12,7 @@ from lab.data.randomness import uniform
 from lab.models import get_model
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.devices import configure_backends
-from lab.runtime.state import warm_up
+from lab.state import warm_up
 from train_ast import Run, build_dataloaders, load_config, train_one_epoch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -111,7 +111,7 @@ def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, s
         config = load_config(preset, overrides)
         ended[processes] = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
     one, two = (state["model"] for state in ended.values())
-    assert ended[2]["metrics"]["ledger"]["steps"] == ended[1]["metrics"]["ledger"]["steps"]
+    assert ended[2]["ranks"][0]["metrics"]["ledger"]["steps"] == ended[1]["ranks"][0]["metrics"]["ledger"]["steps"]
     for name, tensor in one.items():
         if tensor.dim() == 1:  # BatchNorm's, which begin as ones and zeros
             moved = tensor - float(name.endswith(("weight", "running_var")))

@@ -14,9 +14,7 @@ MODULES = {
     ".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SCRIPTS.rglob("*.py"))
 }
-LIGHT = [
-    f"lab.{name}" for name in ("config", "console", "cli", "errors", "files", "runtime.launch", "results", "sweep")
-]
+LIGHT = [f"lab.{name}" for name in ("config", "console", "cli", "errors", "files", "launch", "results", "sweep")]
 LIGHT += [f"lab.analysis.{name}" for name in ("settings", "statistics", "study", "tables", "figures", "report")]
 LIGHT += ["analyze_results"]
 

@@ -4,7 +4,9 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,42 +18,61 @@ from lab.config import Config
 from lab.errors import TrainingFailed
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.clock import Stop
-from runs import WAYS, exit_code, final_state, forked, running, same, untimed, wait_until
-from train_ast import train
+from runs import WAYS, exit_code, final_state, forked, ranks, running, same, untimed, wait_until
+from train_ast import execute, train
 
 TINY = ["model.name=test_resnet", "dataset.image_size=8", "training.batch_size=32", "training.lr=0.05"]
 TINY += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "training.epochs=4", "ast.warmup_epochs=1"]
 
 
+PAIRED = ["ast", "packed, accumulated", "two workers", "history, two workers", "resident crops"]  # two processes
+KILLS = int(os.environ.get("AST_LAB_KILLS", 500))  # of the long form
+SEED = 0
+
+
 def check_readable(folder: Path, config: Config) -> None:
     """Nothing that a killed process left is torn: results, log, checkpoints."""
     for path in folder.glob("final_results_*.json"):
-        assert json.loads(path.read_text())["status"] in ("completed", "interrupted")
+        assert json.loads(path.read_text())["status"] in ("completed", "interrupted", "failed")  # where a peer was lost
     for path in folder.glob("*.jsonl"):
         assert all(json.loads(line)["epoch"] for line in path.read_text().splitlines())  # none yet is no tear
     for path in folder.glob("checkpoints/*/*.pt"):
         load_checkpoint(path, config)
 
 
-def kill_and_resume(config: Config, dice: random.Random, seconds: float, kills: int) -> int:
-    """Kill `config`'s run at random moments, then let it end. Returns how many kills hit."""
+def go_on(config: Config, processes: int, disturb: Callable[[list[int]], object] = bool) -> list[int]:
+    """Start a run, or go on from its checkpoint, in so many processes. Returns their exit codes.
+
+    disturb: called with the ids of the processes once they are started.
+    """
+    folder = Path(config.logging.output_dir)
+    if processes == 1:
+        child = forked(lambda: execute(config, "auto"), folder / "output")
+        disturb([child])
+        return [exit_code(child)]
+    return ranks(processes, lambda _: sys.exit(execute(config, "auto")), folder / "ranks", disturb=disturb).codes
+
+
+def kill_and_resume(config: Config, dice: random.Random, seconds: float, kills: int, processes: int) -> int:
+    """Kill a process of `config`'s run at random moments (SIGKILL, SIGTERM), then let it end. Returns how many hit."""
     folder, hits = Path(config.logging.output_dir), 0
     folder.mkdir(parents=True)
-    for _ in range(kills):
-        child = forked(lambda: train(config, resume="auto") and 0, folder / "output")
+
+    def kill(children: list[int]) -> None:
         time.sleep(dice.uniform(0, seconds))
-        os.kill(child, signal.SIGKILL)
-        hits += exit_code(child) == -signal.SIGKILL
+        os.kill(dice.choice(children), dice.choice([signal.SIGKILL, signal.SIGTERM]))
+
+    for _ in range(kills):
+        hits += any(go_on(config, processes, kill))
         check_readable(folder, config)
-    assert exit_code(forked(lambda: train(config, resume="auto") and 0, folder / "output")) == 0, (
-        folder / "output"
-    ).read_text()
+    assert not any(go_on(config, processes)), "".join(path.read_text() for path in folder.rglob("*out*"))
     check_readable(folder, config)
     return hits
 
 
-def kill_test(tmp_path: Path, runs: int, ways: list[str], kills: int) -> None:
-    dice, hits, whole = random.Random(0), 0, {}
+def kill_test(tmp_path: Path, ways: list[str], runs: int, kills: int, processes: int = 1) -> None:
+    """In each of `runs` a run is killed `kills` times, and must end bit for bit as one that nothing happens to."""
+    dice, hits, whole = random.Random(SEED), 0, {}
     for run in range(runs):
         way = ways[run % len(ways)]
 
@@ -62,11 +83,11 @@ def kill_test(tmp_path: Path, runs: int, ways: list[str], kills: int) -> None:
 
         if way not in whole:
             started, name = time.monotonic(), f"whole{run}"
-            kill_and_resume(config(name), dice, 0.0, 0)
+            kill_and_resume(config(name), dice, 0.0, 0, processes)
             whole[way] = name, time.monotonic() - started
         name, seconds = whole[way]
         often = [] if run % 3 else ["logging.checkpoint_minutes=1e-9"]  # a write is nearly always under way
-        hits += kill_and_resume(config(f"run{run}", *often), dice, seconds, kills)
+        hits += kill_and_resume(config(f"run{run}", *often), dice, seconds, kills, processes)
         assert same(final_state(config(f"run{run}")), final_state(config(name)))
         results = [max((tmp_path / each).glob("final_results_*"), key=os.path.getmtime) for each in (name, f"run{run}")]
         first, second = (untimed(json.loads(path.read_text())) for path in results)
@@ -74,17 +95,23 @@ def kill_test(tmp_path: Path, runs: int, ways: list[str], kills: int) -> None:
         logs = [(tmp_path / each / "log.jsonl").read_text().splitlines() for each in (name, f"run{run}")]
         assert [json.loads(line)["epoch"] for line in logs[1]] == [1, 2, 3, 4]
         assert [json.loads(line)["val_acc"] for line in logs[1]] == [json.loads(line)["val_acc"] for line in logs[0]]
-    print(f"{runs} runs, {hits} of {runs * kills} kills hit a running process")
+    print(f"{processes} processes, {runs} runs, {hits} of {runs * kills} kills hit a running process, seed {SEED}")
     assert hits >= runs * kills / 3
 
 
-def test_killed_runs_end_as_the_uninterrupted_one(tmp_path):
-    kill_test(tmp_path, runs=3, ways=["ast", "packed, accumulated", "two workers"], kills=2)
+@pytest.mark.parametrize(
+    ("processes", "ways", "runs"),
+    [(1, ["packed, accumulated", "two workers", "resident crops"], 5), (2, PAIRED[1:3], 2)],
+)
+def test_killed_runs_end_as_the_uninterrupted_one(processes, ways, runs, tmp_path):
+    kill_test(tmp_path, ways, runs, kills=3, processes=processes)
 
 
 @pytest.mark.long
-def test_fifty_killed_runs_end_as_the_uninterrupted_one(tmp_path):
-    kill_test(tmp_path, runs=50, ways=list(WAYS), kills=3)
+@pytest.mark.parametrize(("processes", "ways"), [(1, list(WAYS)), (2, PAIRED)])
+def test_hundreds_of_killed_runs_end_as_the_uninterrupted_one(processes, ways, tmp_path):
+    """Two thirds of the kills hit runs of one process, a third runs of two."""
+    kill_test(tmp_path, ways, runs=KILLS * (3 - processes) // 9 + 1, kills=3, processes=processes)
 
 
 def terminate_test(tmp_path: Path, times: int) -> None:

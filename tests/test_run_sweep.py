@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
-from helpers import processes, wait_for
+from helpers import processes
 from lab.cli import run_cli
 from lab.data import cache
 from lab.errors import RequestError
 from run_sweep import main
+from runs import wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "training.batch_size=16"]
@@ -30,7 +31,7 @@ def rows_of(folder):
 
 def test_failed_and_killed_runs_are_listed_and_the_others_complete(tmp_path, capsys):
     """A bad value, a run that dies of it, one that is killed, one that is sound; then the same again with --resume."""
-    killer = threading.Thread(target=lambda: os.kill(wait_for(lambda: processes("training.lr=0.002"))[0], 9))
+    killer = threading.Thread(target=lambda: os.kill(wait_until(lambda: processes("training.lr=0.002"))[0], 9))
     killer.start()
     common = ["--configs", DIGITS, "--output-dir", str(tmp_path), *QUICK, "ast.mode=dense", "training.optimizer=sgd"]
     args = [*common, "--grid", "training.lr=-1,1e20,0.002,0.003", "--seeds", "7", "--runs-per-gpu", "3"]
@@ -65,10 +66,10 @@ def test_a_sweep_killed_in_the_middle_resumes_without_repeating_a_finished_run(t
     sweep = subprocess.Popen(
         [sys.executable, "scripts/run_sweep.py", *grid], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    wait_for(lambda: len(list(tmp_path.glob("final_results_*.json"))) == 1 and processes("training.seed=1"))
+    wait_until(lambda: len(list(tmp_path.glob("final_results_*.json"))) == 1 and processes("training.seed=1"))
     sweep.kill()
     sweep.communicate()
-    wait_for(lambda: not processes("training.seed=1"), 10)  # it takes its runs with it
+    wait_until(lambda: not processes("training.seed=1"), 10)  # it takes its runs with it
     (first,) = tmp_path.glob("final_results_*.json")
     (tmp_path / "final_results_20200101_000000.json").write_text("{")  # what another writer left
     with next(tmp_path.glob("sweep_summary_*.jsonl")).open("a") as file:
@@ -86,7 +87,7 @@ def test_a_sweep_killed_in_the_middle_resumes_without_repeating_a_finished_run(t
 
 def test_ctrl_c_lets_the_running_ones_save_and_starts_no_other(tmp_path, capsys):
     def interrupt():
-        wait_for(lambda: list(tmp_path.glob("log.*.jsonl")))
+        wait_until(lambda: list(tmp_path.glob("log.*.jsonl")))
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
@@ -226,7 +227,7 @@ def test_a_second_sweep_into_the_same_folder_is_refused_and_disturbs_nothing(tmp
     first = subprocess.Popen(
         [sys.executable, "scripts/run_sweep.py", *args], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    (log,) = wait_for(lambda: [path for path in tmp_path.glob("logs/*.log") if "dense" in path.read_text()])
+    (log,) = wait_until(lambda: [path for path in tmp_path.glob("logs/*.log") if "dense" in path.read_text()])
     before = log.read_text()
     for again in (args, [*args, "--resume"], [*args, "--one-process", "--seeds", "5"]):
         assert run_cli(lambda again=again: main(again)) == 2

@@ -19,7 +19,7 @@ from lab.runtime.clock import Stop
 from lab.runtime.devices import resolve_amp_dtype, resolve_device
 from lab.runtime.optimizer import lr_at
 from lab.runtime.outputs import save_results
-from lab.runtime.state import warm_up
+from lab.state import warm_up
 from train_ast import HISTORY_KEYS, train
 
 DOCUMENTED = ["best_accuracy", "total_time_hours", "epochs_completed", "training_history"]

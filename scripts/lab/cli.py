@@ -12,7 +12,7 @@ from dotenv import load_dotenv
 
 from lab.config import config_keys
 from lab.errors import RequestError, TrainingFailed, one_line
-from lab.runtime.launch import launched
+from lab.launch import launched
 
 
 def run_cli(main: Callable[[], int]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lab.config import Config
-from lab.runtime.launch import launched
+from lab.launch import launched
 
 Columns = Mapping[str, tuple[str, str]]  # title: (key of the row, format); the format gives the width
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from conftest import REPO
-from helpers import wait_for, write_run
+from helpers import write_run
 from lab.config import Config, load_config, read_config, run_id
 from lab.errors import RequestError
 from lab.sweep import (
@@ -23,6 +23,7 @@ from lab.sweep import (
     time_left,
     work_off,
 )
+from runs import wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 
@@ -47,7 +48,7 @@ def test_a_second_signal_kills(tmp_path):
     deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     (script, (plan, *_)), halt = stand_in(tmp_path, deaf), Halt()
     run = Running(plan, script, None, tmp_path / "log")
-    wait_for(lambda: "up" in (tmp_path / "log").read_text())
+    wait_until(lambda: "up" in (tmp_path / "log").read_text())
     halt.signals.append(signal.SIGINT)
     halt.pass_on([run])
     time.sleep(0.2)

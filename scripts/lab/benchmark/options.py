@@ -12,7 +12,7 @@ from typing import Any
 from lab.benchmark.scaling import read_single
 from lab.cli import command_parser
 from lab.errors import RequestError
-from lab.runtime.launch import launched
+from lab.launch import launched
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:

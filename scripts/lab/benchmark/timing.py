@@ -40,9 +40,9 @@ from lab.data.images import Augmentation
 from lab.data.loading import EpochPlan, as_is, device_batches
 from lab.errors import RequestError, one_line
 from lab.files import replace_text
+from lab.launch import launched
 from lab.runtime.devices import IMAGENET_MOMENTS, environment, resolve_device, synchronize
 from lab.runtime.distributed import Dist
-from lab.runtime.launch import launched
 from lab.runtime.meters import EnergyMeter
 
 

@@ -16,9 +16,9 @@ import torch
 
 from lab.config import Config
 from lab.errors import RequestError, TrainingFailed, one_line
+from lab.launch import launched
 from lab.runtime.devices import synchronize
 from lab.runtime.distributed import Dist, vote_interval
-from lab.runtime.launch import launched
 from lab.runtime.meters import EnergyMeter
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import kill_workers, worker_error
@@ -64,7 +64,8 @@ class Clock(Stateful):
     Of several processes each measures its own time; rank 0's is reported. Decisions are made alike on all ranks.
     """
 
-    STATE = ("train_seconds", "epoch_seconds", "eval_seconds", "energy_kj")
+    STATE = ("train_seconds", "epoch_seconds", "eval_seconds")
+    OWN = ("energy_kj",)
 
     def __init__(self, config: Config, device: torch.device, dist: Dist, stop: Stop, started: float):
         """started: time.monotonic() seconds at the start of this session."""
@@ -190,8 +191,6 @@ class Clock(Stateful):
         super().load_state_dict(state)
         self.earlier_seconds = state["elapsed"]
         self.agreed_seconds = self.train_seconds + self.epoch_seconds
-        if self.dist.rank and self.energy_kj is not None:
-            self.energy_kj = 0.0  # rank 0 has what was counted until then
 
 
 MEMORY = r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory|MemoryError|std::bad_alloc"

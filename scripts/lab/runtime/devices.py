@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lab.config import TrainingConfig
 from lab.errors import RequestError
-from lab.runtime.launch import launched
+from lab.launch import launched
 
 
 def resolve_device(training: TrainingConfig) -> torch.device:

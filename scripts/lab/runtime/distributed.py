@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from lab.config import Config, checkpoint_folder
 from lab.console import print_rank0
 from lab.errors import PeerLost, RequestError, one_line
-from lab.runtime.launch import launched
+from lab.launch import launched
 
 CONTACT_SECONDS = 300.0  # how long a process waits for the others before it gives the run up
 MEETINGS = count()  # one run may follow another in the same processes: each meets under its own name in the store
@@ -188,6 +188,15 @@ class Dist:
                 distributed.all_gather_object(things, thing)
         return things
 
+    def gather_objects(self, thing: Any) -> list[Any] | None:
+        """Every rank's `thing` on rank 0, None on the others. It is pickled."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world if self.rank == 0 else None
+        with self._contact():
+            distributed.gather_object(thing, things)
+        return things
+
     def broadcast(self, thing: Any) -> Any:
         """Rank 0's `thing`."""
         return self.all_gather_objects(thing if self.rank == 0 else None)[0]
@@ -268,13 +277,16 @@ def meet(config: Config, device: torch.device) -> Dist:
     return dist
 
 
-def average_running_statistics(model: nn.Module, dist: Dist) -> None:
-    """Give every rank the mean over ranks of BatchNorm's running statistics."""
+def average_running_statistics(model: nn.Module, dist: Dist) -> list[tuple[Tensor, Tensor]]:
+    """Give every rank the mean over ranks of BatchNorm's running statistics. Returns (buffer, its own value before)."""
     floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    if dist.world > 1 and floats:
-        flat = dist.all_sum(torch.cat([buffer.flatten() for buffer in floats])) / dist.world
-        for buffer, part in zip(floats, flat.split([buffer.numel() for buffer in floats]), strict=True):
-            buffer.copy_(part.view_as(buffer))
+    if dist.world == 1 or not floats:
+        return []
+    before = [buffer.clone() for buffer in floats]
+    flat = dist.all_sum(torch.cat([buffer.flatten() for buffer in floats])) / dist.world
+    for buffer, part in zip(floats, flat.split([buffer.numel() for buffer in floats]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+    return list(zip(floats, before, strict=True))
 
 
 def merge_gradients(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +97,13 @@ class Meter(Stateful):
         trained = self.trained - bad_samples
         accuracy = 100 * (correct + self.correct) / self.predicted if self.predicted else None
         return (loss / trained if trained else None), accuracy
+
+
+def merged_sums(sums: np.ndarray) -> np.ndarray:
+    """`Meter.sums` of one process out of those of several, float64 [world, 7] -> [7]."""
+    merged, first_bad = sums.sum(0), sums[:, 3][sums[:, 3] > 0]
+    merged[3], merged[5] = first_bad.min() if len(first_bad) else 0, sums[:, 5].max()  # all skip the same steps
+    return merged
 
 
 class EnergyMeter:

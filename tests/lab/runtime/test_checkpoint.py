@@ -21,7 +21,7 @@ from lab.files import align_jsonl
 from lab.runtime.checkpoint import Checkpoints, host_copy, load_checkpoint, save_checkpoint
 from lab.runtime.clock import Stop
 from lab.runtime.outputs import build_result
-from lab.runtime.state import load_run_state, run_state
+from lab.state import load_run_state, run_state
 from runs import WAYS, CapAfter, StopAfter, final_state, same, untimed
 from train_ast import close_epoch, train
 
