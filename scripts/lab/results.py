@@ -124,7 +124,12 @@ def read_history(histories: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def read_run(path: Path) -> ResultsFile:
-    """Read one results file. Raises ValueError, with the reason, for a file that is none."""
+    """Read one results file.
+
+    Raises ValueError, with the reason, for a file that is none, and OSError where it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")  # reading a pipe would wait for ever
     non_finite: list[str] = []  # NaN and Infinity: this lab never writes them, but others do
     try:
         result = json.loads(
@@ -253,8 +258,6 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[ResultsFile], dict[str, 
             raise RequestError(f"--results-dir: {folder}: no such folder")
         for path in sorted(folder.glob("final_results_*.json")):
             try:
-                if path.exists() and not path.is_file():
-                    raise OSError("not a regular file")  # reading a pipe would wait for ever
                 runs.append(read_run(path))
             except (OSError, ValueError) as error:
                 unreadable[shown(path)] = one_line(error)
