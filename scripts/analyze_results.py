@@ -6,8 +6,10 @@
     python scripts/analyze_results.py --follow results/run.jsonl
 
 Reads every final_results_*.json of the folders, also those that hold only the documented keys. Runs that differ in
-nothing but their seed are one setting. Accuracies are in percent, activation a share of 0 to 1, time in seconds of
-training, energy in kJ: measured by NVML, or estimated as time x TDP. Exit codes: 0 done; 2 the request was wrong.
+nothing but their seed are one setting. Only runs on the same data with the same model are compared: where there are
+others, each such group has its own table, baseline, verdict and figures. Accuracies are in percent, activation a share
+of 0 to 1, time in seconds of training, energy in kJ: measured by NVML, or estimated as time x TDP. Exit codes: 0 done;
+2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from lab.analysis.study import Study, compare
-from lab.analysis.tables import follow, frontier_lines, text_table, to_latex, to_markdown, verdict
+from lab.analysis.tables import follow, frontier_lines, several, text_table, to_latex, to_markdown, verdict
 from lab.cli import command_parser, run_cli
 from lab.files import write_outputs
 from lab.results import load_runs
@@ -47,11 +51,26 @@ def print_study(study: Study) -> None:
     print(*frontier_lines(study), verdict(study), sep="\n")
     for text in study.warnings:
         print(f"warning: {text}")
-    for path, reason in study.left_out.items():
+
+
+def print_studies(studies: Sequence[Study]) -> None:
+    if line := several(studies):
+        print(line)
+    for study in studies:
+        if line:
+            print(f"\n== {study.title}")
+        print_study(study)
+    for path, reason in studies[0].left_out.items():
         print(f"left out: {path}: {reason}")
 
 
-def requested_outputs(args: argparse.Namespace, study: Study) -> dict[Path, tuple[str, bytes]]:
+def all_digits(studies: Sequence[Study]) -> str:
+    """The tables as one CSV, with all digits and columns, and the group in a column."""
+    tables = [study.table.assign(group=study.title, baseline=study.baseline) for study in studies]
+    return pd.concat([table.astype(object) for table in tables]).rename_axis("setting").to_csv()
+
+
+def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dict[Path, tuple[str, bytes]]:
     """By path, the option that asks for a file and the file's content."""
     outputs: dict[Path, tuple[str, bytes]] = {}
 
@@ -59,20 +78,20 @@ def requested_outputs(args: argparse.Namespace, study: Study) -> dict[Path, tupl
         outputs[path] = option, text.encode("utf-8", "replace")
 
     if args.csv is not None:
-        add("--csv", args.csv, study.table.drop(columns="group").to_csv())
+        add("--csv", args.csv, all_digits(studies))
     if args.markdown is not None:
-        add("--markdown", args.markdown, to_markdown(text_table(study)))
+        add("--markdown", args.markdown, to_markdown(studies))
     if args.latex is not None:
-        add("--latex", args.latex, to_latex(text_table(study)))
+        add("--latex", args.latex, to_latex(studies))
     if args.plot:
-        from lab.analysis.figures import draw_all  # matplotlib takes a second that a table need not
+        from lab.analysis.figures import draw_groups  # matplotlib takes a second that a table need not
 
         folder = args.save_dir or args.results_dir[0] / "plots"
-        outputs |= {folder / name: ("--save-dir", content) for name, content in draw_all(study).items()}
+        outputs |= {folder / name: ("--save-dir", content) for name, content in draw_groups(studies).items()}
     if args.report is not None:
         from lab.analysis.report import render
 
-        add("--report", args.report, render(study))
+        add("--report", args.report, render(studies))
     return outputs
 
 
@@ -80,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.follow is not None:
         follow(args.follow)
-    study = compare(*load_runs(args.results_dir, args.dataset), args.baseline)
-    print_study(study)
-    outputs = requested_outputs(args, study)
+    studies = compare(*load_runs(args.results_dir, args.dataset), args.baseline)
+    print_studies(studies)
+    outputs = requested_outputs(args, studies)
     write_outputs(outputs)
     for path, (option, _) in outputs.items():
         print(f"{option.removeprefix('--').replace('save-dir', 'plot')}: {path}")

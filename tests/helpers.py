@@ -66,8 +66,15 @@ def write_sweep(folder: Path) -> Path:
     return folder
 
 
+def studies_of(*folders: Path, **options: str) -> dict[str, Study]:
+    """By title, a study for each comparison group."""
+    return {study.title: study for study in compare(*load_runs(folders), **options)}
+
+
 def study_of(*folders: Path, **options: str) -> Study:
-    return compare(*load_runs(folders), **options)
+    """The study of folders whose runs are one comparison group."""
+    (study,) = studies_of(*folders, **options).values()
+    return study
 
 
 def analyze(argv: list[str]) -> int:

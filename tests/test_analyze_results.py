@@ -1,17 +1,20 @@
 """The command: what it prints and writes, how it refuses, and how long it takes."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from conftest import REPO
-from helpers import analyze, study_of, write_run
+from helpers import analyze, studies_of, write_run
 from lab.analysis.tables import text_table, verdict
+from lab.errors import RequestError
 
 
 @pytest.mark.parametrize(
@@ -23,14 +26,6 @@ from lab.analysis.tables import text_table, verdict
             lambda folder: write_run(folder, "1").write_text('{"best_acc'),
             [],
             "nothing to compare: {folder}/final_results_1.json: not valid JSON: Unterminated string",
-        ),
-        (
-            lambda folder: (
-                write_run(folder, "1"),
-                write_run(folder, "2", dataset__type="folder", dataset__val_dir="x"),
-            ),
-            [],
-            "--results-dir: several datasets: digits (1 runs), folder:x (1 runs); choose one with --dataset",
         ),
         (
             lambda folder: write_run(folder, "1"),
@@ -68,29 +63,105 @@ def test_command_prints_the_table_and_writes_tables_and_figures(results, tmp_pat
     plots = tmp_path / "plots"
     assert analyze(["--results-dir", str(results), *flags, "--plot", "--save-dir", str(plots)]) == 0
     printed = capsys.readouterr().out
-    study = study_of(results)
-    table = text_table(study)
-    for cell in table.to_numpy().ravel():
+    studies = studies_of(results)
+    study, _ = studies.values()
+    tables = [text_table(each) for each in studies.values()]
+    for cell in np.concatenate([table.to_numpy().ravel() for table in tables]):
         assert cell in printed
     assert f"left out: {results}/final_results_20200101_000001.json: not valid JSON" in printed
     assert verdict(study) in printed
+    assert all(f"== {title}\n" in printed for title in studies)
     csv = pd.read_csv(paths["csv"]).set_index("setting")
-    assert csv["final_mean"].to_dict() == pytest.approx(study.table["final_mean"].to_dict(), abs=1e-12)
-    rows = [line.strip("|").split("|") for line in paths["markdown"].read_text().splitlines()]
-    assert [[cell.strip() for cell in row] for row in rows[2:]] == table.to_numpy().tolist()
+    for title, each in studies.items():
+        own = csv[csv["group"] == title]
+        assert own["final_mean"].to_dict() == pytest.approx(each.table["final_mean"].to_dict(), abs=1e-12)
+    lines = paths["markdown"].read_text().splitlines()
+    assert [line for line in lines if line.startswith("#")] == [f"## {title}" for title in studies]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    assert [row for row in rows if row[0] not in ("setting", "---")] == [
+        row for table in tables for row in table.to_numpy().tolist()
+    ]
     latex = paths["latex"].read_text()
-    assert latex.count("\\\\") == len(table) + 1
+    assert latex.count("\\\\") == sum(len(table) + 2 for table in tables)
     assert "20200101\\_000000 & 1 & 71.50" in latex
     names = ["accuracy", "accuracy_by_time", "activation", "energy", "frontier_energy", "frontier_time", "samples"]
     names += ["threshold"]
-    assert sorted(path.name for path in plots.iterdir()) == sorted(
-        f"{name}.{kind}" for name in names for kind in ("png", "svg")
-    )
-    for path in plots.glob("*.png"):
+    assert len(list(plots.iterdir())) == 2  # a folder a group
+    for folder in plots.iterdir():
+        assert sorted(path.name for path in folder.iterdir()) == sorted(
+            f"{name}.{kind}" for name in names for kind in ("png", "svg")
+        )
+    for path in plots.glob("*/*.png"):
         with Image.open(path) as image:
             assert image.size[0] >= 800
             assert len(image.convert("RGB").getcolors(10**6)) > 50  # lines, text and anti-aliasing: not blank
-    assert all(path.read_text().rstrip().endswith("</svg>") for path in plots.glob("*.svg"))
+    assert all(path.read_text().rstrip().endswith("</svg>") for path in plots.glob("*/*.svg"))
+
+
+def test_clean_and_noisy_runs_together_are_two_tables(tmp_path, capsys):
+    """Noisy data is harder: a clean run of one seed must not be its baseline, nor the other way round."""
+    for seed in range(2):
+        write_run(tmp_path, f"c{seed}", (1.0, 95.0 + seed), ast__mode="dense", training__seed=seed)
+        noisy = {"dataset__label_noise": 0.2, "training__seed": seed}
+        write_run(tmp_path, f"n{seed}", (1.0, 80.0 + seed), ast__mode="dense", **noisy)
+        write_run(tmp_path, f"s{seed}", (1.0, 90.0 + seed), **noisy)
+    page, csv = tmp_path / "page.html", tmp_path / "table.csv"
+    assert analyze(["--results-dir", str(tmp_path), "--report", str(page), "--csv", str(csv)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 comparison groups: nothing is compared across them.\n\n== digits, resnet18\n")
+    assert "ast has the highest final accuracy: 90.50 %" in printed
+    assert "It beats dense by 10.00 ± 3.04 points." in printed
+    table = pd.read_csv(csv)
+    assert table.groupby("group")["baseline"].unique().str.join(" ").tolist() == ["dense", "dense"]
+    assert table.loc[table["setting"] == "ast", "best_dense"].tolist() == [10.0]
+    text = page.read_text()
+    assert text.count('<h1 class="group">') == 2
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    with pytest.raises(RequestError, match="--baseline: random: none of the settings: dense, ast, dense"):
+        studies_of(tmp_path, baseline="random")
+
+
+@pytest.mark.parametrize("spoil", ["no accuracy", "foreign config", "no runs' config"])
+def test_what_is_missing_is_a_dash(spoil, tmp_path, capsys):
+    result = json.loads(write_run(tmp_path, "1").read_text())
+    if spoil == "no accuracy":
+        result["training_history"]["val_acc"] = [None, None, None]
+        result |= {"best_accuracy": None, "final_accuracy": None}
+    else:
+        result["config"] = {"ast": {"mode": "ast"}} if spoil == "foreign config" else None
+    (tmp_path / "final_results_1.json").write_text(json.dumps(result))
+    plots = ["--plot", "--save-dir", str(tmp_path / "plots"), "--report", str(tmp_path / "page.html")]
+    assert analyze(["--results-dir", str(tmp_path), *plots]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    said = "No run has an accuracy." if spoil == "no accuracy" else "listed, not compared"
+    assert said in out
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 8
+    head, row = out.splitlines()[:2]
+    assert head.split()[:4] == ["setting", "n", "final", "%"]
+    assert row.split()[1:3] == (["0", "-"] if spoil == "no accuracy" else ["1", "70.00"])
+
+
+def test_what_is_no_text_is_shown_as_a_question_mark(tmp_path, capsys):
+    half = "\ud800"  # of a surrogate pair
+    path = write_run(tmp_path, "1", dataset__type=f"x{half}", extra={"environment": {"gpu": half, half: half}})
+    path.rename(tmp_path / "final_results_\udcff\n.json")  # a name of bytes that are no text, with a line break
+    write_run(tmp_path, "2", ast__mode=half, training__seed=1)
+    outputs = [
+        "--csv",
+        str(tmp_path / "t.csv"),
+        "--report",
+        str(tmp_path / "r.html"),
+        "--latex",
+        str(tmp_path / "t.tex"),
+    ]
+    assert analyze(["--results-dir", str(tmp_path), *outputs]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "== x?, resnet18" in out
+    assert pd.read_csv(tmp_path / "t.csv", keep_default_na=False)["machine"].tolist() == ["null", "?"]
+    assert "final_results_? .json" in (tmp_path / "r.html").read_text()
 
 
 def test_a_thousand_files_are_quick(tmp_path):

@@ -6,13 +6,16 @@ Short by default; `-m long` for the long form.
 import ast
 import importlib
 import json
+import os
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -24,6 +27,7 @@ from lab.data.datasets import ImageDataset, ReadErrors
 from lab.data.loading import device_batches
 from lab.data.randomness import UNIFORMS_PER_SAMPLE
 from lab.errors import RequestError
+from lab.results import ResultsFile, load_runs, spell
 from train_ast import build_dataloaders, train
 
 CPU = torch.device("cpu")
@@ -77,12 +81,12 @@ def mutated(data: bytes, dice: random.Random) -> bytes:
     return data
 
 
-def outcome(main: Callable[[], int], capsys) -> tuple[int, str]:
-    """The exit code and stderr of a script's main, which may take no longer than ten seconds."""
+def outcome(main: Callable[[], int], capsys, seconds: float = 10, clock=time.monotonic) -> tuple[int, str]:
+    """The exit code and stderr of a script's main, which may take no longer than the seconds given."""
     capsys.readouterr()
-    started = time.monotonic()
+    started = clock()
     code = run_cli(main)
-    assert time.monotonic() - started < 10
+    assert clock() - started < seconds
     return code, capsys.readouterr().err
 
 
@@ -112,6 +116,139 @@ def fuzz_results(times: int, tmp_path: Path, capsys) -> None:
         assert code == 0 or (code, err.count("\n")) == (2, 1), (hostile, err)
         codes.append(code)
     assert 0 in codes
+
+
+VALUES = [None, True, -1, 0, 1e300, 10**400, "90", "x", "=1+1", "\ud800", [], {}, [[1]], [None], float("nan")]
+VALUES += [float("inf"), -float("inf"), 1e-300, 101.0, {"a": {"b": []}}, "<script>", ["1"], [True], [1e300, 1]]
+
+
+def spoiled(result: dict, dice: random.Random) -> dict:
+    """A results file's content with one to three values deep in it replaced, deleted or added."""
+    for _ in range(dice.randint(1, 3)):
+        part, depth = result, dice.randint(0, 3)
+        for _ in range(depth):
+            inner = [value for value in (part.values() if isinstance(part, dict) else part) if value]
+            inner = [value for value in inner if isinstance(value, dict | list)]
+            part = dice.choice(inner) if inner else part
+        key = dice.choice(list(part)) if isinstance(part, dict) else dice.randrange(len(part))
+        kind = dice.choice(["value", "value", "value", "delete", "add"])
+        if kind == "value":
+            part[key] = dice.choice(VALUES)
+        elif kind == "delete":
+            del part[key]
+        elif isinstance(part, dict):
+            part["new" + str(key)] = dice.choice(VALUES)
+        if not result:
+            break
+    return result
+
+
+def damage(path: Path, dice: random.Random) -> str:
+    """Spoil a results file in one of many ways, and say in which."""
+    data, folder = path.read_bytes(), path.parent
+    foreign = [
+        b"[1, 2]",
+        b"3",
+        b"null",
+        b"{}",
+        b'{"best_accuracy": 3}',
+        b'"x"',
+        b"[" * 10**5,
+        b'{"a":' * 10**5,
+        b"9" * 5000,
+    ]
+    kind = dice.choice("bytes bytes values values values values end empty foreign rename config pipe".split())
+    if kind == "bytes":
+        path.write_bytes(mutated(data, dice))
+    elif kind == "values":
+        path.write_text(json.dumps(spoiled(json.loads(data), dice)))
+    elif kind == "end":
+        path.write_bytes(data[: dice.randrange(len(data))])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "foreign":
+        path.write_bytes(dice.choice(foreign))
+    elif kind == "rename":
+        names = [
+            "final_results_.json",
+            "final_results_ =1\n.json",
+            "final_results_<b>.json",
+            "final_results_\udcff.json",
+        ]
+        path.rename(folder / dice.choice([*names, "final_results_x.JSON", "other.json"]))
+    elif kind == "config":
+        configs = [None, {}, [], 3, {"ast": {"mode": "ast"}}, {"ast": None}, {"lr": 0.1}, {"dataset": {"type": "hf"}}]
+        path.write_text(json.dumps(json.loads(data) | {"config": dice.choice(configs)}))
+    else:
+        path.unlink()
+        make = [
+            path.mkdir,
+            lambda: os.mkfifo(path),
+            lambda: path.symlink_to("/dev/zero"),
+            lambda: path.symlink_to("no"),
+        ]
+        dice.choice(make)()
+    return kind
+
+
+def check_reading(run: ResultsFile) -> None:
+    """What was read is what stands in the file, by another reading of it."""
+    result = json.loads(run.path.read_text())
+
+    def same(value: object, read: float) -> bool:
+        known = type(value) in (int, float) and np.isfinite(value)
+        return np.isclose(read, value, rtol=1e-12) if known else np.isnan(read)
+
+    history, config = result["training_history"], result.get("config") or {}
+    assert same(result["best_accuracy"], run.figures["best_accuracy"])
+    assert same(result.get("train_seconds"), run.figures["train_seconds"])
+    final = result.get("final_accuracy", (history.get("val_acc") or [None])[-1])
+    assert same(final, run.figures["final_accuracy"])
+    assert not run.figures["final_accuracy"] > 100
+    assert run.figures["epochs"] == result["epochs_completed"]
+    assert run.history.keys() == history.keys()
+    for key, values in history.items():
+        assert len(values) == len(run.history[key])
+        assert all(same(value, read) for value, read in zip(values, run.history[key], strict=True))
+    for key in ("ast.mode", "ast.forget_rate", "ast.target_activation", "training.epochs", "dataset.label_noise"):
+        section, _, leaf = key.partition(".")
+        part = config.get(section)
+        if isinstance(part, dict) and leaf in part and "twin" not in result:
+            assert run.settings[key] == spell(part[leaf])
+
+
+def fuzz_folders(times: int, tmp_path: Path, capsys) -> None:
+    """Folders of published results of three groups, most of them spoiled: no traceback, no hang, exit code 0 or 2."""
+    published = sorted(REPO.glob("results/published/cifar10_study_h100/*/final_results_*.json"))
+    dice, codes, kinds, accepted, refused = random.Random(0), Counter(), Counter(), 0, 0
+    for n in range(times):
+        folder, outputs = tmp_path / str(n), tmp_path / f"{n}_out"
+        folder.mkdir()
+        for number, source in enumerate(dice.sample(published, 6)):
+            path = folder / f"final_results_{number}.json"
+            path.write_bytes(source.read_bytes())
+            if number or dice.random() < 0.2:
+                kinds[damage(path, dice)] += 1
+        args = ["--results-dir", str(folder), "--csv", f"{outputs}/t.csv", "--latex", f"{outputs}/t.tex"]
+        args += ["--markdown", f"{outputs}/t.md", *(["--report", f"{outputs}/r.html"] if n % 3 == 0 else [])]
+        args += ["--plot", "--save-dir", f"{outputs}/plots"] if n % 6 == 0 else []
+        seconds, clock = (20, time.process_time) if n % 3 == 0 else (20, time.monotonic)  # figures of four groups
+        code, err = outcome(lambda args=args: analyze_results.main(args), capsys, seconds, clock)
+        assert (code, err.count("\n")) in ((0, 0), (2, 1)), (n, code, err)
+        codes[code] += 1
+        found = len(list(folder.glob("final_results_*.json")))
+        if code == 0:
+            runs, left_out = load_runs([folder])
+            assert len(runs) + len(left_out) == found, n
+            for run in runs:
+                check_reading(run)
+            accepted, refused = accepted + len(runs), refused + len(left_out)
+            assert len(pd.read_csv(f"{outputs}/t.csv")) == len({run.key for run in runs})
+    with capsys.disabled():
+        print(
+            f"\n{times} folders: exit codes {dict(codes)}; {accepted} files accepted, {refused} left out; {dict(kinds)}"
+        )
+    assert codes[0] > 0
 
 
 def fuzz_images(times: int, folder: Path) -> None:
@@ -200,6 +337,15 @@ def test_mutated_configs_are_run_or_refused_in_one_line(tmp_path, capsys):
 
 def test_mutated_results_are_read_or_left_out(tmp_path, capsys):
     fuzz_results(40, tmp_path, capsys)
+
+
+def test_damaged_folders_of_results_are_read_right_or_refused(tmp_path, capsys):
+    fuzz_folders(6, tmp_path, capsys)
+
+
+@pytest.mark.long
+def test_three_hundred_damaged_folders_of_results(tmp_path, capsys):
+    fuzz_folders(300, tmp_path, capsys)
 
 
 def test_mutated_images_are_read_or_counted(image_folder):

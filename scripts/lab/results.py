@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,18 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from lab.config import sparse_span
+from lab.config import RENAMED, config_keys, sparse_span
 from lab.errors import RequestError, one_line
 
 REQUIRED = ("best_accuracy", "total_time_hours", "epochs_completed", "training_history")
 ACTIVATION_BAND = 0.02  # an epoch's activation further than this from its target is worth a warning
+STATUSES = ("completed", "early_stopped", "time_capped", "interrupted", "failed")
+LARGEST = 1e18  # a figure beyond it is a damaged one
+NAMED = ("model.name", "dataset.type", "ast.mode", "training.epochs")  # a config without one of them is not this lab's
 
 
 @dataclass(frozen=True)
 class ResultsFile:
     """What one results file says about its run.
 
-    `settings`: its config as dotted key to text, without seed and logging; empty where the file holds none.
+    `settings`: its config as dotted key to text, see `settings_of`; empty where the file holds none.
     `history`: by key, a float array [epochs], NaN for null. `figures`: its row of the table of runs.
     """
 
@@ -35,13 +38,25 @@ class ResultsFile:
 
     @cached_property
     def key(self) -> tuple:
-        """Equal for runs that differ in seed and logging alone; a run without config stands alone."""
-        return tuple(sorted(self.settings.items())) or (str(self.path),)
+        """Equal for runs that differ in seed and logging alone.
+
+        Runs on different machines differ too, for their seconds do. A run whose config is not whole stands alone.
+        """
+        if not is_whole(self.settings):
+            return (str(self.path),)
+        return *sorted(self.settings.items()), self.machine
 
     @property
     def replicate(self) -> tuple:
-        """Equal for two runs of one config and seed."""
-        return self.key, str(self.figures["seed"])
+        """Equal for two runs of one config and seed. A run without a seed stands alone."""
+        seed = self.figures["seed"]
+        return self.key, str(self.path) if seed is None else str(seed)
+
+    @property
+    def machine(self) -> str:
+        """The GPU, and the number of processes where there are several: what seconds and joules depend on."""
+        gpu, processes = self.environment.get("gpu", "null"), self.environment.get("processes", "1")
+        return gpu if processes == "1" else f"{processes} x {gpu}"
 
     @property
     def name(self) -> str:
@@ -57,19 +72,64 @@ class ResultsFile:
 
 
 def spell(value: Any) -> str:
-    """A config value as text, 10 and 10.0 alike."""
+    """A config value as text, 10 and 10.0 alike, without what is no text: half a surrogate pair."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if isinstance(value, str) else json.dumps(value)
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else json.dumps(value)
 
 
-def number(value: Any) -> float:
-    """A figure of a results file, NaN for null."""
-    return float("nan") if value is None else float(value)
+DEFAULTS = {key: spell(default) for key, (_, default) in config_keys().items() if not key.startswith("logging.")}
+DEFAULTS.pop("training.seed")
+
+
+def shown(path: Path) -> str:
+    """A path as one printable line: a name may hold line breaks, and bytes that are no text."""
+    return one_line(path, 4096)
+
+
+def number(value: Any, largest: float = LARGEST) -> float:
+    """A figure of a results file, NaN for null, NaN and infinity.
+
+    Raises TypeError where it is no number, ValueError where it is negative or beyond `largest`.
+    """
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"a number was expected, not {one_line(repr(value), 40)}")
+    if value < 0 or (value > largest and value != math.inf):
+        raise ValueError(f"{value:.4g} is out of range")
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def read_history(histories: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The training history, by key a float array [epochs], NaN for what is no finite number in the file.
+
+    Raises TypeError for what is no list of numbers, ValueError for a number beyond LARGEST or a share or percentage
+    beyond its range.
+    """
+    found, numbers = {}, (int, float, type(None))
+    for key, values in histories.items():
+        wrong = [each for each in values if type(each) not in numbers] if isinstance(values, list) else [values]
+        if wrong:
+            raise TypeError(f"{one_line(key, 40)}: a list of numbers was expected, not {one_line(repr(wrong[0]), 40)}")
+        array = np.array(values, dtype=float)
+        array[~np.isfinite(array)] = math.nan
+        low, high = {"val_acc": (0, 100), "train_acc": (0, 100), "activation_rate": (0, 1)}.get(
+            key, (-LARGEST, LARGEST)
+        )
+        if (array < low).any() or (array > high).any():
+            raise ValueError(f"{one_line(key, 40)}: a value is out of its range of {low:g} to {high:g}")
+        found[key] = array
+    return found
 
 
 def read_run(path: Path) -> ResultsFile:
-    """Read one results file. Raises ValueError, with the reason, for a file that is none."""
+    """Read one results file.
+
+    Raises ValueError, with the reason, for a file that is none, and OSError where it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")  # reading a pipe would wait for ever
     non_finite: list[str] = []  # NaN and Infinity: this lab never writes them, but others do
     try:
         result = json.loads(
@@ -82,35 +142,46 @@ def read_run(path: Path) -> ResultsFile:
     if missing := [key for key in REQUIRED if key not in result]:
         raise ValueError(f"no {', '.join(missing)}")
     try:
-        history = {key: np.array(values, dtype=float) for key, values in result["training_history"].items()}
-        if any(values.ndim != 1 for values in history.values()):
-            raise TypeError("a list of numbers was expected")
+        history = read_history(result["training_history"])
         settings = settings_of(result)
-        environment = {key: spell(value) for key, value in (result.get("environment") or {}).items()}
+        environment = {spell(key): spell(value) for key, value in (result.get("environment") or {}).items()}
         figures = run_figures(result, history, settings) | {"non_finite": len(non_finite)}
         return ResultsFile(path, settings, history, figures, environment)
-    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a results file of the lab: {one_line(error)}") from None
 
 
+def is_whole(settings: Mapping[str, str]) -> bool:
+    """Whether a config says what the run was trained on, and how: whether it is one of this lab's."""
+    return all(key in settings for key in NAMED)
+
+
 def settings_of(result: Mapping[str, Any]) -> dict[str, str]:
-    """The config of a results file as dotted key to text, without what may differ between runs of one setting."""
-    parts = {name: part.items() for name, part in (result.get("config") or {}).items() if name != "logging"}
-    settings = {f"{name}.{key}": spell(value) for name, items in parts.items() for key, value in items}
+    """The config of a results file as dotted key to text, without what may differ between runs of one setting.
+
+    Renamed keys have their new names. Where the config is whole, keys that it lacks have their defaults: a new key's
+    default keeps the meaning of older runs. A config that is not whole is some other lab's, and stays as it is.
+    """
+    settings = {}
+    for name, part in (result.get("config") or {}).items():
+        pairs = {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, dict) else {name: part}
+        settings |= {spell(RENAMED.get(key, key)): spell(value) for key, value in pairs.items() if name != "logging"}
     settings.pop("training.seed", None)
+    if is_whole(settings):
+        settings = DEFAULTS | settings
     if "twin" in result and settings.get("ast.mode") == "dense":
         settings["ast.mode"] = "dense twin"
-        settings.pop("training.max_minutes", None)  # each seed's is the time its sparse run took
+        settings["training.max_minutes"] = "null"  # each seed's is the time its sparse run took
     return settings
 
 
 def sparse_epochs(history: Mapping[str, np.ndarray], settings: Mapping[str, str]) -> np.ndarray:
     """Which epochs trained on a selection, bool [epochs].
 
-    Without a config, an epoch counts as sparse where not all samples were active.
+    Without a whole config, an epoch counts as sparse where not all samples were active.
     """
     active = history.get("activation_rate", np.array([]))
-    if "ast.mode" not in settings:
+    if not is_whole(settings):
         return active < 1
     span = sparse_span(
         mode="dense" if settings["ast.mode"].startswith("dense") else settings["ast.mode"],
@@ -149,16 +220,20 @@ def run_figures(
         return float(values[-1]) if len(values := history.get(key, [])) else float("nan")
 
     sparse = sparse_epochs(history, settings)
+    config = result.get("config") or {}
+    seed = result.get("seed", (config.get("training") or {}).get("seed") if is_whole(settings) else None)
     active = history.get("activation_rate", np.array([]))[sparse]
+    if (status := result.get("status", "completed")) not in STATUSES:
+        raise ValueError(f"status: {one_line(repr(status), 40)} is none of {', '.join(STATUSES)}")
     best_epoch = int(np.nanargmax(accuracies)) if np.isfinite(accuracies := history.get("val_acc", [])).any() else None
     return {
-        "seed": seed if isinstance(seed := result.get("seed"), int | None) else one_line(seed),
-        "status": one_line(result.get("status") or "completed"),
+        "seed": seed if isinstance(seed, int | None) else one_line(seed),
+        "status": status,
         "error": one_line(result.get("error") or ""),
         "twin": one_line(result.get("twin") or ""),
-        "epochs": int(result["epochs_completed"]),
-        "final_accuracy": number(result.get("final_accuracy", last("val_acc"))),
-        "best_accuracy": number(result["best_accuracy"]),
+        "epochs": int(number(result["epochs_completed"], 1e9)),
+        "final_accuracy": number(result.get("final_accuracy", last("val_acc")), 100),
+        "best_accuracy": number(result["best_accuracy"], 100),
         "best_epoch": None if best_epoch is None else best_epoch + 1,
         "best_in_dense_phase": best_epoch is not None and bool(sparse.any()) and not sparse[best_epoch],
         "activation": float(np.mean(active)) if len(active) else float("nan"),
@@ -185,7 +260,7 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[ResultsFile], dict[str, 
             try:
                 runs.append(read_run(path))
             except (OSError, ValueError) as error:
-                unreadable[str(path)] = one_line(error)
+                unreadable[shown(path)] = one_line(error)
     if not runs and not unreadable:
         raise RequestError(f"--results-dir: {', '.join(map(str, folders))}: no final_results_*.json in it")
     return runs, unreadable
@@ -195,28 +270,24 @@ def load_runs(folders: Sequence[Path], dataset: str | None = None) -> tuple[list
     """The runs to compare, and by path why a file was left out.
 
     Left out are files that cannot be read, runs that failed or were interrupted, runs on another dataset than the
-    one asked for, and the older of two runs of one config and seed. Raises RequestError where a folder is missing,
-    nothing is left, or the runs are on several datasets and none was asked for.
+    one asked for, and the older of two runs of one config and seed. Raises RequestError where a folder is missing or
+    nothing is left. Which of the runs are comparable is for `lab.analysis.study` to say.
     """
     runs, left_out = read_folders(folders)
     candidates = []
     for run in runs:
         status = run.figures["status"]
         if status in ("failed", "interrupted"):
-            left_out[str(run.path)] = ": ".join(filter(None, [status, run.figures["error"]]))
+            left_out[shown(run.path)] = ": ".join(filter(None, [status, run.figures["error"]]))
         elif dataset is not None and run.dataset != dataset:
-            left_out[str(run.path)] = f"other dataset: {one_line(run.dataset or 'it does not say which')}"
+            left_out[shown(run.path)] = f"other dataset: {one_line(run.dataset or 'it does not say which')}"
         else:
             candidates.append(run)
     newest = {run.replicate: run for run in sorted(candidates, key=lambda run: run.name)}
     for run in candidates:
         if (newer := newest[run.replicate]) is not run:
-            left_out[str(run.path)] = f"config and seed of {newer.path}, which is newer"
+            left_out[shown(run.path)] = f"config and seed of {shown(newer.path)}, which is newer"
     kept = [run for run in candidates if newest[run.replicate] is run]
-    datasets = Counter(run.dataset for run in kept if run.dataset is not None)
-    if len(datasets) > 1:
-        found = ", ".join(f"{one_line(name)} ({count} runs)" for name, count in sorted(datasets.items()))
-        raise RequestError(f"--results-dir: several datasets: {found}; choose one with --dataset")
     if not kept:
         (path, reason), more = next(iter(left_out.items())), len(left_out) - 1
         raise RequestError(f"nothing to compare: {path}: {reason}" + (f" (and {more} more files)" if more else ""))

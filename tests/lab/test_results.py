@@ -1,5 +1,7 @@
 """Reading results files: what is left out, and why."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,7 @@ def test_what_is_left_out_and_why(results, tmp_path):
     assert reasons.pop("3.json") == "interrupted"
     assert reasons.pop("4.json") == "failed: out of memory ?"
     assert reasons.pop("5.json") == "other dataset: hf:cifar10"
-    assert reasons.pop("6.json").startswith("not a results file of the lab: could not convert string to float")
+    assert reasons.pop("6.json") == "not a results file of the lab: val_acc: a list of numbers was expected, not 'high'"
     assert reasons.pop("7.json").startswith("not a results file of the lab: ")
     assert reasons.pop("8.json") == "not a JSON object"
     assert reasons.pop("9.json").startswith("not valid JSON: ")
@@ -51,6 +53,44 @@ def test_what_is_left_out_and_why(results, tmp_path):
     assert reasons.pop("20200101_000002.json") == "no total_time_hours, epochs_completed, training_history"
     assert not reasons
     assert len(runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"best_accuracy": 1e300}, "1e+300 is out of range"),
+        ({"best_accuracy": True}, "a number was expected, not True"),
+        ({"best_accuracy": "90"}, "a number was expected, not '90'"),
+        ({"final_accuracy": -1}, "-1 is out of range"),
+        ({"train_seconds": 10**400}, "int too large to convert to float"),
+        ({"epochs_completed": None}, "cannot convert float NaN to integer"),
+        ({"status": "completee"}, "status: 'completee' is none of completed, early_stopped"),
+        ({"training_history": {"val_acc": [101.0]}}, "val_acc: a value is out of its range of 0 to 100"),
+        ({"training_history": {"val_acc": [True]}}, "val_acc: a list of numbers was expected, not True"),
+        ({"training_history": {"threshold": [1e300]}}, "threshold: a value is out of its range"),
+        ({"training_history": {"val_acc": 3}}, "val_acc: a list of numbers was expected, not 3"),
+    ],
+)
+def test_what_cannot_be_a_figure_is_refused(changes, reason, tmp_path):
+    write_run(tmp_path, "good", training__seed=1)
+    write_run(tmp_path, "bad", extra=changes)
+    runs, left_out = load_runs([tmp_path])
+    assert [run.name for run in runs] == ["good"]
+    (found,) = left_out.values()
+    assert found.startswith("not a results file of the lab: ")
+    assert reason in found
+
+
+def test_what_is_no_file_is_left_out_and_not_waited_for(tmp_path):
+    write_run(tmp_path, "good")
+    os.mkfifo(tmp_path / "final_results_pipe.json")
+    (tmp_path / "final_results_zero.json").symlink_to("/dev/zero")
+    (tmp_path / "final_results_none.json").symlink_to("nowhere")
+    (tmp_path / "final_results_folder.json").mkdir()
+    runs, left_out = load_runs([tmp_path])
+    assert len(runs) == 1
+    assert sorted(left_out.values()) == ["[Errno 2] No such file or directory: " + repr(
+        str(tmp_path / "final_results_none.json"))] + ["not a regular file"] * 3  # fmt: skip
 
 
 def test_a_later_failure_does_not_hide_a_finished_run(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lab.analysis.settings import distinct
 from lab.analysis.study import Study, dense_frontiers
 from lab.results import ACTIVATION_BAND
 
@@ -130,7 +131,8 @@ def draw_curves(axes: Axes, x: str, y: str, study: Study, styles: Mapping[str, d
 def draw_targets(axes: Axes, study: Study, styles: Mapping[str, dict]) -> None:
     """The targets of the controller, each a line in its band."""
     configs = [study.settings[name] for name in styles if study.settings[name].get("ast.mode") == "ast"]
-    for target in sorted({float(config["ast.target_activation"]) for config in configs}):
+    targets = {float(config.get("ast.target_activation", "nan")) for config in configs}
+    for target in sorted(target for target in targets if 0 <= target <= 1):
         axes.axhspan(target - ACTIVATION_BAND, target + ACTIVATION_BAND, color="0.85", zorder=0)
         axes.axhline(target, color="0.5", lw=0.8, zorder=0.5)
     axes.set_ylim(0, 1.05)
@@ -168,6 +170,15 @@ def draw(study: Study, name: str, legend: bool) -> Figure:
             handles += [Line2D([], [], label="dense frontier", **FRONTIER)] if panels[0].y is None else []
             figure.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
     return figure
+
+
+def draw_groups(studies: Sequence[Study]) -> dict[str, bytes]:
+    """Every figure of every group, by path; where there are several groups, each has a folder by its title."""
+    if len(studies) == 1:
+        return draw_all(studies[0])
+    folders = distinct(re.sub(r"[^A-Za-z0-9_=-]+", "_", study.title)[:80].strip("_") for study in studies)
+    groups = zip(folders, studies, strict=True)
+    return {f"{folder}/{name}": file for folder, study in groups for name, file in draw_all(study).items()}
 
 
 def draw_all(study: Study) -> dict[str, bytes]:

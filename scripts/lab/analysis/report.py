@@ -6,14 +6,16 @@ or an error message.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
 
 from lab.analysis.figures import FIGURES, LINES, choose_styles, draw, inline_svg
 from lab.analysis.study import Study
-from lab.analysis.tables import frontier_lines, text_table, verdict
+from lab.analysis.tables import frontier_lines, several, text_table, verdict
 from lab.results import ACTIVATION_BAND
 
 
@@ -54,19 +56,34 @@ def legend_keys(study: Study) -> dict[str, dict[str, str]]:
     return keys
 
 
-def render(study: Study) -> str:
-    """The page, with the tables and the verdict as the terminal shows them."""
+def section(study: Study, number: int) -> dict[str, Any]:
+    """What the page shows of a group. `number`: from 1; it keeps the ids of several groups apart."""
+    tail = "" if number == 1 else f"-{number}"
+    return {
+        "study": study,
+        "tail": tail,
+        "table": text_table(study),
+        "runs": runs_table(study),
+        "verdict": verdict(study),
+        "frontiers": frontier_lines(study),
+        "styles": legend_keys(study),
+        "figures": [
+            (title, inline_svg(draw(study, name, legend=False), name + tail)) for name, (title, _) in FIGURES.items()
+        ],
+        "differences": {setting: differences(study, setting) for setting in study.table.index},
+        "environments": [(count, dict(each)) for each, count in study.environments.items() if each],
+    }
+
+
+def render(studies: Sequence[Study]) -> str:
+    """The page, a section a group, with the tables and the verdicts as the terminal shows them."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html").render(
-        study=study,
-        table=text_table(study),
-        runs=runs_table(study),
-        verdict=verdict(study),
-        frontiers=frontier_lines(study),
-        styles=legend_keys(study),
-        figures=[(title, inline_svg(draw(study, name, legend=False), name)) for name, (title, _) in FIGURES.items()],
-        differences={setting: differences(study, setting) for setting in study.table.index},
+        groups=[section(study, number) for number, study in enumerate(studies, 1)],
+        settings=sum(len(study.table) for study in studies),
+        count=sum(len(study.runs) for study in studies),
+        several=several(studies),
+        left_out=studies[0].left_out,
         band=ACTIVATION_BAND,
-        environments=[(count, dict(each)) for each, count in study.environments.items() if each],
     )

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
 import pandas as pd
 
 from lab.analysis.study import Study
 from lab.console import Columns, table_line
 from lab.errors import RequestError, one_line
 from lab.results import ACTIVATION_BAND
+
+
+def points(difference: float, half: float) -> str:
+    """A difference in points with half its 95 % interval, as far as they are known."""
+    text = "-" if pd.isna(difference) else f"{difference:+.2f}"
+    return text if pd.isna(half) else f"{text} ± {half:.2f}"
+
+
+def match_text(row: Any) -> str:
+    """A row's time to match, with its interval; see `statistics.time_to_match`."""
+    if row.time_to_match_bound == "not resolved" or pd.isna(row.time_to_match):
+        return row.time_to_match_bound or "-"
+    text = f"{row.time_to_match_bound} {row.time_to_match:.2f}".strip()
+    low, high = (f"{value:.2f}" for value in (row.time_to_match_low, row.time_to_match_high))
+    if row.time_to_match_bound or low == high == text:
+        return text
+    return f"{text} ({'< ' * row.time_to_match_low_cut}{low} to {'> ' * row.time_to_match_high_cut}{high})"
 
 
 def text_table(study: Study) -> pd.DataFrame:
@@ -24,6 +40,9 @@ def text_table(study: Study) -> pd.DataFrame:
     def show(column: str, spec: str) -> list[str]:
         return ["-" if pd.isna(value) else format(value, spec) for value in table[column]]
 
+    def gaps(column: str) -> list[str]:
+        return [points(*pair) for pair in zip(table[column], table[f"{column}_ci95"], strict=True)]
+
     columns = {
         "setting": list(table.index),
         "n": show("n", "d"),
@@ -31,12 +50,10 @@ def text_table(study: Study) -> pd.DataFrame:
         "sd": show("final_sd", ".2f"),
         "± 95 %": show("final_ci95", ".2f"),
         "best %": show("best_mean", ".2f"),
-    }
-    if study.baseline is not None:
-        columns |= {"difference": show("difference", "+.2f"), "± of it": show("difference_ci95", ".2f")}
-    ratios = zip(show("time_to_match", ".2f"), table["time_to_match_bound"], strict=True)
-    columns |= {
-        "time to match": [f"{bound} {ratio}".strip() for ratio, bound in ratios],
+        "difference": gaps("difference"),
+        "at equal time": gaps("equal_time"),
+        "time to match": [match_text(row) for row in table.itertuples()],
+        "to best dense": gaps("best_dense"),
         "train s": show("train_seconds_mean", ".1f"),
         "s sd": show("train_seconds_sd", ".1f"),
         "kJ": show("energy_kj_mean", ".4g"),
@@ -46,64 +63,135 @@ def text_table(study: Study) -> pd.DataFrame:
         "activation": show("activation", ".3f"),
         "off target": show("activation_error", ".3f"),
     }
-    return pd.DataFrame({name: texts for name, texts in columns.items() if set(texts) != {"-"}})
+    if columns["to best dense"] == columns["difference"]:
+        del columns["to best dense"]  # the baseline is the best dense setting
+    always = ("setting", "n", "final %")
+    return pd.DataFrame({name: texts for name, texts in columns.items() if name in always or set(texts) != {"-"}})
+
+
+Sentence = tuple[str, str]  # its subject, and the rest
+
+
+def gap_sentence(name: str, other: str, difference: float, half: float) -> Sentence:
+    """That one beats or loses to the other, or is not told apart from it."""
+    size = points(abs(difference), half).removeprefix("+")
+    if pd.isna(half):
+        where = "above" if difference > 0 else "below"
+        return name, f"is {size} points {where} {other}, without an interval: that takes two seeds of each."
+    if abs(difference) <= half:
+        return name, f"is not told apart from {other} by these seeds: {points(difference, half)} points."
+    return name, f"{'beats' if difference > 0 else 'loses to'} {other} by {size} points."
+
+
+def match_sentence(study: Study, name: str) -> Sentence:
+    """A setting's time to match, in words."""
+    row = next(study.table.loc[[name]].itertuples())
+    text, dense = match_text(row), study.table[study.table["dense"]]
+    if row.time_to_match_bound == "not resolved":
+        return (
+            name,
+            "has no resolved time to match: how long dense training needs for its accuracy, these seeds do not say.",
+        )
+    if row.time_to_match_bound == "<":
+        return name, f"beats dense training of every length that was run: its time to match is {text}."
+    if row.time_to_match_bound == ">":
+        return name, f"is less accurate than the shortest dense setting: its time to match is {text}."
+    epochs = dense.loc[row.time_to_match_against, "epochs"]
+    whose, its = row.time_to_match_against, "its"
+    if (dense["epochs"] == epochs).sum() == 1 and epochs.is_integer():
+        whose, its = f"{epochs:.0f} dense epochs", "their"
+    return name, f"reaches the accuracy of {whose} in {text} of {its} time."
+
+
+def against_dense(study: Study, sparse: Sequence[str]) -> list[Sentence]:
+    """What the most accurate sparse setting is worth against dense training, and the one of least time to match."""
+    table, name, found = study.table, sparse[0], []
+    equal = table.loc[name, ["equal_time", "equal_time_ci95"]]
+    if pd.notna(equal.iloc[0]):
+        found.append(gap_sentence(name, "dense training of the same time", *equal))
+    rows = table.loc[list(sparse)]
+    matched = (rows["time_to_match_bound"] != "") | rows["time_to_match"].notna()
+    if matched[name]:
+        found.append(match_sentence(study, name))
+    known = rows[rows["time_to_match_bound"].isin(["", "<"]) & rows["time_to_match"].notna()]
+    if len(known) and (least := known["time_to_match"].idxmin()) != name:
+        found.append(match_sentence(study, least))
+    return found
 
 
 def verdict(study: Study) -> str:
-    """Which setting wins, by how much, its time to match, and whether the controller kept to its target."""
-    figures = text_table(study).set_index("setting").to_dict("index")
-    table, best = study.table, study.table.index[0]
+    """Which setting wins, by how much, what it is worth against dense training, and the controller's error."""
+    table = study.table
+    ranked = table.index[table["final_mean"].notna()]
+    if not study.comparable:
+        return "The files do not say which data and model they are of: they are listed, not compared."
+    if not len(ranked):
+        return "No run has an accuracy."
+    figures, best, base = text_table(study).set_index("setting").to_dict("index"), ranked[0], study.baseline
     spread = f", 95 % interval ± {figures[best]['± 95 %']}" if figures[best].get("± 95 %", "-") != "-" else ""
-    text = f"{best} has the highest final accuracy: {figures[best]['final %']} % (n = {figures[best]['n']}{spread})."
-    base = study.baseline
-    others = sorted(table.index[1:], key=lambda name: table.loc[name, "dense"])  # the sparse ones first
-    other = base if base != best else next(iter(others), None)
-    if base is not None and other is not None:
-        winner, loser = (best, base) if best != base else (other, base)
-        row, half = figures[winner], table.loc[winner, "difference_ci95"]
-        text += f" {winner} is {row['difference']} points from {loser}"
-        if np.isnan(half):
-            text += ", without an interval: that takes two seeds of each."
-        elif abs(table.loc[winner, "difference"]) > half:
-            text += f" ± {row['± of it']}: beyond chance."
-        else:
-            text += f" ± {row['± of it']}: not told apart by these seeds."
-    sparse = table[~table["dense"] & table["time_to_match"].notna()].sort_values("time_to_match", kind="stable")
-    reached = sparse.index[sparse["time_to_match_bound"] != ">"]
-    if len(reached):
-        text += f" Least time to match the dense frontier: {figures[reached[0]]['time to match']} ({reached[0]})."
-    elif len(sparse):
-        text += " No sparse setting is as accurate as the shortest dense one: its time to match is only bounded."
-    elif not study.frontiers:
-        text += " No finished dense run with its time was found: time to match is not known."
+    accuracy = f"{figures[best]['final %']} % (n = {figures[best]['n']}{spread})"
+    sentences: list[Sentence] = [(best, f"has the highest final accuracy: {accuracy}.")]
+    sparse = [name for name in ranked if not table.loc[name, "dense"]]
+    other = best if base != best else next((name for name in [*sparse, *ranked] if name != base), None)
+    if base in ranked and other is not None:
+        sentences.append(gap_sentence(other, base, *table.loc[other, ["difference", "difference_ci95"]]))
+    sentences += against_dense(study, sparse) if sparse else []
+    if not study.frontiers:
+        sentences.append(("No finished dense run", "with its time was found: time to match is not known."))
     errors = table["activation_error"].dropna()
     if len(errors):
         worst = errors.idxmax()
-        text += f" Activation was at most {figures[worst]['off target']} off its target after the first sparse epoch"
-        text += f" ({worst})." if errors.max() > ACTIVATION_BAND else "."
-    return text
+        where = f" ({worst})." if errors.max() > ACTIVATION_BAND else "."
+        off = f"was at most {figures[worst]['off target']} off its target after the first sparse epoch{where}"
+        sentences.append(("Activation", off))
+    subjects = [None, *(subject for subject, _ in sentences)]
+    return " ".join(
+        f"{'It' if subject == before else subject} {rest}"
+        for before, (subject, rest) in zip(subjects, sentences, strict=False)
+    )
 
 
 def frontier_lines(study: Study) -> list[str]:
-    """The dense frontiers in words, one line each; where there are several, with what sets their groups apart."""
+    """The dense frontiers in words, one line each; where there are several, with their machines."""
     lines = []
-    for group, frontier in study.frontiers.items():
-        others = [other.split("\n") for other in study.frontiers if other != group]
-        own = [pair for pair in group.split("\n") if any(pair not in other for other in others)]
-        where = f" ({' '.join(own)})" if own else ""
-        points = ", ".join(f"{percent:.2f} % in {seconds:.1f} s" for seconds, percent in frontier)
-        lines.append(one_line(f"dense frontier{where}: {points}"))
+    for machine, frontier in study.frontiers.items():
+        where = f" ({machine})" if len(study.frontiers) > 1 else ""
+        ends = ", ".join(f"{percent:.2f} % in {seconds:.1f} s" for seconds, percent in frontier)
+        lines.append(one_line(f"dense frontier{where}: {ends}"))
     return lines
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    rows = [list(table.columns), ["---", *["--:"] * (len(table.columns) - 1)], *table.to_numpy().tolist()]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+def several(studies: Sequence[Study]) -> str | None:
+    """A line on the comparison groups, where there are several."""
+    count = len(studies)
+    return f"{count} comparison groups: nothing is compared across them." if count > 1 else None
 
 
-def to_latex(table: pd.DataFrame) -> str:
-    style = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
-    return style.to_latex(hrules=True, column_format="l" + "r" * (len(table.columns) - 1))
+def to_markdown(studies: Sequence[Study]) -> str:
+    """The tables as Markdown, each under its group's title where there are several."""
+    parts = []
+    for study in studies:
+        table = text_table(study)
+        rows = [list(table.columns), ["---", *["--:"] * (len(table.columns) - 1)], *table.to_numpy().tolist()]
+        lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+        parts.append((f"## {study.title}\n\n" if len(studies) > 1 else "") + "".join(lines))
+    return "\n".join(parts)
+
+
+def to_latex(studies: Sequence[Study]) -> str:
+    """The tables for LaTeX (booktabs); where there are several groups, each title is a row over its table."""
+    parts = []
+    for study in studies:
+        table = text_table(study)
+        style = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+        latex = style.to_latex(hrules=True, column_format="l" + "r" * (len(table.columns) - 1))
+        if len(studies) > 1:
+            title = pd.DataFrame({"": [study.title]}).style.hide(axis="index").hide(axis="columns")
+            cell = title.format(escape="latex").to_latex().splitlines()[1].removesuffix("\\\\").strip()
+            row = f"\\multicolumn{{{len(table.columns)}}}{{l}}{{{cell}}} \\\\\n"
+            latex = latex.replace("\\toprule\n", f"\\toprule\n{row}", 1)
+        parts.append(latex)
+    return "\n".join(parts)
 
 
 # ------------------------------------------------------------------------------------------- Following

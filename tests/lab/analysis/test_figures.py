@@ -35,7 +35,7 @@ def test_thirty_settings_are_told_apart_and_look_alike_in_every_figure(tmp_path)
         assert box.x0 >= figure.axes[0].get_window_extent().x1  # outside
     assert all(each == lines[0] for each in lines)
     assert "the 30 most accurate of 31 settings" in accuracy.get_suptitle()
-    assert "Drawn are the 30 most accurate of 31 settings" in render(study)
+    assert "Drawn are the 30 most accurate of 31 settings" in render([study])
 
 
 def test_curves_are_means_over_the_epochs_all_seeds_reached():

@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 
 def test_every_number_is_the_tables(folder):
     study = study_of(folder)
-    table, page = text_table(study), Page(render(study))
+    table, page = text_table(study), Page(render([study]))
     assert page.tables["settings"] == [list(table.columns), *table.to_numpy().tolist()]
     assert page.paragraphs[0].startswith(verdict(study))
     assert set(re.findall(r"\d+\.\d\d", verdict(study))) <= set(
@@ -84,11 +84,14 @@ def test_every_number_is_the_tables(folder):
         assert runs[row.file][3:5] == [f"{row.final_accuracy:.2f}", f"{row.best_accuracy:.2f}"]
     changes = dict(page.tables["differences"][1:])
     assert changes["dense"] == "the baseline"
-    assert changes["ast target_activation=0.5"] == "ast.mode: dense → astast.target_activation: 0.25 → 0.5"
+    assert (
+        changes["ast target_activation=0.5 threshold_unit=iqr"]
+        == "ast.mode: dense → astast.target_activation: 0.25 → 0.5"
+    )
 
 
 def test_nothing_is_loaded_and_nothing_gets_out_of_its_place(folder):
-    page = Page(render(study_of(folder)))
+    page = Page(render([study_of(folder)]))
     assert page.tags.count("script") == 1
     assert not {"img", "link", "iframe", "object", "image"} & set(page.tags)
     names = {name for name, _ in page.attributes}
