@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lab.runtime.distributed
 import run_experiment
 from conftest import REPO, make_config
 from lab.cli import run_cli
@@ -28,6 +29,12 @@ TINY += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "trainin
 PAIRED = ["ast", "packed, accumulated", "two workers", "history, two workers", "resident crops"]  # two processes
 KILLS = int(os.environ.get("AST_LAB_KILLS", 500))  # of the long form
 SEED = 0
+
+
+@pytest.fixture(autouse=True)
+def _short_contact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while they meet leaves the other waiting, where torchrun would end it."""
+    monkeypatch.setattr(lab.runtime.distributed, "CONTACT_SECONDS", 10.0)
 
 
 def check_readable(folder: Path, config: Config) -> None:
