@@ -25,11 +25,11 @@ import run_experiment
 from lab.cli import command_parser, run_cli
 from lab.errors import RequestError
 from lab.files import append_jsonl, locked, require_folder
+from lab.grid import cross, is_override
 from lab.sweep import (
     Halt,
     Planned,
     as_written,
-    cross,
     finished_runs,
     hand_over,
     is_done,
@@ -76,15 +76,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     for name in ("configs", "seeds", "gpus"):  # in `--configs a.yaml training.lr=1` the option takes the override too
         values = getattr(args, name)
-        args.overrides += [value for value in values if "=" in value]
-        setattr(args, name, [value for value in values if "=" not in value])
-    args.overrides += [f"logging.output_dir={args.output_dir}"] if args.output_dir else []
+        args.overrides += [value for value in values if is_override(value)]
+        setattr(args, name, [value for value in values if not is_override(value)])
+    args.overrides += [f"logging.output_dir={args.output_dir}"] if args.output_dir is not None else []
     if args.one_process and (args.gpus or args.runs_per_gpu != 1):
         raise RequestError("--one-process: one run at a time; leave out --gpus and --runs-per-gpu")
     if args.runs_per_gpu < 1:
         raise RequestError(f"--runs-per-gpu: expected at least 1, got {args.runs_per_gpu}")
-    if bad := next((seed for seed in args.seeds if not seed.isdecimal()), None):
-        raise RequestError(f"--seeds: expected whole numbers, got {bad!r}")
     return args
 
 

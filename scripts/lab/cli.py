@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from dotenv import load_dotenv
+from dotenv import find_dotenv, load_dotenv
 
 from lab.config import config_keys
 from lab.errors import RequestError, TrainingFailed, one_line
@@ -21,9 +21,9 @@ def run_cli(main: Callable[[], int]) -> int:
     A wrong request is one line on stderr and code 2. A failed run, or a disk that does not take its output, is code 1.
     A reader who has seen enough (`| head`) is no error.
     """
-    load_dotenv()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
     try:
+        read_env()
         code = main()
         sys.stdout.flush()
     except (RequestError, TrainingFailed) as error:
@@ -42,6 +42,18 @@ def run_cli(main: Callable[[], int]) -> int:
     if _reports(*failure):
         print(f"error: {failure[1]}", file=sys.stderr)
     return failure[0]
+
+
+def read_env() -> None:
+    """Take over what a `.env` file sets. Raises RequestError naming a file that cannot be read."""
+    path = find_dotenv()
+    try:
+        if path:
+            load_dotenv(path)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise RequestError(f"{path}: not lines of NAME=value in UTF-8: {one_line(error)}") from None
 
 
 def _known(error: Exception) -> str | None:
@@ -65,7 +77,16 @@ def _reports(code: int, why: str) -> bool:
     return claim_failure(code, why)
 
 
+OVERRIDES_HELP = (
+    "any config key, for example ast.pack=true. Text is taken as it is written, quotes included; null is no value, and "
+    'the word null itself goes into a config file, as "null"'
+)
 RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
+
+
+def option(name: str, value: str) -> list[str]:
+    """An option as arguments of another command, its value as it is, even one that begins like an option."""
+    return [f"{name}={value}"] if value.startswith("-") else [name, value]
 
 
 def command_parser(description: str | None, config_help: bool = False) -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ import gc
 import hashlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,10 +21,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lab.cli import run_cli
-from lab.config import Config, config_keys, load_config, read_config, run_id
+from lab.cli import option, run_cli
+from lab.config import Config, load_config, run_id
 from lab.errors import RequestError, one_line
 from lab.files import replace_text
+from lab.grid import check_keys
+from lab.reading import read_config
 from lab.results import read_run
 
 RESULTS = "final_results_*.json"
@@ -53,45 +54,13 @@ class Planned:
     text: str = ""  # of the config file, as it was read
     copy: Path | None = None  # what the run reads instead of the file, see `hand_over`; None: the file
 
-
-def parse_grid(texts: Sequence[str]) -> list[list[str]]:
-    """["a.b=1,2", "c.d=x"] becomes [["a.b=1", "a.b=2"], ["c.d=x"]].
-
-    Raises RequestError for a key that is unknown, given twice or without values. Keys of `logging` are refused: they
-    do not tell one run from another.
-    """
-    axes = [(key, values.split(",")) for key, _, values in (text.partition("=") for text in texts)]
-    for key, values in axes:
-        if not all(values):
-            raise RequestError(f"--grid {key}: expected key=value,value...")
-        check_keys([f"{key}={values[0]}"])
-        if key.startswith("logging."):
-            raise RequestError(f"--grid {key}: does not make a run another; every run is logged under its own name")
-        if [other for other, _ in axes].count(key) > 1:
-            raise RequestError(f"--grid {key}: given twice")
-    return [[f"{key}={value}" for value in values] for key, values in axes]
-
-
-def check_keys(overrides: Iterable[str]) -> None:
-    """Raises RequestError, with the nearest known key, for an override that is malformed or of an unknown key."""
-    for override in overrides:
-        if override.partition("=")[0] not in config_keys():
-            load_config(None, [override])
-
-
-def cross(grid: Sequence[str], variants: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every variant crossed with every point of the grid and every seed, as the overrides of each.
-
-    Raises RequestError for a wrong override, naming it.
-    """
-    axes = parse_grid(grid)
-    if seeds:
-        if any(axis[0].startswith("training.seed=") for axis in axes):
-            raise RequestError("--seeds: training.seed is in --grid too")
-        axes.append([f"training.seed={seed}" for seed in seeds])
-    split = [shlex.split(text) for text in variants] or [[]]
-    check_keys(override for variant in split for override in variant)
-    return [(*variant, *point) for variant, point in product(split, product(*axes))]
+    def complaint(self) -> str:
+        """The `error`, with the run's name before it unless it names an override of all runs."""
+        why = self.error.removeprefix(f"{self.path}: ")  # the name begins with it
+        named = next((text for text in self.overrides if why.startswith(f"override {text!r}: ")), None)
+        if named is not None and not f"{self.name} ".endswith(f" {named} ") and f" {named} " not in self.name:
+            return why
+        return f"{self.name}: {why if named is None else why.removeprefix(f'override {named!r}: ')}"
 
 
 def plan_runs(
@@ -115,9 +84,8 @@ def plan_runs(
         plans.setdefault(plan.id, plan)
     if all(plan.error for plan in plans.values()):
         first = next(iter(plans.values()))
-        why = first.error.removeprefix(f"{first.path}: ")  # the name begins with it
         none = f"; none of {len(plans)} runs can start" if len(plans) > 1 else ""
-        raise RequestError(f"{first.name}: {why}{none}")
+        raise RequestError(first.complaint() + none)
     if dense_twin and not any(plan.twin for plan in plans.values()):
         raise RequestError("--dense-twin: none of the runs is sparse")
     return list(plans.values())
@@ -148,7 +116,7 @@ def plan_run(path: str, text: str | RequestError, overrides: tuple[str, ...], na
 
 
 def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
 
 def hand_over(plans: Sequence[Planned], folder: Path) -> list[Planned]:
@@ -158,7 +126,8 @@ def hand_over(plans: Sequence[Planned], folder: Path) -> list[Planned]:
     """
     handed = []
     for plan in plans:
-        copy = folder / f"{Path(plan.path).stem}.{digest(plan.text)}.yaml"
+        ending = ".json" if plan.path.lower().endswith(".json") else ".yaml"
+        copy = folder / f"{Path(plan.path).stem}.{digest(plan.text)}{ending}"
         if not copy.exists():
             replace_text(copy, plan.text)
         handed.append(replace(plan, copy=copy))
@@ -300,7 +269,7 @@ def show_plan(plans: Sequence[Planned], done: Sequence[str], rows: Sequence[Mapp
 def arguments_for(plan: Planned) -> list[str]:
     """The command line of run_experiment.py for this run."""
     flags = ["--dense-twin"] * plan.twin + ["--resume", "auto"] * plan.resume
-    return ["--config", str(plan.copy or plan.path), *flags, *plan.overrides]
+    return [*option("--config", str(plan.copy or plan.path)), *flags, *plan.overrides]
 
 
 def end_with_parent() -> None:
@@ -346,7 +315,7 @@ def ended_row(plan: Planned, code: int, log: Path, started: float) -> dict[str, 
 
     `started`: time.monotonic() seconds. A negative `code` is the signal that ended the process.
     """
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     files = [line.removeprefix("results: ") for line in lines if line.startswith("results: ")]
     row = plan_row(plan) | {"status": "failed", "results_file": None}
     if files:

@@ -36,7 +36,8 @@ def launch(script: Path, processes: int, max_restarts: int, arguments: Sequence[
     options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
     options.append("--")  # or torchrun takes the script's options for its own
     try:
-        torchrun.main([*options, str(script), *arguments])
+        # torchrun puts a process's rank in place of ${local_rank}, and one dollar sign in place of two
+        torchrun.main([*options, *(text.replace("$", "$$") for text in (str(script), *arguments))])
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1
