@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lab.analysis.study import Study, compare
@@ -22,6 +22,7 @@ from lab.analysis.tables import follow, frontier_lines, text_table, to_latex, to
 from lab.cli import command_parser, run_cli
 from lab.files import write_outputs
 from lab.results import load_runs
+from lab.streams import print_progress
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -40,15 +41,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def print_study(study: Study) -> None:
-    print(text_table(study).to_string(index=False))
+def print_study(study: Study, show: Callable[[str], None]) -> None:
+    show(text_table(study).to_string(index=False))
     if study.baseline is not None:
-        print(f"difference: in points, against {study.baseline}")
-    print(*frontier_lines(study), verdict(study), sep="\n")
+        show(f"difference: in points, against {study.baseline}")
+    show("\n".join([*frontier_lines(study), verdict(study)]))
     for text in study.warnings:
-        print(f"warning: {text}")
+        show(f"warning: {text}")
     for path, reason in study.left_out.items():
-        print(f"left out: {path}: {reason}")
+        show(f"left out: {path}: {reason}")
 
 
 def requested_outputs(args: argparse.Namespace, study: Study) -> dict[Path, tuple[str, bytes]]:
@@ -81,11 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.follow is not None:
         follow(args.follow)
     study = compare(*load_runs(args.results_dir, args.dataset), args.baseline)
-    print_study(study)
+    to_files = args.plot or any(path is not None for path in (args.csv, args.markdown, args.latex, args.report))
+    print_study(study, print_progress if to_files else print)
     outputs = requested_outputs(args, study)
     write_outputs(outputs)
     for path, (option, _) in outputs.items():
-        print(f"{option.removeprefix('--').replace('save-dir', 'plot')}: {path}")
+        print_progress(f"{option.removeprefix('--').replace('save-dir', 'plot')}: {path}")
     return 0
 
 

@@ -19,6 +19,7 @@ import torchvision
 
 from lab.cli import command_parser, run_cli
 from lab.errors import RequestError
+from lab.streams import print_progress
 
 
 def download(size: str, dest: Path) -> Path:
@@ -28,7 +29,7 @@ def download(size: str, dest: Path) -> Path:
     """
     folder = dest / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")
     if folder.is_dir():
-        print(f"{folder}: already there")
+        print_progress(f"{folder}: already there")
         return folder
     try:
         dest.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ def download(size: str, dest: Path) -> Path:
             os.replace(Path(scratch) / folder.name, folder)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
         raise RequestError(f"Imagenette {size}: {error}; check the network and {dest}, then try again") from None
-    print(f"{folder}: ready")
+    print_progress(f"{folder}: ready")
     return folder
 
 

@@ -26,6 +26,7 @@ from lab.cli import command_parser, run_cli
 from lab.errors import RequestError
 from lab.files import append_jsonl, locked, require_folder
 from lab.grid import cross, is_override
+from lab.streams import print_progress
 from lab.sweep import (
     Halt,
     Planned,
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with locked(logs / "lock", taken):
         rows = {plan.id: plan_row(plan) | finished[plan.id] for plan in plans if plan.id in done}
         summary = open_summary(output_dir, args.resume, list(rows.values()), {plan.id for plan in plans})
-        print(f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}", flush=True)
+        print_progress(f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}")
         return run_all(args, plans, rows, slots, summary, logs)
 
 
@@ -122,7 +123,7 @@ def run_all(
         append_jsonl(summary, row)
         left = time_left(rows.values(), still, len(slots)) if still else None
         ended = f"[{len(plans) - len(still):>3}/{len(plans):<3}]"
-        print(f"{ended} {row_line(row, names[row['id']])}{f'  ({left} left)' if left else ''}", flush=True)
+        print_progress(f"{ended} {row_line(row, names[row['id']])}{f'  ({left} left)' if left else ''}")
 
     halt = Halt()
     halt.watch_signals()
@@ -137,8 +138,8 @@ def run_all(
         work_off(sound, RUNNER, slots, logs, halt, record)
     own = [rows[plan.id] for plan in plans if plan.id in rows]
     bad = [row for row in own if row["exit_code"]]
-    print(f"\n{len(own) - len(bad)} of {len(plans)} runs done, {len(plans) - len(own)} not started")
-    print("".join(f"{row_line(row, names[row['id']])}\n" for row in bad) + f"summary: {summary}")
+    print_progress(f"\n{len(own) - len(bad)} of {len(plans)} runs done, {len(plans) - len(own)} not started")
+    print_progress("".join(f"{row_line(row, names[row['id']])}\n" for row in bad) + f"summary: {summary}")
     return 128 + halt.signals[0] if halt.signals else int(bool(bad))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable
 
@@ -13,15 +12,22 @@ from dotenv import find_dotenv, load_dotenv
 from lab.config import config_keys
 from lab.errors import RequestError, TrainingFailed, one_line
 from lab.runtime.launch import launched
+from lab.streams import standard_streams
 
 
 def run_cli(main: Callable[[], int]) -> int:
     """Run a script's `main` and return the exit code of the process.
 
-    A wrong request is one line on stderr and code 2. A failed run, or a disk that does not take its output, is code 1.
-    A reader who has seen enough (`| head`) is no error.
+    A wrong request is one line on stderr and code 2. A failed run, or a disk that does not take what a command was
+    asked to print, is code 1. A reader who has seen enough (`| head`) is no error.
     """
+    with standard_streams():
+        return _run(main)
+
+
+def _run(main: Callable[[], int]) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
+    code = 0
     try:
         read_env()
         code = main()
@@ -29,8 +35,7 @@ def run_cli(main: Callable[[], int]) -> int:
     except (RequestError, TrainingFailed) as error:
         failure = 2 if isinstance(error, RequestError) else getattr(error, "code", 1), one_line(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
-        return 0
+        return code
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -28,6 +28,7 @@ from lab.files import replace_text
 from lab.grid import check_keys
 from lab.reading import read_config
 from lab.results import read_run
+from lab.streams import forget_unprinted, print_progress
 
 RESULTS = "final_results_*.json"
 FINISHED = ("completed", "early_stopped", "time_capped")  # a run with one of these is not repeated
@@ -289,13 +290,14 @@ class Running:
         """
         self.plan, self.device, self.log, self.started = plan, device, log, time.monotonic()
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (1 + beside)))} if beside else {}
+        devices = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, str(runner), *arguments_for(plan)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=threads | os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device}),
+                env=threads | os.environ | {"PYTHONIOENCODING": "utf-8"} | devices,
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
@@ -357,7 +359,7 @@ class Halt:
 
 def begin(plan: Planned, logs: Path) -> Path:
     """Announce a run. Returns the path of its log."""
-    print(f"{'':>9} start        {plan.name}", flush=True)
+    print_progress(f"{'':>9} start        {plan.name}")
     log = logs / f"{plan.id}.log"
     log.unlink(missing_ok=True)  # a run that has outlived a killed sweep may still write to the old one
     return log
@@ -408,7 +410,7 @@ def work_off_here(
 def run_here(plan: Planned, run_main: Callable[[list[str]], int], log: Path) -> int:
     """The exit code of a run in this process. What it prints goes to `log`, the traceback of a failure included."""
     with (
-        log.open("w", encoding="utf-8") as output,
+        log.open("w", encoding="utf-8", errors="replace") as output,
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
@@ -417,3 +419,5 @@ def run_here(plan: Planned, run_main: Callable[[list[str]], int], log: Path) -> 
         except Exception:
             traceback.print_exc()
             return 1
+        finally:
+            forget_unprinted(output)
