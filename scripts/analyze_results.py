@@ -22,6 +22,7 @@ from lab.analysis.tables import follow, frontier_lines, text_table, to_latex, to
 from lab.cli import command_parser, run_cli
 from lab.files import write_outputs
 from lab.results import load_runs
+from lab.runtime.launch import forget_launch
 from lab.streams import print_progress
 
 
@@ -79,6 +80,7 @@ def requested_outputs(args: argparse.Namespace, study: Study) -> dict[Path, tupl
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    forget_launch()
     if args.follow is not None:
         follow(args.follow)
     study = compare(*load_runs(args.results_dir, args.dataset), args.baseline)

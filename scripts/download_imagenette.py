@@ -19,6 +19,7 @@ import torchvision
 
 from lab.cli import command_parser, run_cli
 from lab.errors import RequestError
+from lab.runtime.launch import forget_launch
 from lab.streams import print_progress
 
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dest", type=Path, default=Path("data"), metavar="DIR", help="default: data")
     args = parser.parse_args(argv)
+    forget_launch()
     download(args.size, args.dest)
     return 0
 

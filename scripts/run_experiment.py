@@ -24,7 +24,7 @@ from lab.console import print_rank0
 from lab.errors import RequestError
 from lab.files import write_result
 from lab.runtime.clock import Stop
-from lab.runtime.launch import launch, launched
+from lab.runtime.launch import forget_launch, launch, launched
 from train_ast import execute, load_config, lr_warmup_share, train
 
 FLAGS = {
@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
+    if args.dry_run or args.nproc > 1 or args.max_restarts:
+        forget_launch()
     flags = [f"{key}={value}" for key in FLAGS.values() if (value := getattr(args, key)) is not None]
     config = load_config(args.config, [*args.overrides, *flags])
     if args.dry_run:

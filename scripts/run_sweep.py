@@ -26,6 +26,7 @@ from lab.cli import command_parser, run_cli
 from lab.errors import RequestError
 from lab.files import append_jsonl, locked, require_folder
 from lab.grid import cross, is_override
+from lab.runtime.launch import forget_launch
 from lab.streams import print_progress
 from lab.sweep import (
     Halt,
@@ -89,6 +90,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    forget_launch()
     points = cross(args.grid, args.variants, args.seeds)
     plans = plan_runs(args.configs, args.overrides, points, args.dense_twin, args.resume, check_config)
     slots = slots_of(args.gpus, args.runs_per_gpu)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dotenv import find_dotenv, load_dotenv
 
 from lab.config import config_keys
-from lab.errors import RequestError, TrainingFailed, one_line
+from lab.errors import NobodyThere, RequestError, TrainingFailed, one_line
 from lab.runtime.launch import launched
 from lab.streams import standard_streams
 
@@ -27,13 +27,13 @@ def run_cli(main: Callable[[], int]) -> int:
 
 def _run(main: Callable[[], int]) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
-    code = 0
+    code, failed = 0, None
     try:
         read_env()
         code = main()
         sys.stdout.flush()
     except (RequestError, TrainingFailed) as error:
-        failure = 2 if isinstance(error, RequestError) else getattr(error, "code", 1), one_line(error)
+        failure, failed = (2 if isinstance(error, RequestError) else getattr(error, "code", 1), one_line(error)), error
     except BrokenPipeError:
         return code
     except KeyboardInterrupt:
@@ -44,7 +44,7 @@ def _run(main: Callable[[], int]) -> int:
         failure = 1, why
     else:
         return code
-    if _reports(*failure):
+    if isinstance(failed, NobodyThere) or _reports(*failure):
         print(f"error: {failure[1]}", file=sys.stderr)
     return failure[0]
 
@@ -75,7 +75,10 @@ def _known(error: Exception) -> str | None:
 
 def _reports(code: int, why: str) -> bool:
     """Whether this process prints the error: the only one does; of several the first to fail."""
-    if launched()[1] == 1:
+    try:
+        if launched()[1] == 1:
+            return True
+    except RequestError:  # it is the error
         return True
     from lab.runtime.distributed import claim_failure  # imports torch, which a table does not need
 

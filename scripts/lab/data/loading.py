@@ -16,6 +16,7 @@ from lab.config import TrainingConfig
 from lab.data.datasets import LoaderBatch, ReadErrors
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.runtime.distributed import Dist
+from lab.runtime.launch import launched_here
 
 Loader = Iterable[LoaderBatch]
 
@@ -199,4 +200,4 @@ def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
     if training.num_workers is not None:
         return training.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if in_memory else min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return 0 if in_memory else min(16, max(1, cores // launched_here()))
