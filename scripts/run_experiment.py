@@ -22,7 +22,7 @@ from lab.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
 from lab.config import Config, dump_config
 from lab.console import print_rank0
 from lab.errors import RequestError
-from lab.files import write_result
+from lab.files import sibling, write_result
 from lab.runtime.clock import Stop
 from lab.runtime.launch import forget_launch, launch, launched
 from train_ast import execute, load_config, lr_warmup_share, train
@@ -52,8 +52,7 @@ def time_matched_baseline(config: Config, train_seconds: float) -> Config:
     )
     ast, outputs = config.ast.model_copy(update={"mode": "dense"}), config.logging
     if outputs.jsonl_path is not None:
-        log = Path(outputs.jsonl_path)
-        outputs = outputs.model_copy(update={"jsonl_path": str(log.with_name(f"{log.stem}.dense{log.suffix}"))})
+        outputs = outputs.model_copy(update={"jsonl_path": sibling(outputs.jsonl_path, "dense")})
     twin = config.model_copy(update={"training": training, "ast": ast, "logging": outputs})
     return Config.model_validate(twin.model_dump())
 

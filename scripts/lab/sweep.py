@@ -16,18 +16,17 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from itertools import product
-from operator import attrgetter
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
 from lab.cli import option, run_cli
 from lab.config import Config, load_config, run_id
 from lab.errors import RequestError, one_line
-from lab.files import replace_text
+from lab.files import replace_text, sibling
 from lab.grid import check_keys
 from lab.reading import read_config
-from lab.results import read_run
+from lab.results import finished_at, read_run, utc_now
 from lab.streams import forget_unprinted, print_progress
 
 RESULTS = "final_results_*.json"
@@ -111,8 +110,7 @@ def plan_run(path: str, text: str | RequestError, overrides: tuple[str, ...], na
         return Planned(digest(name), path, overrides, name, None, str(error))
     key, twin = run_id(config), dense_twin and config.ast.mode != "dense"
     if config.logging.jsonl_path is not None:  # each run gets a log of its own
-        log = Path(config.logging.jsonl_path)
-        overrides += (f"logging.jsonl_path={log.with_name(f'{log.stem}.{key}{log.suffix}')}",)
+        overrides += (f"logging.jsonl_path={sibling(config.logging.jsonl_path, key)}",)
     return Planned(key, path, overrides, name, config, None, twin, resume, text)
 
 
@@ -158,10 +156,15 @@ def result_row(path: Path) -> dict[str, Any]:
 
     Raises ValueError where the file is not a results file, OSError where it cannot be read.
     """
-    figures = read_run(path).figures
+    run = read_run(path)
+    figures = run.figures
     keys = ("status", "seed", "epochs", "final_accuracy", "best_accuracy", "activation_error", "train_seconds")
     row = {key: figures[key] for key in (*keys, "energy_kj")}
-    row |= {"results_file": str(path), "duration_seconds": round(figures["total_seconds"], 3)}
+    row |= {
+        "finished_utc": run.finished_utc,
+        "results_file": str(path),
+        "duration_seconds": round(figures["total_seconds"], 3),
+    }
     row |= {key: figures[key] for key in ("error", "twin") if figures[key]}
     return {key: None if value != value else value for key, value in row.items()}
 
@@ -179,14 +182,17 @@ def finished_runs(plans: Iterable[Planned]) -> dict[str, dict[str, Any]]:
     configs = [plan.config for plan in plans if plan.config is not None]
     folders = {Path(config.logging.output_dir) for config in configs}
     found = {}
-    for path in sorted((path for folder in folders for path in folder.glob(RESULTS)), key=attrgetter("name")):
+    newest: dict[str, tuple] = {}  # by run_id, when its result was finished
+    for path in (path for folder in folders for path in folder.glob(RESULTS)):
         try:
             config = Config.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"])
             row = result_row(path)
+            age = finished_at(row["finished_utc"], path.stem.removeprefix("final_results_"))
         except (OSError, ValueError, TypeError, KeyError):
             continue  # not a result of this version of the lab: it is run again
         alike = any((config.model, config.dataset) == (other.model, other.dataset) for other in configs)
-        if alike and row["status"] in FINISHED:
+        if alike and row["status"] in FINISHED and age >= newest.get(run_id(config), age):
+            newest[run_id(config)] = age
             found[run_id(config)] = {"id": run_id(config)} | row | {"exit_code": 0}
     return found
 
@@ -209,7 +215,13 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def newest_summary(folder: Path) -> Path | None:
-    return max(folder.glob("sweep_summary_*.jsonl"), default=None)
+    """The summary that a sweep wrote to last, by the time of its lines; one without such a time goes by its name."""
+
+    def age(path: Path) -> tuple:
+        times = [row["finished_utc"] for row in read_rows(path).values() if isinstance(row.get("finished_utc"), str)]
+        return finished_at(max(times, default=None), path.stem.removeprefix("sweep_summary_"))
+
+    return max(folder.glob("sweep_summary_*.jsonl"), default=None, key=age)
 
 
 def as_written(folder: Path, finished: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -233,7 +245,9 @@ def open_summary(folder: Path, resume: bool, rows: Sequence[Mapping[str, Any]], 
     """
     path = newest_summary(folder) if resume else None
     others = [row for key, row in read_rows(path).items() if key not in planned] if path is not None else []
-    path = path or folder / f"sweep_summary_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
+    stamp = f"{datetime.now():%Y%m%d_%H%M%S}"  # local time, which comes twice when the clock is set back
+    names = (f"sweep_summary_{stamp}{tail}.jsonl" for tail in chain([""], (f"_{n}" for n in count(1))))
+    path = path or next(folder / name for name in names if not (folder / name).exists())
     text = "".join(json.dumps(row) + "\n" for row in [*others, *rows])
     replace_text(path, text)
     return path
@@ -323,7 +337,12 @@ def ended_row(plan: Planned, code: int, log: Path, started: float) -> dict[str, 
     if files:
         with contextlib.suppress(ValueError, OSError):
             row |= result_row(Path(files[0]))
-    row |= {"exit_code": code, "duration_seconds": round(time.monotonic() - started, 3), "log": str(log)}
+    row |= {
+        "finished_utc": utc_now(),
+        "exit_code": code,
+        "duration_seconds": round(time.monotonic() - started, 3),
+        "log": str(log),
+    }
     if code:
         row["status"] = "interrupted" if code in (130, 143) else "failed"
         row["error"] = one_line(lines[-1] if lines else "it printed nothing", ERROR_CHARACTERS)
