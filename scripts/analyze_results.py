@@ -17,10 +17,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from lab.analysis.study import Study, compare
 from lab.analysis.tables import follow, frontier_lines, text_table, to_latex, to_markdown, verdict
 from lab.cli import command_parser, run_cli
 from lab.files import write_outputs
+from lab.plotting import import_matplotlib
 from lab.results import load_runs
 from lab.runtime.launch import forget_launch
 from lab.streams import print_progress
@@ -53,6 +56,19 @@ def print_study(study: Study, show: Callable[[str], None]) -> None:
         show(f"left out: {path}: {reason}")
 
 
+def to_csv(table: pd.DataFrame) -> str:
+    """As CSV. Text that a spreadsheet would take for a formula gets an apostrophe before it."""
+
+    def safe(value: object) -> object:
+        return (
+            f"'{value}"
+            if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+            else value
+        )
+
+    return table.map(safe).rename(index=safe).to_csv()
+
+
 def requested_outputs(args: argparse.Namespace, study: Study) -> dict[Path, tuple[str, bytes]]:
     """By path, the option that asks for a file and the file's content."""
     outputs: dict[Path, tuple[str, bytes]] = {}
@@ -61,11 +77,13 @@ def requested_outputs(args: argparse.Namespace, study: Study) -> dict[Path, tupl
         outputs[path] = option, text.encode("utf-8", "replace")
 
     if args.csv is not None:
-        add("--csv", args.csv, study.table.drop(columns="group").to_csv())
+        add("--csv", args.csv, to_csv(study.table.drop(columns="group")))
     if args.markdown is not None:
         add("--markdown", args.markdown, to_markdown(text_table(study)))
     if args.latex is not None:
         add("--latex", args.latex, to_latex(text_table(study)))
+    if args.plot or args.report is not None:
+        import_matplotlib()
     if args.plot:
         from lab.analysis.figures import draw_all  # matplotlib takes a second that a table need not
 
