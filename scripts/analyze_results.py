@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +25,10 @@ from lab.analysis.study import Study, compare
 from lab.analysis.tables import follow, frontier_lines, several, text_table, to_latex, to_markdown, verdict
 from lab.cli import command_parser, run_cli
 from lab.files import write_outputs
+from lab.launch import forget_launch
+from lab.plotting import import_matplotlib
 from lab.results import load_runs
+from lab.streams import print_progress
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,30 +47,41 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def print_study(study: Study) -> None:
-    print(text_table(study).to_string(index=False))
+def print_study(study: Study, show: Callable[..., None]) -> None:
+    show(text_table(study).to_string(index=False))
     if study.baseline is not None:
-        print(f"difference: in points, against {study.baseline}")
-    print(*frontier_lines(study), verdict(study), sep="\n")
+        show(f"difference: in points, against {study.baseline}")
+    show("\n".join([*frontier_lines(study), verdict(study)]))
     for text in study.warnings:
-        print(f"warning: {text}")
+        show(f"warning: {text}")
 
 
-def print_studies(studies: Sequence[Study]) -> None:
+def print_studies(studies: Sequence[Study], show: Callable[..., None]) -> None:
+    """show: prints a line, as `print` does."""
     if line := several(studies):
-        print(line)
+        show(line)
     for study in studies:
         if line:
-            print(f"\n== {study.title}")
-        print_study(study)
+            show(f"\n== {study.title}")
+        print_study(study, show)
     for path, reason in studies[0].left_out.items():
-        print(f"left out: {path}: {reason}")
+        show(f"left out: {path}: {reason}")
 
 
 def all_digits(studies: Sequence[Study]) -> str:
     """The tables as one CSV, with all digits and columns, and the group in a column."""
     tables = [study.table.assign(group=study.title, baseline=study.baseline) for study in studies]
-    return pd.concat([table.astype(object) for table in tables]).rename_axis("setting").to_csv()
+    return to_csv(pd.concat([table.astype(object) for table in tables]).rename_axis("setting"))
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """As CSV. Text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    formula = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+    def safe(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.startswith(formula) else value
+
+    return table.map(safe).rename(index=safe).to_csv()
 
 
 def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dict[Path, tuple[str, bytes]]:
@@ -83,6 +97,8 @@ def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dic
         add("--markdown", args.markdown, to_markdown(studies))
     if args.latex is not None:
         add("--latex", args.latex, to_latex(studies))
+    if args.plot or args.report is not None:
+        import_matplotlib()
     if args.plot:
         from lab.analysis.figures import draw_groups  # matplotlib takes a second that a table need not
 
@@ -97,14 +113,16 @@ def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dic
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    forget_launch()
     if args.follow is not None:
         follow(args.follow)
     studies = compare(*load_runs(args.results_dir, args.dataset), args.baseline)
-    print_studies(studies)
+    to_files = args.plot or any(path is not None for path in (args.csv, args.markdown, args.latex, args.report))
+    print_studies(studies, print_progress if to_files else print)
     outputs = requested_outputs(args, studies)
     write_outputs(outputs)
     for path, (option, _) in outputs.items():
-        print(f"{option.removeprefix('--').replace('save-dir', 'plot')}: {path}")
+        print_progress(f"{option.removeprefix('--').replace('save-dir', 'plot')}: {path}")
     return 0
 
 

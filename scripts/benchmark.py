@@ -139,10 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }[args.what]
     result = work(args)
     if launched()[0] == 0:
-        print(show(result))
         timing.write_json(args.json, result)
         if args.plot:
             timing.plot(args.what, result, args.plot)
+        print(show(result))
     return 0
 
 

@@ -19,6 +19,8 @@ import torchvision
 
 from lab.cli import command_parser, run_cli
 from lab.errors import RequestError
+from lab.launch import forget_launch
+from lab.streams import print_progress
 
 
 def download(size: str, dest: Path) -> Path:
@@ -28,7 +30,7 @@ def download(size: str, dest: Path) -> Path:
     """
     folder = dest / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")
     if folder.is_dir():
-        print(f"{folder}: already there")
+        print_progress(f"{folder}: already there")
         return folder
     try:
         dest.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,7 @@ def download(size: str, dest: Path) -> Path:
             os.replace(Path(scratch) / folder.name, folder)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
         raise RequestError(f"Imagenette {size}: {error}; check the network and {dest}, then try again") from None
-    print(f"{folder}: ready")
+    print_progress(f"{folder}: ready")
     return folder
 
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dest", type=Path, default=Path("data"), metavar="DIR", help="default: data")
     args = parser.parse_args(argv)
+    forget_launch()
     download(args.size, args.dest)
     return 0
 

@@ -18,14 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lab.cli import RESUME_HELP, command_parser, run_cli
-from lab.config import Config
+from lab.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
+from lab.config import Config, dump_config
 from lab.console import print_rank0
 from lab.errors import RequestError
-from lab.files import write_result
-from lab.launch import launch, launched
+from lab.files import sibling, write_result
+from lab.launch import forget_launch, launch, launched
 from lab.runtime.clock import Stop
 from train_ast import execute, load_config, lr_warmup_share, train
 
@@ -54,8 +52,7 @@ def time_matched_baseline(config: Config, train_seconds: float) -> Config:
     )
     ast, outputs = config.ast.model_copy(update={"mode": "dense"}), config.logging
     if outputs.jsonl_path is not None:
-        log = Path(outputs.jsonl_path)
-        outputs = outputs.model_copy(update={"jsonl_path": str(log.with_name(f"{log.stem}.dense{log.suffix}"))})
+        outputs = outputs.model_copy(update={"jsonl_path": sibling(outputs.jsonl_path, "dense")})
     twin = config.model_copy(update={"training": training, "ast": ast, "logging": outputs})
     return Config.model_validate(twin.model_dump())
 
@@ -119,21 +116,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="then train its time-matched baseline: dense, in the same training time",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, for example ast.pack=true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
+    if args.dry_run or args.nproc > 1 or args.max_restarts:
+        forget_launch()
     flags = [f"{key}={value}" for key in FLAGS.values() if (value := getattr(args, key)) is not None]
     config = load_config(args.config, [*args.overrides, *flags])
     if args.dry_run:
-        print(yaml.safe_dump(config.model_dump(), sort_keys=False), end="")
+        print(dump_config(config), end="")
         return 0
     if args.nproc < 1 or args.max_restarts < 0:
         raise RequestError("--nproc: at least 1, and --max-restarts: at least 0")
     if args.nproc == 1 and not args.max_restarts:
         return (execute_with_baseline if args.dense_twin else execute)(config, args.resume)
     resume = args.resume or ("auto" if args.max_restarts else None)
-    resuming = [] if resume is None else ["--resume", resume]
+    resuming = [] if resume is None else option("--resume", resume)
     twin = ["--dense-twin"] if args.dense_twin else []
-    arguments = ["--config", args.config, *resuming, *twin, *args.overrides, *flags]
+    arguments = [*option("--config", args.config), *resuming, *twin, *args.overrides, *flags]
     return launch(Path(__file__), args.nproc, args.max_restarts, arguments)
 
 

@@ -25,11 +25,13 @@ import run_experiment
 from lab.cli import command_parser, run_cli
 from lab.errors import RequestError
 from lab.files import append_jsonl, locked, require_folder
+from lab.grid import cross, is_override
+from lab.launch import forget_launch
+from lab.streams import print_progress
 from lab.sweep import (
     Halt,
     Planned,
     as_written,
-    cross,
     finished_runs,
     hand_over,
     is_done,
@@ -76,20 +78,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     for name in ("configs", "seeds", "gpus"):  # in `--configs a.yaml training.lr=1` the option takes the override too
         values = getattr(args, name)
-        args.overrides += [value for value in values if "=" in value]
-        setattr(args, name, [value for value in values if "=" not in value])
-    args.overrides += [f"logging.output_dir={args.output_dir}"] if args.output_dir else []
+        args.overrides += [value for value in values if is_override(value)]
+        setattr(args, name, [value for value in values if not is_override(value)])
+    args.overrides += [f"logging.output_dir={args.output_dir}"] if args.output_dir is not None else []
     if args.one_process and (args.gpus or args.runs_per_gpu != 1):
         raise RequestError("--one-process: one run at a time; leave out --gpus and --runs-per-gpu")
     if args.runs_per_gpu < 1:
         raise RequestError(f"--runs-per-gpu: expected at least 1, got {args.runs_per_gpu}")
-    if bad := next((seed for seed in args.seeds if not seed.isdecimal()), None):
-        raise RequestError(f"--seeds: expected whole numbers, got {bad!r}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    forget_launch()
     points = cross(args.grid, args.variants, args.seeds)
     plans = plan_runs(args.configs, args.overrides, points, args.dense_twin, args.resume, check_config)
     slots = slots_of(args.gpus, args.runs_per_gpu)
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with locked(logs / "lock", taken):
         rows = {plan.id: plan_row(plan) | finished[plan.id] for plan in plans if plan.id in done}
         summary = open_summary(output_dir, args.resume, list(rows.values()), {plan.id for plan in plans})
-        print(f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}", flush=True)
+        print_progress(f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}")
         return run_all(args, plans, rows, slots, summary, logs)
 
 
@@ -124,7 +125,7 @@ def run_all(
         append_jsonl(summary, row)
         left = time_left(rows.values(), still, len(slots)) if still else None
         ended = f"[{len(plans) - len(still):>3}/{len(plans):<3}]"
-        print(f"{ended} {row_line(row, names[row['id']])}{f'  ({left} left)' if left else ''}", flush=True)
+        print_progress(f"{ended} {row_line(row, names[row['id']])}{f'  ({left} left)' if left else ''}")
 
     halt = Halt()
     halt.watch_signals()
@@ -139,8 +140,8 @@ def run_all(
         work_off(sound, RUNNER, slots, logs, halt, record)
     own = [rows[plan.id] for plan in plans if plan.id in rows]
     bad = [row for row in own if row["exit_code"]]
-    print(f"\n{len(own) - len(bad)} of {len(plans)} runs done, {len(plans) - len(own)} not started")
-    print("".join(f"{row_line(row, names[row['id']])}\n" for row in bad) + f"summary: {summary}")
+    print_progress(f"\n{len(own) - len(bad)} of {len(plans)} runs done, {len(plans) - len(own)} not started")
+    print_progress("".join(f"{row_line(row, names[row['id']])}\n" for row in bad) + f"summary: {summary}")
     return 128 + halt.signals[0] if halt.signals else int(bool(bad))
 
 

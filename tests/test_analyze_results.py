@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from conftest import REPO
+from conftest import MINIMAL, REPO
 from helpers import analyze, studies_of, write_run
 from lab.analysis.tables import text_table, verdict
 from lab.errors import RequestError
@@ -191,3 +191,43 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     command = f"{sys.executable} scripts/analyze_results.py --results-dir {tmp_path} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=REPO, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def figures_in(tmp_path, monkeypatch, **variables):
+    """The command with plots and a page, in a process with these variables; it must say nothing on stderr."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for number in range(2):
+        write_run(tmp_path, str(number), training__seed=number, ast__threshold_unit="表示 $x_{")
+    args = ["--plot", "--save-dir", str(tmp_path / "plots"), "--report", str(tmp_path / "page.html")]
+    command = [sys.executable, REPO / "scripts/analyze_results.py", "--results-dir", str(tmp_path), *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list((tmp_path / "plots").iterdir())) == 16
+    return (tmp_path / "plots" / "accuracy.png").read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "TkAgg"])
+def test_the_backend_of_a_notebook_is_no_matter(backend, tmp_path, monkeypatch):
+    figures_in(tmp_path, monkeypatch, MPLBACKEND=backend)
+
+
+def test_the_settings_of_a_user_change_nothing(tmp_path, monkeypatch):
+    """Neither those of the working directory nor those that a variable names; and no glyph is missed aloud."""
+    plain = figures_in(tmp_path / "plain", monkeypatch)
+    settings = "text.usetex: True\nfigure.facecolor: red\nbackend: nonsense\nno.such.key: 1\naxes.prop_cycle: x\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd" / "matplotlibrc").write_text(settings)
+    assert figures_in(tmp_path / "variable", monkeypatch, MATPLOTLIBRC=str(tmp_path / "matplotlibrc")) == plain
+    assert figures_in(tmp_path / "cwd", monkeypatch) == plain
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@"])
+def test_no_text_of_a_table_is_a_formula(start, tmp_path, capsys):
+    write_run(tmp_path, f"{start}1+1").write_text(json.dumps(MINIMAL))
+    write_run(tmp_path, "2", seconds=90.0)
+    assert analyze(["--results-dir", str(tmp_path), "--csv", str(tmp_path / "t.csv")]) == 0
+    table = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False)
+    assert f"'{start}1+1" in set(table["setting"])
+    assert all(float(value) for value in table["final_mean"])

@@ -74,6 +74,19 @@ def test_a_dataset_that_needs_the_network_says_what_to_do(script, monkeypatch, t
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "more", [["dataset.type=hf", "dataset.name=nobody/nothing"], ["model.name=resnet10t", "model.pretrained=true"]]
+)
+def test_a_hub_that_does_not_answer_is_one_line_within_seconds(more, script, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    done = script("run_experiment", "--config", "configs/digits_smoke.yaml", "--output-dir", tmp_path, *more)
+    assert time.monotonic() - started < 25  # most of it imports
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"error: {'dataset.name' if 'nothing' in more[1] else 'model.pretrained'}: ")
+    assert "network" in done.stderr
+
+
 def test_a_failed_run_is_exit_code_1(script, tmp_path):
     args = ["ast.mode=dense", "training.lr=1e20", "training.optimizer=sgd", "--output-dir", tmp_path]
     done = script("run_experiment", "--config", "configs/digits_smoke.yaml", *args)

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable
 
-from dotenv import load_dotenv
+from dotenv import find_dotenv, load_dotenv
 
 from lab.config import config_keys
-from lab.errors import RequestError, TrainingFailed, one_line
+from lab.errors import NobodyThere, RequestError, TrainingFailed, one_line
 from lab.launch import launched
+from lab.streams import standard_streams
 
 
 def run_cli(main: Callable[[], int]) -> int:
     """Run a script's `main` and return the exit code of the process.
 
-    A wrong request is one line on stderr and code 2. A failed run, or a disk that does not take its output, is code 1.
-    A reader who has seen enough (`| head`) is no error.
+    A wrong request is one line on stderr and code 2. A failed run, or a disk that does not take what a command was
+    asked to print, is code 1. A reader who has seen enough (`| head`) is no error.
     """
-    load_dotenv()
+    with standard_streams():
+        return _run(main)
+
+
+def _run(main: Callable[[], int]) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
+    code, failed = 0, None
     try:
+        read_env()
         code = main()
         sys.stdout.flush()
     except (RequestError, TrainingFailed) as error:
-        failure = 2 if isinstance(error, RequestError) else getattr(error, "code", 1), one_line(error)
+        failure, failed = (2 if isinstance(error, RequestError) else getattr(error, "code", 1), one_line(error)), error
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
-        return 0
+        return code
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -39,9 +44,21 @@ def run_cli(main: Callable[[], int]) -> int:
         failure = 1, why
     else:
         return code
-    if _reports(*failure):
+    if isinstance(failed, NobodyThere) or _reports(*failure):
         print(f"error: {failure[1]}", file=sys.stderr)
     return failure[0]
+
+
+def read_env() -> None:
+    """Take over what a `.env` file sets. Raises RequestError naming a file that cannot be read."""
+    path = find_dotenv()
+    try:
+        if path:
+            load_dotenv(path)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise RequestError(f"{path}: not lines of NAME=value in UTF-8: {one_line(error)}") from None
 
 
 def _known(error: Exception) -> str | None:
@@ -58,14 +75,26 @@ def _known(error: Exception) -> str | None:
 
 def _reports(code: int, why: str) -> bool:
     """Whether this process prints the error: the only one does; of several the first to fail."""
-    if launched()[1] == 1:
+    try:
+        if launched()[1] == 1:
+            return True
+    except RequestError:  # it is the error
         return True
     from lab.runtime.distributed import claim_failure  # imports torch, which a table does not need
 
     return claim_failure(code, why)
 
 
+OVERRIDES_HELP = (
+    "any config key, for example ast.pack=true. Text is taken as it is written, quotes included; null is no value, and "
+    'the word null itself goes into a config file, as "null"'
+)
 RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
+
+
+def option(name: str, value: str) -> list[str]:
+    """An option as arguments of another command, its value as it is, even one that begins like an option."""
+    return [f"{name}={value}"] if value.startswith("-") else [name, value]
 
 
 def command_parser(description: str | None, config_help: bool = False) -> argparse.ArgumentParser:

@@ -7,14 +7,18 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from lab.errors import RequestError, one_line
+from lab.reading import BAD_YAML, _Dumper, _Loader, parse_config, read_config
 
 Compile = Literal["off", "default", "reduce-overhead"]
 
@@ -23,6 +27,14 @@ class Section(BaseModel):
     """A part of the config: unknown keys, wrong types, NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _sound_text(cls, value: Any) -> Any:
+        """Text that no file or library could take is refused here."""
+        if isinstance(value, str) and (not value or "\0" in value or _surrogate(value)):
+            raise PydanticCustomError("text", "text in UTF-8 without zero bytes, and not empty (no value: null)")
+        return value
 
 
 class ModelConfig(Section):
@@ -192,6 +204,11 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(False, description="write the same as scalars to <output_dir>/tensorboard/<timestamp>")
 
 
+def _surrogate(text: str) -> bool:
+    """Whether half a character is in it: from JSON, or from an argument that is not UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def sparse_span(mode: str, rule: str, epochs: int, warmup_epochs: int, anneal_epochs: int) -> range:
     """The epochs (from 0) of a run of `epochs` that train on a selection; none in mode dense.
 
@@ -226,7 +243,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Config:
         """What no table of the lab decides; see `load_config` for the rest."""
-        d, a, t = self.dataset, self.ast, self.training
+        d, a, t, log = self.dataset, self.ast, self.training, self.logging.jsonl_path
         no_sparse = a.mode != "dense" and not self.sparse_span()
         scored_at = a.score_resolution or d.image_size
         cropped = d.resolved_augment() == "random_resized_crop"
@@ -242,6 +259,7 @@ class Config(Section):
             (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
             (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
             (t.lr_warmup_epochs > t.epochs, "training.lr_warmup_epochs: more than training.epochs"),
+            (log is not None and Path(log).name in ("", ".."), f"logging.jsonl_path: expected a file, got {log!r}"),
         )
         return self
 
@@ -264,47 +282,47 @@ def config_keys() -> dict[str, tuple[str, Any]]:
     }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that as in YAML 1.2 1e-3 is a number and `off` a word, and no key comes twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if first in "tTfF" or not tag.endswith("bool")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-# What a wrong tag such as `!!bool x` raises is of no kind of YAML's own
-BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-
-
+SHORT = reprlib.Repr()  # a config may hold far more than its text is long
+SHORT.maxstring = SHORT.maxother = 100
 RENAMED = {"ast.leave_out": "ast.forget_rate"}
 
 
-def read_config(path: str | Path) -> str:
-    """The text of a config file.
+def dump_config(config: Config) -> str:
+    """The config as YAML; `load_config` reads the same from it."""
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
 
-    Raises RequestError naming the file where it cannot be read, or where it is empty: a pipe that was read before
-    gives nothing, which must not mean all defaults.
+
+def takes_text(section: str, name: str) -> tuple[bool, bool]:
+    """(whether the values of a key are text, whether it may be null); (False, False) for an unknown key."""
+    part = Config.model_fields.get(section)
+    info = part and part.annotation.model_fields.get(name)
+    if not info:
+        return False, False
+    kinds = [info.annotation]
+    for _ in range(2):  # a union, and the words of a Literal
+        kinds = [kind for each in kinds for kind in (get_args(each) or [each])]
+    return all(kind in (str, NoneType) or isinstance(kind, str) for kind in kinds), NoneType in kinds
+
+
+def parse_override(override: str) -> tuple[str, str, Any]:
+    """(section, name, value) of "section.name=value".
+
+    Text is taken as it is written; null is null for a key that may be null. Other values are read as in a YAML file.
+    Raises RequestError naming the override where it is malformed.
     """
+    key, equals, written = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and name):
+        raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
+    is_text, may_be_null = takes_text(section, name)
+    if is_text:
+        return section, name, None if may_be_null and written == "null" else written
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the config: {error.strerror}") from None
-    except ValueError as error:
-        raise RequestError(f"{path}: not valid YAML or JSON: {one_line(error)}") from None
-    if not text.strip():
-        raise RequestError(f"{path}: empty; a config of nothing but defaults is {{}}")
-    return text
+        node = yaml.compose(written, Loader=_Loader)
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.value == written
+        return section, name, yaml.load(written, Loader=_Loader) if plain else written
+    except BAD_YAML as error:
+        raise RequestError(f"override {override!r}: not a valid value: {one_line(error)}") from None
 
 
 def load_config(
@@ -313,30 +331,18 @@ def load_config(
     text: str | None = None,
     check: Callable[[Config], None] | None = None,
 ) -> Config:
-    """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05") over it.
+    """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05", see `parse_override`) over it.
 
     text: the file's text, where it has been read before. check: raises ValueError for what the lab's tables do not know
-    (`train_ast.check_config`). Raises RequestError, one line naming the file or the key, for a file that is missing,
-    empty or no mapping, an unknown key (with the nearest known one) and a value of the wrong type or range.
+    (`train_ast.check_config`). Raises RequestError, one line naming the file or the override and the key, for a file
+    that is missing, empty or no mapping, an unknown key (with the nearest known one) and a value of the wrong type or
+    range.
     """
     if text is None:
-        text = read_config(path) if path else ""
-    raw: dict = {}
-    try:
-        raw = yaml.load(text, Loader=_Loader) or {}
-    except BAD_YAML as error:
-        raise RequestError(f"{path}: not valid YAML or JSON: {one_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise RequestError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
+        text = read_config(path) if path else "{}"
+    raw = parse_config(path, text)
     for override in overrides:
-        key, equals, written = override.partition("=")
-        section, dot, name = key.partition(".")
-        if not (equals and dot and name):
-            raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
-        try:
-            value = yaml.load(written, Loader=_Loader)
-        except BAD_YAML as error:
-            raise RequestError(f"override {override!r}: not a valid value: {one_line(error)}") from None
+        section, name, value = parse_override(override)
         part = raw[section] = {} if raw.get(section) is None else raw[section]
         if isinstance(part, dict):  # otherwise the validation below names the section
             part[name] = value
@@ -345,10 +351,23 @@ def load_config(
         if check is not None:
             check(config)
     except ValidationError as error:
-        raise RequestError(f"{path or 'config'}: {_explain(error)}") from None
+        complaint = _explain(error)
     except ValueError as error:
-        raise RequestError(f"{path or 'config'}: {one_line(error)}") from None
-    return config
+        complaint = one_line(error)
+    else:
+        return config
+    raise RequestError(f"{_blamed(complaint, overrides) or path or 'config'}: {complaint}")
+
+
+def _blamed(complaint: str, overrides: Sequence[str]) -> str | None:
+    """The override that a complaint is about: the last one of the key it begins with, or of one that it names."""
+    first = complaint.partition(":")[0]
+    keys = [override.partition("=")[0] for override in overrides]
+    named = [first in (key, key.partition(".")[0]) for key in keys]
+    if not any(named):
+        named = [re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", complaint) is not None for key in keys]
+    found = [override for override, is_named in zip(overrides, named, strict=True) if is_named]
+    return f"override {one_line(repr(found[-1]), 200)}" if found else None
 
 
 def _explain(error: ValidationError) -> str:
@@ -356,21 +375,31 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":
         return one_line(first["ctx"]["error"])
-    key = ".".join(str(part) for part in first["loc"][:2])
+    key = ".".join(str(part)[:100] for part in first["loc"][:2])
     if key in RENAMED:
         return f"{key}: is now called {RENAMED[key]}"
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key)}"
     wrong = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
+    hint = (
+        "; in quotes it is text"
+        if first["type"] == "string_type" and not isinstance(first["input"], dict | list)
+        else ""
+    )
     expected = " or ".join(e["msg"].replace("Input should be ", "").replace("Input should", "") for e in wrong)
-    return f"{key}: expected {one_line(expected)}, got {one_line(repr(first['input']))[:80]}"
+    return f"{key}: expected {one_line(expected)}, got {one_line(SHORT.repr(first['input']))[:80]}{hint}"
 
 
 def _nearest(key: str) -> str:
+    """A hint at the known key that `key` is close to; one of the same section comes first."""
+    key = key[:100]
+    section, _, leaf = key.rpartition(".")
     known = [*config_keys(), *Config.model_fields]
     leaves = {name.rpartition(".")[2]: name for name in known}
-    leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, 1, 0.6)
-    near = difflib.get_close_matches(key, known, 1, 0.75) or [leaves[name] for name in leaf]
+    own = {name.rpartition(".")[2]: name for name in config_keys() if section and name.startswith(f"{section}.")}
+    near = [own[name] for name in difflib.get_close_matches(leaf, own, 1, 0.6)]
+    near = near or difflib.get_close_matches(key, known, 1, 0.75)
+    near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
     near = near or difflib.get_close_matches(key, known, 1, 0.0)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -11,16 +11,16 @@ from tqdm import tqdm
 
 from lab.config import Config
 from lab.launch import launched
+from lab.streams import print_progress
 
 Columns = Mapping[str, tuple[str, str]]  # title: (key of the row, format); the format gives the width
 
 
 def print_rank0(text: str) -> None:
-    """Print a line, of several processes on rank 0 alone. A full disk or a closed pipe behind it does not end a run."""
+    """`print_progress`, of several processes on rank 0 alone."""
     if launched()[0]:
         return
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
+    print_progress(text)
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:

@@ -19,6 +19,10 @@ class PeerLost(TrainingFailed):
         self.code = code
 
 
+class NobodyThere(TrainingFailed):
+    """The other processes of the run were never met, so none of them says why: each process does."""
+
+
 def one_line(text: object, limit: int = 1000) -> str:
     """`text` as one printable line of at most `limit` characters; an exception without a message gives its class.
 

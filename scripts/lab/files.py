@@ -30,6 +30,37 @@ def require_folder(folder: Path, key: str, path: str | Path) -> None:
         raise RequestError(f"{key}: cannot write to {path}: {error.strerror}") from None
 
 
+def is_device(path: Path) -> bool:
+    """Whether `path` is no file to be replaced: a device, a pipe, or a name for an open file, as /dev/stdout is."""
+    place = os.path.abspath(path)
+    special = place.startswith(("/dev/", "/proc/")) and not place.startswith("/dev/shm/")
+    return path.exists() and not path.is_dir() and (special or not path.is_file())
+
+
+def require_appendable(path: Path, key: str) -> None:
+    """Raises RequestError naming `key` where no line can be appended to `path`. A device gets an empty line to try."""
+    if not path.exists() and not path.is_symlink():
+        require_folder(path.parent, key, path)
+        return
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
+        try:
+            if is_device(path) and not os.isatty(descriptor):
+                os.write(descriptor, b"\n")
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise RequestError(f"{key}: cannot write to {path}: {error.strerror}") from None
+    if not is_device(path):
+        require_folder(path.parent, key, path)
+
+
+def sibling(path: str, tag: str) -> str:
+    """`path` with `tag` before its ending: another file for another run. A device is shared."""
+    file = Path(path)
+    return path if is_device(file) else str(file.with_name(f"{file.stem}.{tag}{file.suffix}"))
+
+
 @contextlib.contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
     """Hold a lock on the file `path`, which is made. Raises RequestError(`taken`) where another process holds it.
@@ -50,11 +81,15 @@ def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
     """Have each writer make a file beside its path; move all into place once every one is whole and on the disk.
 
     Raises OSError naming the path where the disk does not take a file. Then all paths hold what they held before,
-    unless it is the moving itself that fails.
+    unless it is the moving itself that fails. What is a device is written to as it is.
     """
+    devices = {path: write for path, write in writers.items() if is_device(path)}
+    writers = {path: write for path, write in writers.items() if path not in devices}
     parts = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path in writers}
     path = Path()
     try:
+        for path, write in devices.items():
+            write(path)
         for path, write in writers.items():
             write(parts[path])
             with parts[path].open("rb+") as file:
@@ -76,12 +111,8 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Make `path` hold `text`, whole or not at all. What is no file (/dev/null) is written to and stays. Raises OSError
-    naming the path."""
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-    else:
-        replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """Make `path` hold `text`, whole or not at all. Raises OSError naming the path."""
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_outputs(outputs: Mapping[Path, tuple[str, bytes]]) -> None:
@@ -90,7 +121,8 @@ def write_outputs(outputs: Mapping[Path, tuple[str, bytes]]) -> None:
     `outputs`: by path, the option that asked for it and the content. Raises RequestError naming option and path.
     """
     for path, (option, _) in outputs.items():
-        require_folder(path.parent, option, path)
+        if not is_device(path):
+            require_folder(path.parent, option, path)
         if path.is_dir():
             raise RequestError(f"{option}: cannot write to {path}: it is a folder")
     try:
@@ -123,6 +155,10 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
     """Append a line and flush it to the disk. Raises OSError naming the file where the disk does not take all of it;
     nothing of the line then stays."""
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    if is_device(Path(path)):
+        with open(path, "wb") as device:
+            device.write(line)
+        return
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
@@ -139,8 +175,11 @@ def align_jsonl(path: Path, history: Mapping[str, Sequence], capped: Path | None
     """Make the log of a resumed run hold each epoch of `history` exactly once.
 
     Torn lines go, lost ones come back, and lines from beyond the checkpoint go. So does the line in the file `capped`,
-    if there is one: that of an epoch which a time cap cut short. Lines of other runs in the same file stay.
+    if there is one: that of an epoch which a time cap cut short. Lines of other runs in the same file stay. A device
+    cannot be put in order.
     """
+    if is_device(path):
+        return
     text, gone = (
         each.read_text(encoding="utf-8", errors="replace") if each is not None and each.exists() else ""
         for each in (path, capped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from lab.config import ModelConfig
 from lab.errors import RequestError, one_line
+from lab.hub import quick_hub
 
 TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
 
@@ -83,7 +85,8 @@ def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         raise RequestError(f"model.name: no model {config.name!r}; did you mean {near[0]}?")
     published = timm.get_pretrained_cfg(config.name)
     size = {"img_size": image_size} if published and published.fixed_input_size else {}
-    return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **size)
+    with quick_hub() if config.pretrained else contextlib.nullcontext():
+        return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **size)
 
 
 def eval_view(model: nn.Module) -> nn.Module:

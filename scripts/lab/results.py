@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,12 @@ class ResultsFile:
     history: dict[str, np.ndarray]
     figures: dict[str, Any]
     environment: dict[str, str]
+    finished_utc: str | None = None  # ISO 8601; older files do not say
+
+    @property
+    def age(self) -> tuple:
+        """Greater for a result that was finished later; see `finished_at`."""
+        return finished_at(self.finished_utc, self.name)
 
     @cached_property
     def key(self) -> tuple:
@@ -69,6 +78,26 @@ class ResultsFile:
         source = {"hf": ("dataset.name", "dataset.subset"), "folder": ("dataset.val_dir",)}.get(kind or "", ())
         parts = [self.settings.get(key, "null") for key in source]
         return kind and ":".join([kind, *(part for part in parts if part != "null")])
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+def finished_at(utc: str | None, name: str) -> tuple[float, int, str]:
+    """What the age of a file is compared by: the UTC time in it, else its name, a local time and perhaps a number.
+
+    A name that is no time is older than all that are.
+    """
+    stamp, number = re.fullmatch(r"([0-9]{8}_[0-9]{6})?(?:_([0-9]{1,9}))?.*", name, re.DOTALL).groups()
+    seconds = float("-inf")
+    for text, form in ((utc, None), (stamp, "%Y%m%d_%H%M%S")):
+        with contextlib.suppress(ValueError, OverflowError, OSError, TypeError):
+            moment = datetime.fromisoformat(text.replace("Z", "+00:00")) if form is None and text else None
+            moment = moment or datetime.strptime(text, form)
+            seconds = moment.timestamp()
+            break
+    return seconds, int(number or 0), name
 
 
 def spell(value: Any) -> str:
@@ -145,8 +174,9 @@ def read_run(path: Path) -> ResultsFile:
         history = read_history(result["training_history"])
         settings = settings_of(result)
         environment = {spell(key): spell(value) for key, value in (result.get("environment") or {}).items()}
+        finished = environment.pop("finished_utc", None)  # it is no part of the machine
         figures = run_figures(result, history, settings) | {"non_finite": len(non_finite)}
-        return ResultsFile(path, settings, history, figures, environment)
+        return ResultsFile(path, settings, history, figures, environment, finished)
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a results file of the lab: {one_line(error)}") from None
 
@@ -283,7 +313,7 @@ def load_runs(folders: Sequence[Path], dataset: str | None = None) -> tuple[list
             left_out[shown(run.path)] = f"other dataset: {one_line(run.dataset or 'it does not say which')}"
         else:
             candidates.append(run)
-    newest = {run.replicate: run for run in sorted(candidates, key=lambda run: run.name)}
+    newest = {run.replicate: run for run in sorted(candidates, key=lambda run: run.age)}
     for run in candidates:
         if (newer := newest[run.replicate]) is not run:
             left_out[shown(run.path)] = f"config and seed of {shown(newer.path)}, which is newer"

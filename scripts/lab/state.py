@@ -188,7 +188,9 @@ def warm_up(run: Any) -> None:
             for _ in range(3 if graphs else 1):  # a CUDA graph is recorded in the second pass, replayed from the third
                 all_functions()
     except torch._dynamo.exc.TorchDynamoException as error:
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # torch 2.6 begins with "backend='inductor' raised:"
+        why = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
         hint = "install a C++ compiler (and triton for a GPU), or set training.compile=off"
         raise RequestError(f"training.compile: nothing can be compiled here ({one_line(why)}); {hint}") from None
     for buffer, before in zip(network.model.buffers(), buffers, strict=True):

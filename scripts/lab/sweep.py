@@ -8,7 +8,6 @@ import gc
 import hashlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,16 +16,18 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from itertools import product
-from operator import attrgetter
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
-from lab.cli import run_cli
-from lab.config import Config, config_keys, load_config, read_config, run_id
+from lab.cli import option, run_cli
+from lab.config import Config, load_config, run_id
 from lab.errors import RequestError, one_line
-from lab.files import replace_text
-from lab.results import read_run
+from lab.files import replace_text, sibling
+from lab.grid import check_keys
+from lab.reading import read_config
+from lab.results import finished_at, read_run, utc_now
+from lab.streams import forget_unprinted, print_progress
 
 RESULTS = "final_results_*.json"
 FINISHED = ("completed", "early_stopped", "time_capped")  # a run with one of these is not repeated
@@ -53,45 +54,13 @@ class Planned:
     text: str = ""  # of the config file, as it was read
     copy: Path | None = None  # what the run reads instead of the file, see `hand_over`; None: the file
 
-
-def parse_grid(texts: Sequence[str]) -> list[list[str]]:
-    """["a.b=1,2", "c.d=x"] becomes [["a.b=1", "a.b=2"], ["c.d=x"]].
-
-    Raises RequestError for a key that is unknown, given twice or without values. Keys of `logging` are refused: they
-    do not tell one run from another.
-    """
-    axes = [(key, values.split(",")) for key, _, values in (text.partition("=") for text in texts)]
-    for key, values in axes:
-        if not all(values):
-            raise RequestError(f"--grid {key}: expected key=value,value...")
-        check_keys([f"{key}={values[0]}"])
-        if key.startswith("logging."):
-            raise RequestError(f"--grid {key}: does not make a run another; every run is logged under its own name")
-        if [other for other, _ in axes].count(key) > 1:
-            raise RequestError(f"--grid {key}: given twice")
-    return [[f"{key}={value}" for value in values] for key, values in axes]
-
-
-def check_keys(overrides: Iterable[str]) -> None:
-    """Raises RequestError, with the nearest known key, for an override that is malformed or of an unknown key."""
-    for override in overrides:
-        if override.partition("=")[0] not in config_keys():
-            load_config(None, [override])
-
-
-def cross(grid: Sequence[str], variants: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every variant crossed with every point of the grid and every seed, as the overrides of each.
-
-    Raises RequestError for a wrong override, naming it.
-    """
-    axes = parse_grid(grid)
-    if seeds:
-        if any(axis[0].startswith("training.seed=") for axis in axes):
-            raise RequestError("--seeds: training.seed is in --grid too")
-        axes.append([f"training.seed={seed}" for seed in seeds])
-    split = [shlex.split(text) for text in variants] or [[]]
-    check_keys(override for variant in split for override in variant)
-    return [(*variant, *point) for variant, point in product(split, product(*axes))]
+    def complaint(self) -> str:
+        """The `error`, with the run's name before it unless it names an override of all runs."""
+        why = self.error.removeprefix(f"{self.path}: ")  # the name begins with it
+        named = next((text for text in self.overrides if why.startswith(f"override {text!r}: ")), None)
+        if named is not None and not f"{self.name} ".endswith(f" {named} ") and f" {named} " not in self.name:
+            return why
+        return f"{self.name}: {why if named is None else why.removeprefix(f'override {named!r}: ')}"
 
 
 def plan_runs(
@@ -115,9 +84,8 @@ def plan_runs(
         plans.setdefault(plan.id, plan)
     if all(plan.error for plan in plans.values()):
         first = next(iter(plans.values()))
-        why = first.error.removeprefix(f"{first.path}: ")  # the name begins with it
         none = f"; none of {len(plans)} runs can start" if len(plans) > 1 else ""
-        raise RequestError(f"{first.name}: {why}{none}")
+        raise RequestError(first.complaint() + none)
     if dense_twin and not any(plan.twin for plan in plans.values()):
         raise RequestError("--dense-twin: none of the runs is sparse")
     return list(plans.values())
@@ -142,13 +110,12 @@ def plan_run(path: str, text: str | RequestError, overrides: tuple[str, ...], na
         return Planned(digest(name), path, overrides, name, None, str(error))
     key, twin = run_id(config), dense_twin and config.ast.mode != "dense"
     if config.logging.jsonl_path is not None:  # each run gets a log of its own
-        log = Path(config.logging.jsonl_path)
-        overrides += (f"logging.jsonl_path={log.with_name(f'{log.stem}.{key}{log.suffix}')}",)
+        overrides += (f"logging.jsonl_path={sibling(config.logging.jsonl_path, key)}",)
     return Planned(key, path, overrides, name, config, None, twin, resume, text)
 
 
 def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
 
 def hand_over(plans: Sequence[Planned], folder: Path) -> list[Planned]:
@@ -158,7 +125,8 @@ def hand_over(plans: Sequence[Planned], folder: Path) -> list[Planned]:
     """
     handed = []
     for plan in plans:
-        copy = folder / f"{Path(plan.path).stem}.{digest(plan.text)}.yaml"
+        ending = ".json" if plan.path.lower().endswith(".json") else ".yaml"
+        copy = folder / f"{Path(plan.path).stem}.{digest(plan.text)}{ending}"
         if not copy.exists():
             replace_text(copy, plan.text)
         handed.append(replace(plan, copy=copy))
@@ -188,10 +156,15 @@ def result_row(path: Path) -> dict[str, Any]:
 
     Raises ValueError where the file is not a results file, OSError where it cannot be read.
     """
-    figures = read_run(path).figures
+    run = read_run(path)
+    figures = run.figures
     keys = ("status", "seed", "epochs", "final_accuracy", "best_accuracy", "activation_error", "train_seconds")
     row = {key: figures[key] for key in (*keys, "energy_kj")}
-    row |= {"results_file": str(path), "duration_seconds": round(figures["total_seconds"], 3)}
+    row |= {
+        "finished_utc": run.finished_utc,
+        "results_file": str(path),
+        "duration_seconds": round(figures["total_seconds"], 3),
+    }
     row |= {key: figures[key] for key in ("error", "twin") if figures[key]}
     return {key: None if value != value else value for key, value in row.items()}
 
@@ -209,14 +182,17 @@ def finished_runs(plans: Iterable[Planned]) -> dict[str, dict[str, Any]]:
     configs = [plan.config for plan in plans if plan.config is not None]
     folders = {Path(config.logging.output_dir) for config in configs}
     found = {}
-    for path in sorted((path for folder in folders for path in folder.glob(RESULTS)), key=attrgetter("name")):
+    newest: dict[str, tuple] = {}  # by run_id, when its result was finished
+    for path in (path for folder in folders for path in folder.glob(RESULTS)):
         try:
             config = Config.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"])
             row = result_row(path)
+            age = finished_at(row["finished_utc"], path.stem.removeprefix("final_results_"))
         except (OSError, ValueError, TypeError, KeyError):
             continue  # not a result of this version of the lab: it is run again
         alike = any((config.model, config.dataset) == (other.model, other.dataset) for other in configs)
-        if alike and row["status"] in FINISHED:
+        if alike and row["status"] in FINISHED and age >= newest.get(run_id(config), age):
+            newest[run_id(config)] = age
             found[run_id(config)] = {"id": run_id(config)} | row | {"exit_code": 0}
     return found
 
@@ -239,7 +215,13 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def newest_summary(folder: Path) -> Path | None:
-    return max(folder.glob("sweep_summary_*.jsonl"), default=None)
+    """The summary that a sweep wrote to last, by the time of its lines; one without such a time goes by its name."""
+
+    def age(path: Path) -> tuple:
+        times = [row["finished_utc"] for row in read_rows(path).values() if isinstance(row.get("finished_utc"), str)]
+        return finished_at(max(times, default=None), path.stem.removeprefix("sweep_summary_"))
+
+    return max(folder.glob("sweep_summary_*.jsonl"), default=None, key=age)
 
 
 def as_written(folder: Path, finished: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -263,7 +245,9 @@ def open_summary(folder: Path, resume: bool, rows: Sequence[Mapping[str, Any]], 
     """
     path = newest_summary(folder) if resume else None
     others = [row for key, row in read_rows(path).items() if key not in planned] if path is not None else []
-    path = path or folder / f"sweep_summary_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
+    stamp = f"{datetime.now():%Y%m%d_%H%M%S}"  # local time, which comes twice when the clock is set back
+    names = (f"sweep_summary_{stamp}{tail}.jsonl" for tail in chain([""], (f"_{n}" for n in count(1))))
+    path = path or next(folder / name for name in names if not (folder / name).exists())
     text = "".join(json.dumps(row) + "\n" for row in [*others, *rows])
     replace_text(path, text)
     return path
@@ -300,7 +284,7 @@ def show_plan(plans: Sequence[Planned], done: Sequence[str], rows: Sequence[Mapp
 def arguments_for(plan: Planned) -> list[str]:
     """The command line of run_experiment.py for this run."""
     flags = ["--dense-twin"] * plan.twin + ["--resume", "auto"] * plan.resume
-    return ["--config", str(plan.copy or plan.path), *flags, *plan.overrides]
+    return [*option("--config", str(plan.copy or plan.path)), *flags, *plan.overrides]
 
 
 def end_with_parent() -> None:
@@ -320,13 +304,14 @@ class Running:
         """
         self.plan, self.device, self.log, self.started = plan, device, log, time.monotonic()
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (1 + beside)))} if beside else {}
+        devices = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, str(runner), *arguments_for(plan)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=threads | os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device}),
+                env=threads | os.environ | {"PYTHONIOENCODING": "utf-8"} | devices,
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
@@ -346,13 +331,18 @@ def ended_row(plan: Planned, code: int, log: Path, started: float) -> dict[str, 
 
     `started`: time.monotonic() seconds. A negative `code` is the signal that ended the process.
     """
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     files = [line.removeprefix("results: ") for line in lines if line.startswith("results: ")]
     row = plan_row(plan) | {"status": "failed", "results_file": None}
     if files:
         with contextlib.suppress(ValueError, OSError):
             row |= result_row(Path(files[0]))
-    row |= {"exit_code": code, "duration_seconds": round(time.monotonic() - started, 3), "log": str(log)}
+    row |= {
+        "finished_utc": utc_now(),
+        "exit_code": code,
+        "duration_seconds": round(time.monotonic() - started, 3),
+        "log": str(log),
+    }
     if code:
         row["status"] = "interrupted" if code in (130, 143) else "failed"
         row["error"] = one_line(lines[-1] if lines else "it printed nothing", ERROR_CHARACTERS)
@@ -388,7 +378,7 @@ class Halt:
 
 def begin(plan: Planned, logs: Path) -> Path:
     """Announce a run. Returns the path of its log."""
-    print(f"{'':>9} start        {plan.name}", flush=True)
+    print_progress(f"{'':>9} start        {plan.name}")
     log = logs / f"{plan.id}.log"
     log.unlink(missing_ok=True)  # a run that has outlived a killed sweep may still write to the old one
     return log
@@ -439,7 +429,7 @@ def work_off_here(
 def run_here(plan: Planned, run_main: Callable[[list[str]], int], log: Path) -> int:
     """The exit code of a run in this process. What it prints goes to `log`, the traceback of a failure included."""
     with (
-        log.open("w", encoding="utf-8") as output,
+        log.open("w", encoding="utf-8", errors="replace") as output,
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
@@ -448,3 +438,5 @@ def run_here(plan: Planned, run_main: Callable[[list[str]], int], log: Path) -> 
         except Exception:
             traceback.print_exc()
             return 1
+        finally:
+            forget_unprinted(output)

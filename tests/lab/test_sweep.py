@@ -9,8 +9,9 @@ import pytest
 
 from conftest import REPO
 from helpers import write_run
-from lab.config import Config, load_config, read_config, run_id
+from lab.config import Config, load_config, run_id
 from lab.errors import RequestError
+from lab.reading import read_config
 from lab.sweep import (
     Halt,
     Planned,

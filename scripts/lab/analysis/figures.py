@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -19,6 +18,7 @@ from matplotlib.lines import Line2D
 
 from lab.analysis.settings import distinct
 from lab.analysis.study import Study, dense_frontiers
+from lab.plotting import plain_style
 from lab.results import ACTIVATION_BAND
 
 WONG = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Wong 2011, safe for the colour-blind
@@ -157,7 +157,7 @@ def draw(study: Study, name: str, legend: bool) -> Figure:
         title += f" (the {len(styles)} most accurate of {len(study.table)} settings)"
     labels = [textwrap.fill(setting, 40) for setting in styles]
     held = [panel for panel in panels if any(recorded(panel, study, name) for name in styles)] or panels[:1]
-    with matplotlib.rc_context(RC):
+    with plain_style(RC):
         tall = 0.6 + sum(0.17 + 0.12 * label.count("\n") for label in labels)  # the legend, inches
         size = (8.5, max(1 + 3.4 * len(held), tall)) if legend else (5, 0.3 + 2.9 * len(held))
         figure = Figure(figsize=size, layout="constrained")
@@ -188,7 +188,7 @@ def draw_all(study: Study) -> dict[str, bytes]:
         figure = draw(study, name, legend=True)
         for kind in ("png", "svg"):
             file = io.BytesIO()
-            with matplotlib.rc_context(RC | {"svg.hashsalt": name}):
+            with plain_style(RC | {"svg.hashsalt": name}):
                 figure.savefig(file, format=kind, dpi=150)
             files[f"{name}.{kind}"] = file.getvalue()
     return files
@@ -197,7 +197,7 @@ def draw_all(study: Study) -> dict[str, bytes]:
 def inline_svg(figure: Figure, name: str) -> Markup:
     """The figure as an SVG element for the page: its text is text, and `name` before its ids makes them unique."""
     file = io.StringIO()
-    with matplotlib.rc_context(RC | {"svg.fonttype": "none", "svg.hashsalt": name}):
+    with plain_style(RC | {"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()
     return Markup(re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :]))

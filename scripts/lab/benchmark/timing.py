@@ -41,6 +41,7 @@ from lab.data.loading import EpochPlan, as_is, device_batches
 from lab.errors import RequestError, one_line
 from lab.files import replace_text
 from lab.launch import launched
+from lab.plotting import import_matplotlib, plain_style
 from lab.runtime.devices import IMAGENET_MOMENTS, environment, resolve_device, synchronize
 from lab.runtime.distributed import Dist
 from lab.runtime.meters import EnergyMeter
@@ -362,24 +363,26 @@ def show_steps(result: Mapping[str, Any]) -> str:
 
 def plot(what: str, result: Mapping[str, Any], path: Path) -> None:
     """Bars of milliseconds a batch (`what` is steps), or of images a second (input), with their spread."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import_matplotlib()
+    from matplotlib.figure import Figure
 
     value, low, high = ("ms", "ms_min", "ms_max") if what == "steps" else ("images_per_second", "lowest", "highest")
     names, rows = list(result["rows"]), list(result["rows"].values())
     values = np.array([row[value] for row in rows])
     spread = np.abs(np.array([[row[low] for row in rows], [row[high] for row in rows]]) - values)
-    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.32 * len(rows)), layout="constrained")
-    ours = [
-        name.startswith((" ", "dense", "batch", "random", "stream")) and "our settings" not in name for name in names
-    ]
-    axes.barh(names, values, xerr=spread, color=["#0072b2" if mine else "#999999" for mine in ours], ecolor="#333333")
-    for name, number in zip(names, values, strict=True):
-        axes.annotate(f" {number:,.1f}", (number, name), va="center", fontsize=8)
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("milliseconds a considered batch" if what == "steps" else "images a second")
-    figure.savefig(path)
-    plt.close(figure)
+    with plain_style({}):
+        figure = Figure(figsize=(9, 0.6 + 0.32 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        ours = [
+            name.startswith((" ", "dense", "batch", "random", "stream")) and "our settings" not in name
+            for name in names
+        ]
+        axes.barh(
+            names, values, xerr=spread, color=["#0072b2" if mine else "#999999" for mine in ours], ecolor="#333333"
+        )
+        for name, number in zip(names, values, strict=True):
+            axes.annotate(f" {number:,.1f}", (number, name), va="center", fontsize=8)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("milliseconds a considered batch" if what == "steps" else "images a second")
+        figure.savefig(path)

@@ -6,6 +6,7 @@ library (`train_ast.HFDataset`) or from scikit-learn's digits.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -29,6 +30,7 @@ from lab.console import print_rank0
 from lab.data.folders import read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
 from lab.errors import RequestError, one_line
+from lab.hub import quick_hub
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about a picture
 
@@ -239,16 +241,21 @@ def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val
     if name.startswith((".", "/")) and not Path(name).exists():
         raise RequestError(f"dataset.name: {name}: no such folder")
     options = {"split": split, "revision": config.revision, "cache_dir": config.cache_dir}
+    answers = True
     try:
-        rows = datasets.load_dataset(name, config.subset, **options)
-        del options["split"]
-        return with_own_names(rows, datasets.load_dataset_builder(name, config.subset, **options))
+        with contextlib.nullcontext(True) if Path(name).exists() else quick_hub() as answers:
+            rows = datasets.load_dataset(name, config.subset, **options)
+            del options["split"]
+            return with_own_names(rows, datasets.load_dataset_builder(name, config.subset, **options))
     except Exception as error:  # dozens of kinds, all of them about the request or the network
         why = f"{type(error).__name__}: {one_line(error)[:300]}"
         if isinstance(error, ValueError) and "split" in str(error).lower():
             raise RequestError(f"dataset.{key}: no split {split!r} in {name}: {why}") from None
         hint = "check the name, subset and revision, the network and HF_TOKEN in .env, or give a local folder"
-        raise RequestError(f"dataset.name: cannot load {name!r} ({why}); {hint}") from None
+        network = (
+            "" if answers else "the hub does not answer or HF_HUB_OFFLINE is set, and it was not downloaded before; "
+        )
+        raise RequestError(f"dataset.name: cannot load {name!r} ({why}); {network}{hint}") from None
 
 
 def with_own_names(rows: Any, builder: Any) -> Any:

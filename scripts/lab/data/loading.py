@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from lab.config import TrainingConfig
 from lab.data.datasets import LoaderBatch, ReadErrors
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
+from lab.launch import launched_here
 from lab.runtime.distributed import Dist
 
 Loader = Iterable[LoaderBatch]
@@ -204,4 +205,4 @@ def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
     if training.num_workers is not None:
         return training.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if in_memory else min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return 0 if in_memory else min(16, max(1, cores // launched_here()))

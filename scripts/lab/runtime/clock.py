@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from lab.runtime.distributed import Dist, vote_interval
 from lab.runtime.meters import EnergyMeter
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import kill_workers, worker_error
+from lab.streams import forget_unprinted
 
 
 class Stop:
@@ -42,9 +44,10 @@ class Stop:
 
     def _on_signal(self, number: int, _: Any) -> None:
         if not self.training:
-            sys.stdout.flush()
+            forget_unprinted(sys.stdout)
             if launched()[0] == 0:
-                os.write(2, b"ended before the first step\n")
+                with contextlib.suppress(OSError):
+                    os.write(2, b"ended before the first step\n")
             kill_workers()  # of a decoding that is under way
             os._exit(128 + number)  # an exception can get lost in an import that is under way
         self.signal = number

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from lab.config import TrainingConfig
 from lab.errors import RequestError
-from lab.launch import launched
+from lab.launch import launched, launched_here
 
 
 def resolve_device(training: TrainingConfig) -> torch.device:
@@ -31,7 +30,7 @@ def resolve_device(training: TrainingConfig) -> torch.device:
     _, world, local = launched()
     if world == 1:
         return torch.device("cuda")
-    if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))) > torch.cuda.device_count():
+    if (processes := launched_here(local + 1)) > torch.cuda.device_count():
         raise RequestError(f"training.device: {processes} processes and {torch.cuda.device_count()} GPUs here")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

@@ -7,6 +7,9 @@ import json
 import math
 import os
 import re
+import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -20,10 +23,11 @@ from torch import Tensor, distributed, nn
 
 from lab.config import Config, checkpoint_folder
 from lab.console import print_rank0
-from lab.errors import PeerLost, RequestError, one_line
+from lab.errors import NobodyThere, PeerLost, RequestError, one_line
 from lab.launch import launched
 
 CONTACT_SECONDS = 300.0  # how long a process waits for the others before it gives the run up
+WORTH_A_LINE = 5.0  # seconds of waiting for the others to start, after which it says so
 MEETINGS = count()  # one run may follow another in the same processes: each meets under its own name in the store
 
 
@@ -36,9 +40,52 @@ def connect(seconds: float, host: bool = False) -> distributed.Store:
     address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host = host and not of_torchrun and launched()[0] == 0
+    if not of_torchrun and not host and launched()[0]:
+        _await_host(address, port, seconds)
     store = distributed.TCPStore(address, port, is_master=host, timeout=wait, wait_for_workers=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_torchrun else "0"
     return distributed.PrefixStore(f"ast-lab/{attempt}", store)
+
+
+def _await_host(address: str, port: int, seconds: float) -> None:
+    """Wait until rank 0 has opened its store. Raises ConnectionError; torch itself would print a page of frames."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(
+                (address, port), timeout=max(0.1, min(2, deadline - time.monotonic()))
+            ).close()
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ConnectionError(f"rank 0 does not answer at {address}:{port} ({one_line(error)})") from None
+            time.sleep(0.1)
+
+
+def _await_all(store: distributed.Store, world: int) -> None:
+    """Wait until all processes of the run are here. Raises RuntimeError; torch itself would print more than a line."""
+    deadline, here = time.monotonic() + CONTACT_SECONDS, store.add("here", 1)
+    while here < world:
+        if time.monotonic() >= deadline:
+            raise RuntimeError(f"only {here} of WORLD_SIZE={world} have come")
+        time.sleep(0.02)
+        here = store.add("here", 0)
+
+
+@contextlib.contextmanager
+def _saying_so(rank: int, world: int) -> Iterator[None]:
+    """Where the others do not come within WORTH_A_LINE seconds, say that this process waits, and what to do."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    hint = "start the others, or unset RANK and WORLD_SIZE to train in one process"
+    line = f"rank {rank} waits for the other {world - 1} of WORLD_SIZE={world} processes at {place}: {hint}"
+    timer = threading.Timer(WORTH_A_LINE, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except ConnectionError as error:
+        raise NobodyThere(f"{one_line(error)}; {hint}") from None
+    finally:
+        timer.cancel()
 
 
 class Failures:
@@ -67,7 +114,7 @@ def claim_failure(code: int, why: str) -> bool:
     """Whether this process, one of several, is the first to fail, and so the one to print why."""
     try:
         return Failures().claim(code, why)
-    except (RuntimeError, KeyError):  # the store is gone: rank 0 had it
+    except (RuntimeError, KeyError, OSError):  # the store is gone: rank 0 had it
         return launched()[0] == 0
 
 
@@ -99,8 +146,9 @@ class Dist:
         if world > 1 and not distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             wait = timedelta(seconds=CONTACT_SECONDS)
-            with dist._contact():
+            with _saying_so(rank, world), dist._contact():
                 store = distributed.PrefixStore(str(next(MEETINGS)), connect(CONTACT_SECONDS, host=True))
+                _await_all(store, world)
                 distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
                 dist.side_group = distributed.new_group(timeout=wait, backend="gloo")
         return dist
@@ -124,7 +172,7 @@ class Dist:
         except (RuntimeError, ValueError) as error:
             if "DataLoader worker" in str(error):  # raised by the handler of a signal, wherever this process is
                 raise
-            with contextlib.suppress(RuntimeError, KeyError):
+            with contextlib.suppress(RuntimeError, KeyError, OSError):
                 if (report := Failures().reported()) is not None:
                     raise PeerLost(report[1], report[0]) from None
             why = re.sub(r"\[[^]]*]:?(\d+: )? *", "", one_line(error))[:120]

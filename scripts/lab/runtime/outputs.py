@@ -18,7 +18,8 @@ import torch
 from lab.config import Config, LoggingConfig, checkpoint_folder
 from lab.console import epoch_line, print_rank0, summary
 from lab.errors import RequestError
-from lab.files import append_jsonl, replace_text, require_folder, write_result
+from lab.files import append_jsonl, replace_text, require_appendable, require_folder, write_result
+from lab.results import utc_now
 from lab.runtime.checkpoint import Checkpoints
 from lab.runtime.devices import environment
 from lab.runtime.distributed import Dist
@@ -135,7 +136,7 @@ def prepare_outputs(outputs: LoggingConfig) -> None:
     """Make the output folders. Raises RequestError where nothing could be written at the end."""
     require_folder(Path(outputs.output_dir), "logging.output_dir", outputs.output_dir)
     if outputs.jsonl_path is not None:
-        require_folder(Path(outputs.jsonl_path).parent, "logging.jsonl_path", outputs.jsonl_path)
+        require_appendable(Path(outputs.jsonl_path), "logging.jsonl_path")
 
 
 def live_figures(run: Any) -> dict[str, str]:
@@ -171,5 +172,5 @@ def build_result(run: Any, outcome: dict[str, str]) -> dict[str, Any]:
         "nonfinite_steps": metrics.nonfinite_steps,
         "bad_images": metrics.read_errors.found,
         "config": run.config.model_dump(),
-        "environment": run.outputs.environment,
+        "environment": run.outputs.environment | {"finished_utc": utc_now()},
     }

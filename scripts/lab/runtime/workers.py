@@ -31,6 +31,7 @@ from typing import Any
 from torch.utils.data import DataLoader, default_collate
 
 from lab.errors import RequestError, TrainingFailed, one_line
+from lab.streams import forget_unprinted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -148,23 +149,9 @@ def _prepare(workers: int) -> None:
     _note[:] = bytes(len(_note))
     _require_handles(workers)
     _require_socket_folder()
-    _forget_unprinted()
+    forget_unprinted(sys.stdout)  # to start a process is to flush it
     atexit.unregister(end_workers)  # it has to run before the exit hook of multiprocessing, which joins the workers
     atexit.register(end_workers)
-
-
-def _forget_unprinted() -> None:
-    """Drop what a full disk or a closed pipe has not taken of the output: to start a process is to flush it."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
-            number = sys.stdout.fileno()
-            own = os.dup(number)
-            os.dup2(nowhere.fileno(), number)
-            sys.stdout.flush()
-            os.dup2(own, number)
-            os.close(own)
 
 
 def _require_handles(workers: int) -> None:
