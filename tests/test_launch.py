@@ -27,11 +27,11 @@ def command(arguments, variables, **options):
     [
         ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
         ({"WORLD_SIZE": "abc"}, "WORLD_SIZE"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
-        (ALONE | {"RANK": "x"}, "RANK"),
+        pytest.param({"WORLD_SIZE": "0"}, "WORLD_SIZE", marks=pytest.mark.long),
+        pytest.param(ALONE | {"RANK": "x"}, "RANK", marks=pytest.mark.long),
         (ALONE | {"RANK": "2"}, "RANK"),
-        (ALONE | {"LOCAL_RANK": "-1"}, "LOCAL_RANK"),
-        (ALONE | {"MASTER_PORT": "99999"}, "MASTER_PORT"),
+        pytest.param(ALONE | {"LOCAL_RANK": "-1"}, "LOCAL_RANK", marks=pytest.mark.long),
+        pytest.param(ALONE | {"MASTER_PORT": "99999"}, "MASTER_PORT", marks=pytest.mark.long),
     ],
 )
 def test_a_malformed_variable_is_named(variables, named, tmp_path):
@@ -41,7 +41,7 @@ def test_a_malformed_variable_is_named(variables, named, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("variables", [ALONE, {"WORLD_SIZE": "", "RANK": "x"}])
+@pytest.mark.parametrize("variables", [pytest.param(ALONE, marks=pytest.mark.long), {"WORLD_SIZE": "", "RANK": "x"}])
 def test_what_does_not_train_ignores_them(variables, tmp_path):
     write_run(tmp_path, "1")
     sweep = ["scripts/run_sweep.py", "--configs", "configs/digits_smoke.yaml"]
@@ -64,7 +64,7 @@ def test_the_runs_of_a_sweep_are_alone(tmp_path):
     assert len(list(tmp_path.glob("final_results_*.json"))) == 1
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.long)])
 def test_a_run_that_waits_for_others_says_so_and_ends_in_a_line(rank, tmp_path):
     program = "import sys; sys.path.insert(0, 'scripts'); from lab.cli import run_cli; import run_experiment; "
     program += "from lab.runtime import distributed; distributed.CONTACT_SECONDS, distributed.WORTH_A_LINE = 4, 1; "

@@ -25,7 +25,12 @@ BOTH_CLOSED, BOTH_FULL = ">&- 2>&-", ">/dev/full 2>/dev/full"
 BAD = [">&-", "2>&-", BOTH_CLOSED, ">/dev/full", "2>/dev/full", BOTH_FULL, "| true"]
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", BOTH_CLOSED, BOTH_FULL, "| true"])
+LONG = pytest.mark.long  # one more process a case
+
+
+@pytest.mark.parametrize(
+    "redirection", [pytest.param("2>&-", marks=LONG), BOTH_CLOSED, BOTH_FULL, pytest.param("| true", marks=LONG)]
+)
 def test_a_run_ends_as_it_would_have(redirection, tmp_path):
     done = shell(f"run_experiment.py --config configs/digits_smoke.yaml {QUICK}", redirection, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -34,7 +39,12 @@ def test_a_run_ends_as_it_would_have(redirection, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("redirection", "flag"), [(BOTH_CLOSED, ""), (BOTH_FULL, "--one-process"), ("| true", "--one-process")]
+    ("redirection", "flag"),
+    [
+        pytest.param(BOTH_CLOSED, "", marks=LONG),
+        (BOTH_FULL, "--one-process"),
+        pytest.param("| true", "--one-process", marks=LONG),
+    ],
 )
 def test_a_sweep_ends_as_it_would_have(redirection, flag, tmp_path):
     """One of its two runs is refused: the exit code says so."""

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 from conftest import REPO, BatchNormNet, LayerNormNet, make_batch, make_config, make_run, trained_on
@@ -254,10 +255,10 @@ def test_scoring_at_a_lower_resolution_is_counted(cache, tmp_path):
     assert result["training_history"]["total_flops_g"][-1] == pytest.approx(spent)
 
 
-def test_a_machine_that_cannot_compile_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent/c++"))
+def test_a_machine_that_cannot_compile_is_told_so(tmp_path):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent/c++")})
     message = r"training.compile: nothing can be compiled here \(.*/nonexistent/c.*\); install .* or set"
-    with pytest.raises(RequestError, match=message):
+    with no_compiler, pytest.raises(RequestError, match=message):
         run_digits(tmp_path, "training.compile=default")
     assert list(tmp_path.iterdir()) == []
 
