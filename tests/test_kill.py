@@ -108,7 +108,7 @@ def kill_test(tmp_path: Path, ways: list[str], runs: int, kills: int, processes:
 
 @pytest.mark.parametrize(
     ("processes", "ways", "runs"),
-    [(1, ["packed, accumulated", "two workers", "resident crops"], 4), (2, PAIRED[1:3], 2)],
+    [(1, ["packed, accumulated", "two workers", "resident crops"], 5), (2, PAIRED[1:3], 2)],
 )
 def test_killed_runs_end_as_the_uninterrupted_one(processes, ways, runs, tmp_path):
     kill_test(tmp_path, ways, runs, kills=3, processes=processes)
