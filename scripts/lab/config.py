@@ -79,8 +79,7 @@ class DatasetConfig(Section):
 
     def resolved_augment(self) -> str:
         """What `augment: auto` stands for."""
-        by_size = "pad_crop" if self.image_size <= 64 else "random_resized_crop"
-        return self.augment if self.augment != "auto" else "none" if self.type == "digits" else by_size
+        return auto_augment(self.type, self.image_size) if self.augment == "auto" else self.augment
 
 
 class ASTConfig(Section):
@@ -207,6 +206,11 @@ class LoggingConfig(Section):
 def _surrogate(text: str) -> bool:
     """Whether half a character is in it: from JSON, or from an argument that is not UTF-8."""
     return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def auto_augment(kind: str, image_size: int) -> str:
+    """What `dataset.augment: auto` stands for. kind: `dataset.type`; image_size: pixels."""
+    return "none" if kind == "digits" else "pad_crop" if image_size <= 64 else "random_resized_crop"
 
 
 def sparse_span(mode: str, rule: str, epochs: int, warmup_epochs: int, anneal_epochs: int) -> range:

@@ -47,8 +47,8 @@ EPOCH_COLUMNS: Columns = {
     "active": ("activation_rate", "7.3f"),
     "threshold": ("threshold", "10.4f"),
     "lr": ("lr", "9.6f"),
-    "loaded": ("samples_loaded", "10,"),
-    "trained": ("samples_trained", "10,"),
+    "loaded": ("samples_loaded", "10,.0f"),
+    "trained": ("samples_trained", "10,.0f"),
     "ms/step": ("step_time_ms", "8.1f"),
     "saved": ("energy_savings", "7.1%"),  # of the FLOPs of a dense epoch
 }

@@ -19,9 +19,8 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands there twice", node.start_mark)
+        if complaint := _key_twice([key.value for key, _ in node.value]):
+            raise yaml.constructor.ConstructorError(None, None, complaint, node.start_mark)
         return super().construct_mapping(node, deep)
 
     def construct_whole(self, node: yaml.ScalarNode) -> int:
@@ -33,6 +32,12 @@ class _Loader(yaml.SafeLoader):
 
 WHOLE = re.compile(r"[-+]?[0-9]+")
 REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+def _key_twice(keys: list[Any]) -> str | None:
+    """What is wrong with a mapping of these keys; None where each comes once."""
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    return f"key {twice!r} stands there twice" if twice else None
 
 
 def _matching(pattern: re.Pattern, text: str) -> str:
@@ -82,9 +87,8 @@ def read_config(path: str | Path) -> str:
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError where a key comes twice."""
-    keys = [key for key, _ in pairs]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"key {twice!r} stands there twice")
+    if complaint := _key_twice([key for key, _ in pairs]):
+        raise ValueError(complaint)
     return dict(pairs)
 
 

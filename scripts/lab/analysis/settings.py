@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from lab.config import ASTConfig
+from lab.config import ASTConfig, auto_augment
 from lab.errors import one_line
 from lab.results import DEFAULTS, ResultsFile, is_whole
 
@@ -64,8 +64,7 @@ def comparison_group(settings: Mapping[str, str]) -> Group:
         if key.startswith(("model.", "dataset.")) and key not in NOT_SEEN | unread
     }
     if shared.get("dataset.augment") == "auto" and size.isdecimal():
-        by_size = "pad_crop" if int(size) <= 64 else "random_resized_crop"  # as DatasetConfig.resolved_augment
-        shared["dataset.augment"] = "none" if kind == "digits" else by_size
+        shared["dataset.augment"] = auto_augment(kind, int(size))
     if settings.get("dataset.cache") == "device" and shared.get("dataset.augment") == "random_resized_crop":
         shared["dataset.cache_resolution"] = settings.get("dataset.cache_resolution", "null")
     return tuple(shared.items())

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from lab.analysis.study import Study
-from lab.console import Columns, table_line
+from lab.console import EPOCH_COLUMNS, Columns, table_line
 from lab.errors import RequestError, one_line
 from lab.results import ACTIVATION_BAND
 
@@ -198,17 +198,11 @@ def to_latex(studies: Sequence[Study]) -> str:
 
 FOLLOWED: Columns = {
     "epoch": ("epoch", "5.0f"),
-    "loss": ("train_loss", "7.3f"),
-    "train %": ("train_acc", "8.2f"),
-    "val %": ("val_acc", "7.2f"),
-    "active": ("activation_rate", "7.3f"),
-    "threshold": ("threshold", "10.4f"),
-    "loaded": ("samples_loaded", "10,.0f"),
-    "trained": ("samples_trained", "10,.0f"),
+    **{title: EPOCH_COLUMNS[title] for title in "loss|train %|val %|active|threshold|loaded|trained".split("|")},
     "train s": ("train_seconds", "10.1f"),
     "est kJ": ("est_energy_kj", "10.3f"),
     "kJ": ("energy_kj", "10.3f"),
-    "ms/step": ("step_time_ms", "8.1f"),
+    "ms/step": EPOCH_COLUMNS["ms/step"],
 }
 
 
