@@ -1010,7 +1010,7 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: floa
         "total_flops_g": run.network.base_flop * ledger.dense_equivalents(scoring_cost) / 1e9,
     }
     metrics.close_epoch(row)
-    run.selection.told |= not run.selection.told and out_of_reach(run.config.ast, activations, thresholds)
+    run.selection.told = run.selection.told or out_of_reach(run.config.ast, activations, thresholds)
     return row
 
 

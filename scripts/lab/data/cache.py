@@ -72,7 +72,7 @@ class BatchPart(NamedTuple):
 
     rows: np.ndarray  # int64: the samples that it yields
     cached: np.ndarray  # int64: the samples of the batch whose pictures it has, as positions in `ResidentLoader.images`
-    moves: np.ndarray | None  # int [world, world], see `Dist.exchange`: pictures that go from one process to another
+    moves: np.ndarray | None  # int [world, world], see `Dist.all_to_all`: pictures that go from one process to another
 
 
 class ResidentLoader:
