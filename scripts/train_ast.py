@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import lab.config
 from lab.checks import check_start
 from lab.cli import RESUME_HELP, command_parser, run_cli
-from lab.config import ASTConfig, Config, DatasetConfig, checkpoint_folder, first_complaint, require_known
+from lab.config import Config, checkpoint_folder, first_complaint, require_known
 from lab.console import epoch_line, print_rank0, step_bar
 from lab.data.cache import ResidentLoader, require_memory
 from lab.data.datasets import (
@@ -52,24 +52,16 @@ from lab.data.datasets import (
     load_hub_split,
     read_classes,
 )
-from lab.data.images import Augmentation, axis_weights, cached_side
+from lab.data.images import Augmentation, cached_side
 from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores, as_is, device_batches, loader_processes
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
 from lab.errors import RequestError, one_line
-from lab.models import check_resolution, count_flops, eval_view, get_model, synchronised
+from lab.models import check_resolution, get_model
+from lab.network import Network
 from lab.runtime.checkpoint import claimed, find_checkpoint, load_checkpoint, state_bytes
 from lab.runtime.clock import Clock, Stop, explained
-from lab.runtime.devices import (
-    IMAGENET_MOMENTS,
-    Normalise,
-    compiled,
-    configure_backends,
-    resolve_amp_dtype,
-    resolve_device,
-    seed_rank,
-    to_device,
-)
+from lab.runtime.devices import configure_backends, resolve_device, seed_rank, to_device
 from lab.runtime.distributed import Dist, average_running_statistics, meet, merge_gradients
 from lab.runtime.meters import Ledger, Meter
 from lab.runtime.optimizer import build_optimizer, lr_at
@@ -77,6 +69,7 @@ from lab.runtime.outputs import Outputs, build_result, live_figures, open_tensor
 from lab.runtime.sample_store import SampleStore
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import WorkerLoader, ending_workers
+from lab.sections import ASTConfig, DatasetConfig
 from lab.selecting import draw_ties, out_of_reach, plateau, top_up, with_ties
 from lab.state import reduce_to_rank0, resume_run, run_state, warm_up
 
@@ -534,84 +527,6 @@ def check_config(config: Config) -> None:
 
 load_config = partial(lab.config.load_config, check=check_config)
 
-# ----------------------------------------------------------------------------------------------------- Network
-
-
-def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, smoothing: float) -> Callable:
-    """What a training step computes, one function to compile: uint8 images, labels -> (objective, correct [batch],
-    summed loss). The objective is the sum that is minimised: of smoothed losses, weighted where there are weights.
-
-    With weights [batch] of the samples the significance [batch] comes last.
-    """
-
-    def forward(images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
-        with normalise.autocast():
-            logits = model(normalise(images))
-        correct, known = logits.argmax(-1) == labels, logits.detach().float()
-        if weights is None:
-            objective = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-            loss = F.cross_entropy(known, labels, reduction="sum") if smoothing else objective.detach()
-            return objective, correct, loss
-        losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-        loss = F.cross_entropy(known, labels, reduction="none") if smoothing else losses.detach()
-        return (losses * weights).sum(), correct, loss.sum(), measure(logits.detach(), labels)
-
-    return forward
-
-
-def scoring_forward(model: nn.Module, normalise: Normalise, measure: Callable, shrink: Tensor | None) -> Callable:
-    """What scoring computes: uint8 images, labels -> float32 [2, batch], significance and 1 for a correct prediction.
-
-    shrink: [resolution, side], the weights (`axis_weights`) that take both axes to the scoring resolution.
-    """
-
-    def forward(images: Tensor, labels: Tensor) -> Tensor:
-        if shrink is not None:
-            images = shrink @ images.to(shrink.dtype) @ shrink.mT
-        with normalise.autocast():
-            logits = model(normalise(images))
-        correct = logits.argmax(-1) == labels
-        return torch.stack([measure(logits, labels), correct.float()])
-
-    return forward
-
-
-class Network:
-    """The model on its device, and the functions over whole batches that are compiled: to train, score and validate."""
-
-    def __init__(self, model: nn.Module, config: Config, device: torch.device, dist: Dist):
-        training = config.training
-        self.config, self.device = config, device
-        self.local_batch = training.batch_size // dist.world  # samples of a batch on this process
-        self.synced = training.sync_batchnorm and dist.world > 1
-        self.base_flop = config.metrics.base_flop_per_sample or count_flops(model, config.dataset.image_size)
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        model = synchronised(model) if self.synced else model
-        self.model = model.to(device, memory_format=layout).train()
-        self.amp_dtype = resolve_amp_dtype(training, device)
-        published = getattr(model, "pretrained_cfg", None) or {}  # timm's record of how its weights were trained
-        moments = (published.get(name, usual) for name, usual in IMAGENET_MOMENTS.items())
-        self.normalise = Normalise(*moments, device, layout, self.amp_dtype)
-        self.measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
-        self.forward = compiled(
-            training_forward(self.model, self.normalise, self.measure, training.label_smoothing), training.compile
-        )
-        self.evaluator = self.scoring_forward()
-
-    def scoring_forward(self, resolution: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """`scoring_forward` with the model's own weights in eval mode, at `resolution` pixels or at full size."""
-        training, side, shrink = self.config.training, self.config.dataset.image_size, None
-        if resolution is not None:
-            whole = torch.tensor([[0.0, side]], device=self.device)
-            shrink = axis_weights(whole[:, 0], whole[:, 1], resolution, side)[0]
-        forward = scoring_forward(eval_view(self.model), self.normalise, self.measure, shrink)
-        return compiled(forward, training.compile_scoring or training.compile)
-
-    def weight_sum(self) -> float:
-        """The sum of all weights: processes whose weights differ do not have it alike."""
-        return torch.stack([p.detach().double().sum() for p in self.model.parameters()]).sum().item()
-
-
 # ------------------------------------------------------------------------------------------------- AST forward
 
 
@@ -1042,7 +957,8 @@ class Run:
         """planned_steps: loop steps of the whole run; samples: how many indices the training set has; started:
         time.monotonic() seconds, by default now."""
         dist, started = dist or Dist(), time.monotonic() if started is None else started
-        network = Network(model, config, device, dist)
+        measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
+        network = Network(model, config, measure, device, dist)
         selection = selection_class(config)(config, samples, device, dist)
         scorer = selection.scorer(network)
         clock = Clock(config, device, dist, stop or Stop(), started)

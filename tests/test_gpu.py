@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from conftest import REPO, loaded, make_config
-from lab.config import ModelConfig, checkpoint_folder
+from lab.config import checkpoint_folder
 from lab.data.images import crop_resize
 from lab.data.loading import device_batches
 from lab.data.randomness import uniform
 from lab.models import get_model
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.devices import configure_backends
+from lab.sections import ModelConfig
 from lab.state import warm_up
 from train_ast import Run, build_dataloaders, load_config, train_one_epoch
 

@@ -15,12 +15,12 @@ import torch._inductor.config
 import torch.nn.functional as F
 
 from conftest import REPO, BatchNormNet, LayerNormNet, make_batch, make_config, make_run, trained_on
-from lab.config import TrainingConfig
 from lab.errors import RequestError, TrainingFailed
 from lab.runtime.clock import Stop
 from lab.runtime.devices import resolve_amp_dtype, resolve_device
 from lab.runtime.optimizer import lr_at
 from lab.runtime.outputs import save_results
+from lab.sections import TrainingConfig
 from lab.state import warm_up
 from train_ast import HISTORY_KEYS, Run, train
 

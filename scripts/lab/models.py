@@ -14,9 +14,9 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from lab.config import ModelConfig
 from lab.errors import RequestError, one_line
 from lab.hub import quick_hub
+from lab.sections import ModelConfig
 
 TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
 

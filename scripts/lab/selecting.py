@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab.config import ASTConfig
 from lab.console import print_rank0
+from lab.sections import ASTConfig
 
 
 def top_up(chosen: np.ndarray, scores: np.ndarray, floor: int, forget_rate: float = 0.0) -> np.ndarray:

@@ -8,9 +8,9 @@ from torch import nn
 
 from conftest import BatchNormNet, make_config
 from helpers import run_digits
-from lab.config import ModelConfig
 from lab.errors import RequestError
 from lab.models import count_flops, eval_view, get_model
+from lab.sections import ModelConfig
 from train_ast import Run
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from lab.config import ASTConfig, auto_augment
 from lab.errors import one_line
 from lab.results import DEFAULTS, ResultsFile, is_whole
+from lab.sections import ASTConfig, auto_augment
 
 Group = tuple[tuple[str, str], ...]  # keys and values that its runs share; () where they do not say
 

@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lab.config import DatasetConfig, first_complaint
+from lab.config import first_complaint
 from lab.console import print_rank0
 from lab.data.folders import read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
 from lab.errors import RequestError, one_line
 from lab.hub import quick_hub
+from lab.sections import DatasetConfig
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about a picture
 

@@ -21,8 +21,8 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lab.config import DatasetConfig
 from lab.errors import one_line
+from lab.sections import DatasetConfig
 
 
 def decode_image(data: bytes) -> Tensor:

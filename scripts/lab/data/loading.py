@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lab.config import TrainingConfig
 from lab.data.datasets import LoaderBatch, ReadErrors
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.launch import launched_here
 from lab.runtime.distributed import Dist
+from lab.sections import TrainingConfig
 
 Loader = Iterable[LoaderBatch]
 

@@ -13,9 +13,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from lab.config import TrainingConfig
 from lab.errors import RequestError
 from lab.launch import launched, launched_here
+from lab.sections import TrainingConfig
 
 
 def resolve_device(training: TrainingConfig) -> torch.device:

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from lab.config import TrainingConfig
+from lab.sections import TrainingConfig
 
 
 def lr_at(progress: float, training: TrainingConfig, warmup: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lab.config import Config, LoggingConfig, checkpoint_folder
+from lab.config import Config, checkpoint_folder
 from lab.console import epoch_line, print_rank0, summary
 from lab.errors import RequestError
 from lab.files import append_jsonl, replace_text, require_appendable, require_folder, write_result
@@ -23,6 +23,7 @@ from lab.results import utc_now
 from lab.runtime.checkpoint import Checkpoints
 from lab.runtime.devices import environment
 from lab.runtime.distributed import Dist
+from lab.sections import LoggingConfig
 
 
 class Outputs:

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from lab.config import LoggingConfig
 from lab.errors import RequestError, TrainingFailed
 from lab.files import append_jsonl
 from lab.runtime.meters import EnergyMeter, Ledger, Meter
 from lab.runtime.outputs import add_scalars, open_tensorboard
+from lab.sections import LoggingConfig
 
 CPU = torch.device("cpu")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lab.config import ModelConfig, TrainingConfig
 from lab.models import get_model
 from lab.runtime.optimizer import build_optimizer
+from lab.sections import ModelConfig, TrainingConfig
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""The network on its device, and what a training, a scoring and a validation step compute with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lab.config import Config
+from lab.data.images import axis_weights
+from lab.models import count_flops, eval_view, synchronised
+from lab.runtime.devices import IMAGENET_MOMENTS, Normalise, compiled, resolve_amp_dtype
+from lab.runtime.distributed import Dist
+
+
+def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, smoothing: float) -> Callable:
+    """What a training step computes, one function to compile: uint8 images, labels -> (objective, correct [batch],
+    summed loss). The objective is the sum that is minimised: of smoothed losses, weighted where there are weights.
+
+    With weights [batch] of the samples the significance [batch] comes last.
+    """
+
+    def forward(images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+        with normalise.autocast():
+            logits = model(normalise(images))
+        correct, known = logits.argmax(-1) == labels, logits.detach().float()
+        if weights is None:
+            objective = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+            loss = F.cross_entropy(known, labels, reduction="sum") if smoothing else objective.detach()
+            return objective, correct, loss
+        losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+        loss = F.cross_entropy(known, labels, reduction="none") if smoothing else losses.detach()
+        return (losses * weights).sum(), correct, loss.sum(), measure(logits.detach(), labels)
+
+    return forward
+
+
+def scoring_forward(model: nn.Module, normalise: Normalise, measure: Callable, shrink: Tensor | None) -> Callable:
+    """What scoring computes: uint8 images, labels -> float32 [2, batch], significance and 1 for a correct prediction.
+
+    shrink: [resolution, side], the weights (`axis_weights`) that take both axes to the scoring resolution.
+    """
+
+    def forward(images: Tensor, labels: Tensor) -> Tensor:
+        if shrink is not None:
+            images = shrink @ images.to(shrink.dtype) @ shrink.mT
+        with normalise.autocast():
+            logits = model(normalise(images))
+        correct = logits.argmax(-1) == labels
+        return torch.stack([measure(logits, labels), correct.float()])
+
+    return forward
+
+
+class Network:
+    """The model on its device, and the functions over whole batches that are compiled: to train, score and validate."""
+
+    def __init__(self, model: nn.Module, config: Config, measure: Callable, device: torch.device, dist: Dist):
+        """measure: logits [batch, classes], labels [batch] -> significance [batch], nats."""
+        training = config.training
+        self.config, self.device = config, device
+        self.local_batch = training.batch_size // dist.world  # samples of a batch on this process
+        self.synced = training.sync_batchnorm and dist.world > 1
+        self.base_flop = config.metrics.base_flop_per_sample or count_flops(model, config.dataset.image_size)
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        model = synchronised(model) if self.synced else model
+        self.model = model.to(device, memory_format=layout).train()
+        self.amp_dtype = resolve_amp_dtype(training, device)
+        published = getattr(model, "pretrained_cfg", None) or {}  # timm's record of how its weights were trained
+        moments = (published.get(name, usual) for name, usual in IMAGENET_MOMENTS.items())
+        self.normalise = Normalise(*moments, device, layout, self.amp_dtype)
+        self.measure = measure
+        self.forward = compiled(
+            training_forward(self.model, self.normalise, self.measure, training.label_smoothing), training.compile
+        )
+        self.evaluator = self.scoring_forward()
+
+    def scoring_forward(self, resolution: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+        """`scoring_forward` with the model's own weights in eval mode, at `resolution` pixels or at full size."""
+        training, side, shrink = self.config.training, self.config.dataset.image_size, None
+        if resolution is not None:
+            whole = torch.tensor([[0.0, side]], device=self.device)
+            shrink = axis_weights(whole[:, 0], whole[:, 1], resolution, side)[0]
+        forward = scoring_forward(eval_view(self.model), self.normalise, self.measure, shrink)
+        return compiled(forward, training.compile_scoring or training.compile)
+
+    def weight_sum(self) -> float:
+        """The sum of all weights: processes whose weights differ do not have it alike."""
+        return torch.stack([p.detach().double().sum() for p in self.model.parameters()]).sum().item()
