@@ -59,6 +59,7 @@ from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset
 from lab.errors import RequestError, one_line
 from lab.models import check_resolution, get_model
 from lab.network import Network
+from lab.proxy import Proxy
 from lab.runtime.checkpoint import claimed, find_checkpoint, load_checkpoint, state_bytes
 from lab.runtime.clock import Clock, Stop, explained
 from lab.runtime.devices import configure_backends, resolve_device, seed_rank, to_device
@@ -105,7 +106,7 @@ class PIController(Stateful):
     def from_config(cls, ast: ASTConfig) -> PIController:
         gains = ast.model_dump(include={"kp", "ki", "min_threshold", "kp_warmup_epochs", "ki_warmup_epochs"})
         threshold = None if ast.initial_threshold == "auto" else ast.initial_threshold
-        return cls(target=ast.target_activation, threshold=threshold, **gains)
+        return cls(target=first_target(ast), threshold=threshold, **gains)
 
     def start(self, threshold: float) -> None:
         """Begin at `threshold` (nats) with no memory of earlier errors."""
@@ -134,6 +135,26 @@ class PIController(Stateful):
         moved = self.threshold + (kp * error + ki * self.integral) * spread
         self.threshold = min(max(moved, self.min_threshold), self.max_threshold)
         return self.threshold
+
+
+LEAST_SHARE, WRONG_SHARE = 0.5, 1 / 3
+
+
+def first_target(ast: ASTConfig) -> float:
+    """The target activation that a run begins with. With auto it is 1: nothing is learned yet."""
+    return 1.0 if ast.target_activation == "auto" else ast.target_activation
+
+
+def auto_target(wrong: float, scoring_cost: float) -> float:
+    """The target activation that suits the state of learning, for `ast.target_activation: auto`.
+
+    wrong: the share of the samples that the network predicts wrongly. scoring_cost: see `Scorer`. At most WRONG_SHARE
+    of the active samples are wrongly predicted ones: a network that has far to go cannot learn from the hardest
+    samples alone. No fewer than LEAST_SHARE are active. Where that and the scoring cost more than training on all
+    samples, it is 1.
+    """
+    target = max(LEAST_SHARE, wrong / WRONG_SHARE)
+    return target if target + scoring_cost < 1 else 1.0
 
 
 # ------------------------------------------------------------------------------------------------ Significance
@@ -247,6 +268,7 @@ class Scorer(NamedTuple):
     forward: Callable[[Tensor, Tensor], Tensor]  # images, labels -> float32 [2, batch], see `Network.scoring_forward`
     cost: float  # of a scored sample, as a share of a training forward + backward
     is_model: bool  # whether its predictions are the trained network's: then they count for train_acc
+    on_device: bool = False  # whether the rule chooses on the device: the host does not wait for the scores
 
 
 class Selection(Stateful):
@@ -257,16 +279,17 @@ class Selection(Stateful):
     counting, the learning rate's pace and scores that are not finite are no rule's business.
     """
 
-    STATE = ("activations", "thresholds", "controller")
+    STATE = ("activations", "thresholds", "controller", "target")
     CHOOSES_BEFORE_LOADING: ClassVar[bool] = False  # whether a sparse epoch loads a share alone
     PLANNED_SHARE: ClassVar[float | None] = None  # that share, as the schedule expects it; None: the target activation
 
     def __init__(self, config: Config, samples: int, device: torch.device, dist: Dist):
         """samples: how many indices the training set has."""
         self.config, self.device, self.dist = config, device, dist
+        self.target = first_target(config.ast)  # share of the samples to be active in this epoch
         self.controller = PIController.from_config(config.ast)  # frozen in dense epochs
         self.activations: list[float] = []  # of this epoch's sparse steps: shares of 0 to 1
-        self.thresholds: list[float] = []  # likewise, nats
+        self.thresholds: list[float | Tensor] = []  # likewise, nats; a tensor is read at the end of the epoch
         self.told = False  # that the target is out of reach
 
     @classmethod
@@ -282,12 +305,30 @@ class Selection(Stateful):
         """Asked once. None: nothing is scored before training."""
         return None
 
+    def is_sparse(self, epoch: int) -> bool:
+        """Whether `epoch` trains on a selection: as the config says, and with a target of auto where that pays."""
+        return self.config.is_sparse(epoch) and not (self.config.ast.target_activation == "auto" and self.target == 1)
+
     def start_epoch(self, epoch: int, order: np.ndarray) -> None:
         """Begin a sparse epoch. order: int64, all indices in the order of the epoch."""
         self.activations, self.thresholds, self.controller.frozen = [], [], False
+        self.controller.target = self.target
 
     def start_dense_epoch(self) -> None:
         self.activations, self.thresholds, self.controller.frozen = [], [], True
+
+    def end_epoch(self, train_acc: float | None, scorer: Scorer | None) -> None:
+        """With a target of auto, set the next epoch's by how many predictions of this one were right. Collective.
+
+        train_acc: percent.
+        """
+        if self.config.ast.target_activation != "auto" or scorer is None:
+            return
+        if train_acc is not None:
+            # a proxy's choice leaves the network without a prediction of the others: they count as right
+            seen = 1.0 if scorer.is_model else self.target
+            self.target = auto_target(seen * (1 - train_acc / 100), scorer.cost)
+        self.target = self.dist.broadcast(self.target)
 
     def mask(self) -> np.ndarray | None:
         """uint8 by index, nonzero for the samples that this sparse epoch loads; None: the planned number of them."""
@@ -295,7 +336,13 @@ class Selection(Stateful):
 
     def choose(self, scores: Tensor) -> Tensor:
         """The active samples, int64, ascending, by the scores [batch] (nats, finite, of all ranks, on the host)."""
-        return torch.arange(len(scores))
+        return torch.arange(len(scores), device=scores.device)
+
+    def observe(self, batch: DeviceBatch, lr_share: float) -> None:
+        """Learn from a whole batch that was scored. lr_share: the learning rate as a share of its peak."""
+
+    def warm_up(self, images: Tensor, labels: Tensor) -> None:
+        """Compile what the rule itself computes."""
 
     def weights(self, batch: DeviceBatch) -> Tensor | None:
         """Of each sample's loss, float32 [batch]. None: all 1, and nothing is recorded."""
@@ -319,6 +366,7 @@ class BatchThreshold(Selection):
     """Scores every loaded sample by a forward; active are those above a threshold that a PI controller moves."""
 
     STATE = (*Selection.STATE, "streak", "iqr")
+    CHOOSES_ON_DEVICE: ClassVar[bool] = False
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -331,21 +379,23 @@ class BatchThreshold(Selection):
         forward = network.evaluator
         if resolution != side:
             check_resolution(network.model, self.config.model, resolution)
-            forward = network.scoring_forward(resolution)
-        return Scorer(forward, cost=(resolution / side) ** 2 / 3, is_model=True)
+        batch_statistics = self.config.ast.score_statistics == "batch"
+        if resolution != side or batch_statistics:
+            forward = network.scoring_forward(resolution, batch_statistics=batch_statistics)
+        return Scorer(forward, cost=(resolution / side) ** 2 / 3, is_model=True, on_device=self.CHOOSES_ON_DEVICE)
 
     def choose(self, scores: Tensor) -> Tensor:
         ast, controller = self.config.ast, self.controller
-        shared = plateau(scores.numpy(), ast.target_activation) if ast.kp or ast.ki else None
+        shared = plateau(scores.numpy(), self.target) if ast.kp or ast.ki else None
         if shared is not None and controller.threshold != shared:
             controller.start(shared)
         if controller.threshold is None:  # after a dense phase, or lost: see below
-            controller.start(torch.quantile(scores, 1 - ast.target_activation).item())
+            controller.start(torch.quantile(scores, 1 - self.target).item())
         active = select_active(scores, controller.threshold, ast.min_active)
         expected = active.activation
         if shared is not None:
             uniforms = self.uniforms(len(scores))
-            ties = with_ties(scores.numpy(), controller.threshold, ast.target_activation, uniforms, ast.min_active)
+            ties = with_ties(scores.numpy(), controller.threshold, self.target, uniforms, ast.min_active)
             active, expected = Active(torch.from_numpy(ties.indices), ties.activation, active.iqr), ties.expected
         self.activations.append(active.activation)
         self.thresholds.append(controller.threshold)
@@ -362,8 +412,7 @@ class BatchThreshold(Selection):
 
     def is_lost(self, activation: float, samples: int) -> bool:
         """Whether so many samples in a row were all active, or all inactive, that chance (1e-6) cannot explain it."""
-        target = self.config.ast.target_activation
-        odds = {0.0: 1 - target, 1.0: target}.get(activation, 1.0)
+        odds = {0.0: 1 - self.target, 1.0: self.target}.get(activation, 1.0)
         self.streak = self.streak + samples * math.log(odds) if 0 < odds < 1 else 0.0
         lost = self.streak < math.log(1e-6)
         self.streak = 0.0 if lost else self.streak
@@ -373,14 +422,47 @@ class BatchThreshold(Selection):
 class TopShare(BatchThreshold):
     """The largest scores of each batch, a fixed share (Kawaguchi & Lu 2020, "Ordered SGD").
 
+    Their number is known beforehand, so the device chooses and the host does not wait. The scores are always fresh.
     The threshold that it reports is the lowest score of that share.
     """
 
+    CHOOSES_ON_DEVICE = True
+
     def choose(self, scores: Tensor) -> Tensor:
-        top = max(1, round(self.config.ast.target_activation * len(scores)))
+        top = max(1, round(self.target * len(scores)))
+        ranked, order = scores.sort(descending=True, stable=True)
         self.activations.append(top / len(scores))
-        self.thresholds.append(scores.topk(top).values[-1].item())
-        return select_active(scores, math.inf, max(top, self.config.ast.min_active)).indices
+        self.thresholds.append(ranked[top - 1])
+        return order[: max(top, self.config.ast.min_active)].sort().values
+
+
+class ProxyScores(BatchThreshold):
+    """Scores every loaded sample by a small network beside the large one; see `lab.proxy`."""
+
+    STATE = (*BatchThreshold.STATE, "proxy")
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        resolution, side = config.ast.proxy_resolution, config.dataset.image_size
+        first_complaint(
+            (resolution and resolution > side, f"ast.proxy_resolution: larger than dataset.image_size={side}"),
+            (config.ast.score_resolution, "ast.score_resolution: with ast.scoring=proxy it is ast.proxy_resolution"),
+        )
+
+    def scorer(self, network: Network) -> Scorer:
+        self.proxy = Proxy(network, self.dist)
+        return Scorer(self.proxy.scores, self.proxy.cost, is_model=False, on_device=self.CHOOSES_ON_DEVICE)
+
+    def observe(self, batch: DeviceBatch, lr_share: float) -> None:
+        self.proxy.learn(batch, lr_share)
+
+    def warm_up(self, images: Tensor, labels: Tensor) -> None:
+        self.proxy.add_gradient(images, labels)
+        self.proxy.optimizer.zero_grad()
+
+
+class ProxyTopShare(ProxyScores, TopShare):
+    """The largest scores of each batch by the proxy."""
 
 
 class HistoryThreshold(Selection):
@@ -482,6 +564,8 @@ SELECTIONS: dict[tuple[str, ...], type[Selection]] = {  # by ast.mode, and for m
     ("random",): RandomShare,
     ("ast", "batch", "pi"): BatchThreshold,
     ("ast", "batch", "topk"): TopShare,
+    ("ast", "proxy", "pi"): ProxyScores,
+    ("ast", "proxy", "topk"): ProxyTopShare,
     ("ast", "history", "pi"): HistoryThreshold,
     ("ast", "history", "infobatch"): InfoBatch,
 }
@@ -499,10 +583,17 @@ def planned_share(config: Config, epoch: int) -> float:
     return share if rule.CHOOSES_BEFORE_LOADING and config.is_sparse(epoch) else 1.0
 
 
+def step_share(config: Config, epoch: int, target: float) -> float:
+    """How many optimizer steps `epoch` takes for a loaded batch, at a target of `target`: packing makes them fewer."""
+    packed = config.ast.pack and selection_class(config).scores_batches() and config.is_sparse(epoch)
+    return target if packed else 1.0
+
+
 def lr_warmup_share(config: Config) -> float:
     """Which share of the planned steps training.lr_warmup_epochs are."""
-    epochs = config.training.epochs
-    before = np.cumsum([0.0, *(planned_share(config, epoch) for epoch in range(epochs))])
+    epochs, target = range(config.training.epochs), first_target(config.ast)
+    shares = (planned_share(config, epoch) * step_share(config, epoch, target) for epoch in epochs)
+    before = np.cumsum([0.0, *shares])
     return float(np.interp(config.training.lr_warmup_epochs, np.arange(len(before)), before / before[-1]))
 
 
@@ -520,6 +611,8 @@ def check_config(config: Config) -> None:
         raise ValueError(f"ast.rule: {ast.rule} needs ast.scoring={needed}")
     DATASETS[config.dataset.type].check(config.dataset)
     rule = selection_class(config)
+    unscored = ast.target_activation == "auto" and ast.mode != "dense" and not rule.scores_batches()
+    first_complaint((unscored, "ast.target_activation: auto needs ast.mode=ast and scored batches (ast.scoring=batch)"))
     varying = config.training.compile != "off" and rule.scores_batches() and not ast.pack
     first_complaint((varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"))
     rule.check(config)
@@ -534,7 +627,7 @@ load_config = partial(lab.config.load_config, check=check_config)
 def score(scorer: Scorer, local_batch: int, dist: Dist, batch: DeviceBatch) -> Scores:
     """Start scoring a batch, without gradient. The device is not waited for."""
     rows = dist.all_gather_columns(scorer.forward(batch.images, batch.labels), local_batch)
-    if not rows.is_cuda:
+    if not rows.is_cuda or (scorer.on_device and dist.world == 1):
         return Scores(rows, None, scorer.is_model)
     host, arrived = torch.empty(rows.shape, pin_memory=True), torch.cuda.Event()
     host.copy_(rows, non_blocking=True)
@@ -557,11 +650,12 @@ def ast_forward(
     dist, metrics = trainer.dist, trainer.metrics
     significances, correct = scores.read()
     metrics.add_scored(len(significances), correct if scores.is_model else None)
-    if not significances.isfinite().all():
+    if not significances.is_cuda and not significances.isfinite().all():  # on a GPU the loss will tell
         metrics.skip_batch()
         return 0
     own, counts = dist.own_chosen(selection.choose(significances), len(significances))
-    rows = to_device(own, trainer.device)
+    selection.observe(batch, trainer.lr / trainer.training.lr)
+    rows = own if own.is_cuda else to_device(own, trainer.device)
     active = DeviceBatch(*(tensor[rows] for tensor in batch))
     ready = DeviceBatch(*dist.balance(counts, active)) if queue is None else queue.push(active, counts)
     if ready is None:
@@ -583,13 +677,13 @@ class Trainer(Stateful):
     `optimizer_step` corrects that to the count of the whole window, on all processes.
     """
 
-    STATE = ("lr", "scheduled", "unscheduled", "window_forwards", "optimizer", "scaler")
+    STATE = ("lr", "scheduled", "unscheduled", "pace", "window_forwards", "optimizer", "scaler")
     OWN = ("window_samples", "window_divisor")
 
     def __init__(
         self, network: Network, config: Config, planned_steps: int, clock: Clock, metrics: Metrics, dist: Dist
     ):
-        """planned_steps: loop steps of the whole run."""
+        """planned_steps: optimizer steps of the whole run, times training.grad_accum_steps."""
         training = config.training
         self.network, self.training, self.planned_steps = network, training, planned_steps
         self.clock, self.metrics, self.dist, self.device = clock, metrics, dist, network.device
@@ -603,15 +697,17 @@ class Trainer(Stateful):
         self.optimizer = build_optimizer(network.model, training, self.device)
         self.lr_warmup = lr_warmup_share(config)
         self.lr = lr_at(0.0, training, self.lr_warmup)
-        self.scheduled = self.unscheduled = 0  # loop steps whose gradient was applied (they drive the rate), and since
-        self.pace = 1.0  # planned steps a step of this epoch: a rule takes a few more or fewer samples than planned
+        self.scheduled = self.unscheduled = (
+            0  # planned steps whose gradient was applied (they drive the rate), and since
+        )
+        self.pace = 1.0  # planned steps a loop step of this epoch: see `pace`
         self.window_samples = self.window_divisor = self.window_forwards = 0
         self.window_bad: Tensor | None = None  # whether a loss of the window is not finite, on the device
         self.forgiving = training.max_nonfinite_steps > 0
         self.statistics = [b for b in network.model.buffers() if b.is_floating_point()] if self.forgiving else []
 
     def progress(self) -> float:
-        """How far the schedule is, 0 to 1: by loop steps whose gradient was applied, or by training time."""
+        """How far the schedule is, 0 to 1: by the planned steps whose gradient was applied, or by training time."""
         if self.training.lr_decay == "time":
             return self.clock.schedule()
         return (self.scheduled + self.unscheduled / 2) / self.planned_steps
@@ -819,7 +915,7 @@ def build_dataloaders(
 HISTORY_KEYS = (
     *("epoch", "train_acc", "val_acc", "activation_rate", "threshold", "energy_savings"),
     *("step_time_ms", "est_energy_kj", "est_flops_g"),
-    *("lr", "train_loss", "samples_loaded", "samples_scored", "samples_trained", "optimizer_steps"),
+    *("target", "lr", "train_loss", "samples_loaded", "samples_scored", "samples_trained", "optimizer_steps"),
     *("train_seconds", "energy_kj", "total_flops_g"),
 )
 
@@ -900,7 +996,7 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: floa
     metrics.settle()
     done, ledger = metrics.ledger.since(metrics.ledger_before), metrics.ledger
     seconds, scoring_cost = clock.close_epoch(), run.scorer.cost if run.scorer else 0.0
-    activations, thresholds = run.selection.activations, run.selection.thresholds
+    activations, thresholds = run.selection.activations, [float(each) for each in run.selection.thresholds]
     watts = run.config.metrics.gpu_tdp_watts * run.dist.world
     row = {
         "epoch": metrics.epoch + 1,
@@ -914,6 +1010,7 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: floa
         "step_time_ms": 1000 * seconds / metrics.step if metrics.step else None,
         "est_energy_kj": (metrics.history["est_energy_kj"] or [0.0])[-1] + seconds * watts / 1000,
         "est_flops_g": run.network.base_flop * ledger.trained / 1e9,
+        "target": run.selection.target if run.selection.is_sparse(metrics.epoch) else None,
         "lr": run.trainer.lr,
         "train_loss": loss,
         "samples_loaded": done.loaded,
@@ -925,7 +1022,8 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: floa
         "total_flops_g": run.network.base_flop * ledger.dense_equivalents(scoring_cost) / 1e9,
     }
     metrics.close_epoch(row)
-    run.selection.told = run.selection.told or out_of_reach(run.config.ast, activations, thresholds)
+    run.selection.told = run.selection.told or out_of_reach(run.config.ast, row["target"], activations, thresholds)
+    run.selection.end_epoch(train_acc, run.scorer)
     return row
 
 
@@ -954,7 +1052,7 @@ class Run:
         cls, config: Config, model: nn.Module, device: torch.device, planned_steps: int, samples: int = 0,
         dist: Dist | None = None, stop: Stop | None = None, started: float | None = None
     ) -> Run:  # fmt: skip
-        """planned_steps: loop steps of the whole run; samples: how many indices the training set has; started:
+        """planned_steps: see `Trainer`; samples: how many indices the training set has; started:
         time.monotonic() seconds, by default now."""
         dist, started = dist or Dist(), time.monotonic() if started is None else started
         measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
@@ -966,7 +1064,7 @@ class Run:
         trainer = Trainer(network, config, planned_steps, clock, metrics, dist)
         queue = ActiveQueue(config.training.batch_size, dist) if config.ast.pack and scorer is not None else None
         scoring = None if scorer is None else partial(score, scorer, network.local_batch, dist)
-        ahead = ScoreAhead(scoring, config.ast.score_ahead)
+        ahead = ScoreAhead(scoring, config.ast.score_ahead and scorer is not None and not scorer.on_device)
         outputs = Outputs(config, device, dist)
         return cls(
             config, device, dist, network, selection, scorer, trainer, queue, ahead, metrics, clock, outputs
@@ -975,12 +1073,12 @@ class Run:
     @property
     def scoring(self) -> bool:
         """Whether this epoch's samples are scored before training."""
-        return self.scorer is not None and self.config.is_sparse(self.metrics.epoch)
+        return self.scorer is not None and self.selection.is_sparse(self.metrics.epoch)
 
     def start_epoch(self, epoch: int, order: np.ndarray) -> None:
         """Begin an epoch; a rule that chooses before loading does so now. order: see `Selection.start_epoch`."""
         self.metrics.start_epoch(epoch)
-        if self.config.is_sparse(epoch):
+        if self.selection.is_sparse(epoch):
             self.selection.start_epoch(epoch, order)
         else:
             self.selection.start_dense_epoch()
@@ -1062,9 +1160,21 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
         run.start_epoch(epoch, plan.permutation())
     if run.config.is_sparse(epoch):
         plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
-    run.trainer.pace = plan.planned_steps(epoch) / max(1, len(plan))
+    if run.metrics.step == 0:
+        run.trainer.pace = pace(run, plan)
     if not len(plan):  # nobody was chosen: the schedule goes on all the same
         run.trainer.unscheduled += plan.planned_steps(epoch)
+
+
+def pace(run: Run, plan: EpochPlan) -> float:
+    """How many of the run's planned steps a loop step of this epoch takes."""
+    trainer, selection, epoch = run.trainer, run.selection, run.metrics.epoch
+    share = partial(step_share, run.config, target=selection.target)
+    steps = plan.planned_steps(epoch) / max(1, len(plan)) * share(epoch)
+    if run.config.ast.target_activation == "auto":  # what is left is planned anew by the target of today
+        left = sum(plan.planned_steps(later) * share(later) for later in range(epoch, run.config.training.epochs))
+        steps *= (trainer.planned_steps - trainer.scheduled - trainer.unscheduled) / left
+    return steps
 
 
 def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan) -> str:
@@ -1152,7 +1262,8 @@ def _train(
     train_loader, val_loader, plan, num_classes = build_dataloaders(config, device, dist)
     model = get_model(config.model, num_classes, config.dataset.image_size)
     check_start(config, model, plan, selection_class(config).scores_batches())
-    planned = sum(plan.planned_steps(epoch) for epoch in range(config.training.epochs))
+    target = first_target(config.ast)
+    planned = sum(plan.planned_steps(e) * step_share(config, e, target) for e in range(config.training.epochs))
     run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started)
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)

@@ -95,6 +95,11 @@ WAYS = {
     ],
     "infobatch": ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"],
     "top-k": ["ast.rule=topk", "ast.pack=true"],
+    "target auto, batch statistics": [
+        *("ast.target_activation=auto", "ast.score_statistics=batch", "ast.rule=topk", "ast.pack=true"),
+        *("model.name=small_conv", "training.lr=0.2"),
+    ],
+    "proxy": ["ast.scoring=proxy", "ast.pack=true", "ast.proxy_every=2", "ast.proxy_resolution=12"],
 }
 
 

@@ -64,6 +64,6 @@ def notes(config: Config, plan: EpochPlan) -> Iterator[str]:
         more = "" if steps >= SETTLING else f", after some {-(-SETTLING // steps)} sparse epochs"
         yield (
             f"note: an epoch has {steps} control steps, few for ast.kp={ast.kp:g}: the first sparse epochs may miss "
-            f"ast.target_activation={ast.target_activation:g}; ast.kp={gain:g} ast.ki={0.2 * gain**2:.2g} would hold it"
+            f"ast.target_activation={ast.target_activation}; ast.kp={gain:g} ast.ki={0.2 * gain**2:.2g} would hold it"
             f"{more}"
         )

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import difflib
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lab.hub import quick_hub
 from lab.sections import ModelConfig
 
 TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
+SMALL_CONV = "small_conv"  # a network of our own, to score for larger ones: see `small_conv`
 
 
 def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -29,6 +30,8 @@ def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Modu
     """
     if config.small_stem and config.name not in ("resnet18", "resnet50"):
         raise RequestError(f"model.small_stem: only for resnet18 and resnet50, not for {config.name}")
+    if config.name == SMALL_CONV:
+        return small_conv(num_classes)
     build = _torchvision_model if config.name in TORCHVISION_MODELS else _timm_model
     try:
         model = build(config, num_classes, image_size)
@@ -77,6 +80,20 @@ def _torchvision_model(config: ModelConfig, num_classes: int, image_size: int) -
     return model
 
 
+def small_conv(num_classes: int, width: int = 40) -> nn.Module:
+    """Four 3x3 convolutions with BatchNorm, for pictures from 8 px on: at 32 px 3.6 % of the FLOP of a ResNet-18 with
+    a small stem."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+    widths, layers = [3, width, 2 * width, 4 * width, 4 * width], []
+    for inputs, outputs in pairwise(widths):
+        layers += [*block(inputs, outputs), nn.MaxPool2d(2)]
+    layers[-1] = nn.AdaptiveMaxPool2d(1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
 def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     import timm  # a second to import, so only where it is needed
 
@@ -89,15 +106,18 @@ def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **size)
 
 
-def eval_view(model: nn.Module) -> nn.Module:
+def eval_view(model: nn.Module, batch_statistics: bool = False) -> nn.Module:
     """A second module tree over the same parameters and buffers, in eval mode.
 
     Scoring then neither toggles the mode nor copies weights. What modules compute from weights once for all of eval
     mode, and forget in `train`, is forgotten before every forward: here the weights change without a change of mode.
+    batch_statistics: BatchNorm normalises by the batch at hand, and its running averages are left alone.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     view = copy.deepcopy(model, shared).eval()
     for module in view.modules():
+        if batch_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean = module.running_var = None
         if hasattr(module, "attention_bias_cache"):  # timm: LeViT, EfficientFormer, EfficientViT, TinyViT
             module.register_forward_pre_hook(_forget_biases)
     return view
@@ -121,13 +141,14 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, parameters | buffers).to("meta")
 
 
-def forward_shapes(model: nn.Module, side: int, samples: int = 2, training: bool = True) -> None:
-    """Forward so many pictures of `side` px, on shapes alone where the model can. Raises what a layer raises."""
+def forward_shapes(model: nn.Module, side: int, samples: int = 2, training: bool = True) -> torch.Size:
+    """Forward so many pictures of `side` px, on shapes alone where the model can. Returns the logits' shape. Raises
+    what a layer raises."""
     try:
-        on_meta(model).train(training)(torch.empty(samples, 3, side, side, device="meta"))
+        return on_meta(model).train(training)(torch.empty(samples, 3, side, side, device="meta")).shape
     except NotImplementedError:  # it looks at values
         with torch.no_grad():
-            copy.deepcopy(model).cpu().train(training)(torch.zeros(samples, 3, side, side))
+            return copy.deepcopy(model).cpu().train(training)(torch.zeros(samples, 3, side, side)).shape
 
 
 def takes_one_sample(model: nn.Module, side: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lab.config import Config
 from lab.data.images import axis_weights
-from lab.models import count_flops, eval_view, synchronised
+from lab.models import count_flops, eval_view, forward_shapes, synchronised
 from lab.runtime.devices import IMAGENET_MOMENTS, Normalise, compiled, resolve_amp_dtype
 from lab.runtime.distributed import Dist
 
@@ -77,14 +77,27 @@ class Network:
         )
         self.evaluator = self.scoring_forward()
 
-    def scoring_forward(self, resolution: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """`scoring_forward` with the model's own weights in eval mode, at `resolution` pixels or at full size."""
-        training, side, shrink = self.config.training, self.config.dataset.image_size, None
-        if resolution is not None:
-            whole = torch.tensor([[0.0, side]], device=self.device)
-            shrink = axis_weights(whole[:, 0], whole[:, 1], resolution, side)[0]
-        forward = scoring_forward(eval_view(self.model), self.normalise, self.measure, shrink)
+    def scoring_forward(
+        self, resolution: int | None = None, of: nn.Module | None = None, batch_statistics: bool = False
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`scoring_forward` in eval mode with the weights of a module, by default those that are trained, at
+        `resolution` pixels or at full size. batch_statistics: see `eval_view`."""
+        training, view = self.config.training, eval_view(self.model if of is None else of, batch_statistics)
+        forward = scoring_forward(view, self.normalise, self.measure, self.shrink(resolution))
         return compiled(forward, training.compile_scoring or training.compile)
+
+    @property
+    def classes(self) -> int:
+        return forward_shapes(self.model, self.config.dataset.image_size, training=False)[-1]
+
+    def shrink(self, resolution: int | None) -> Tensor | None:
+        """The weights (`axis_weights`) [resolution, side] that take both axes of a picture to `resolution` pixels; None
+        where they have as many."""
+        side = self.config.dataset.image_size
+        if resolution in (None, side):
+            return None
+        whole = torch.tensor([[0.0, side]], device=self.device)
+        return axis_weights(whole[:, 0], whole[:, 1], resolution, side)[0]
 
     def weight_sum(self) -> float:
         """The sum of all weights: processes whose weights differ do not have it alike."""

@@ -232,7 +232,8 @@ def activation_errors(history: Mapping[str, np.ndarray], settings: Mapping[str, 
     active = history.get("activation_rate", np.array([]))
     if settings.get("ast.mode") != "ast" or settings.get("ast.rule") == "infobatch":
         return np.full(len(active), np.nan)
-    sparse, target = sparse_epochs(history, settings), float(settings.get("ast.target_activation", "nan"))
+    sparse, constant = sparse_epochs(history, settings), settings.get("ast.target_activation", "nan")
+    target = history.get("target", np.full(len(active), np.nan)) if constant == "auto" else float(constant)
     return np.where(sparse & (np.cumsum(sparse) > 1), np.abs(active - target), np.nan)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -25,7 +25,9 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = Field("resnet18", description="resnet18, resnet50, vit_b_16 (torchvision) or any timm model")
+    name: str = Field(
+        "resnet18", description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model"
+    )
     pretrained: bool = Field(False, description="start from published ImageNet weights (downloads them)")
     small_stem: bool = Field(False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool")
 
@@ -73,11 +75,18 @@ class ASTConfig(Section):
     mode: Literal["ast", "dense", "random"] = Field("ast", description="sparse, the baseline, or the control")
     measure: str = Field("loss_entropy", description="significance; loss_entropy: loss + entropy_weight * entropy")
     scoring: str = Field(
-        "batch", description="batch: score every loaded sample by a forward; history: by its loss when last trained on"
+        "batch",
+        description="batch: score every loaded sample by a forward; proxy: by one of a small network that learns "
+        "beside; history: by its loss when last trained on",
     )
+    proxy_model: str = Field("small_conv", description="proxy: small_conv (four convolutions) or as model.name")
+    proxy_resolution: int | None = Field(
+        None, ge=1, description="proxy: side of the pictures that it sees, pixels; null: dataset.image_size"
+    )
+    proxy_every: int = Field(4, ge=1, description="proxy: it learns from every so-manieth scored batch")
     rule: str = Field(
         "pi",
-        description="which samples are active; pi: those over the controlled threshold; topk (with batch): the top "
+        description="which samples are active; pi: those over the controlled threshold; topk (batch, proxy): the top "
         "share of each batch; infobatch (with history): those over the mean, and half of the others, which "
         "the schedule plans as 0.75 of the set, whatever target_activation says",
     )
@@ -99,11 +108,20 @@ class ASTConfig(Section):
     score_resolution: int | None = Field(
         None, ge=1, description="side at which the same view is scored, pixels; null: dataset.image_size"
     )
+    score_statistics: Literal["running", "batch"] = Field(
+        "running",
+        description="BatchNorm's statistics while scoring: running averages, as in validation, or those of the scored "
+        "batch, as in training",
+    )
     score_ahead: bool = Field(
         True, description="score a batch before the one before it is trained on: the GPU never waits for the host"
     )
     pack: bool = Field(False, description="collect active samples into full batches before a training step")
-    target_activation: float = Field(0.25, gt=0, le=1, description="share of samples to be active, 0 to 1")
+    target_activation: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        0.25,
+        description="share of samples to be active, 0 to 1; auto (with scored batches): all while many are predicted "
+        "wrongly, later three times their share, at least 0.5; set at each epoch's end",
+    )
     kp: float = Field(0.1, ge=0, description="proportional gain, threshold units per unit of activation error")
     ki: float = Field(0.01, ge=0, description="integral gain, threshold units per unit of summed error")
     kp_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which kp rises from 0")

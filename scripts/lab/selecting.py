@@ -70,19 +70,21 @@ def with_ties(scores: np.ndarray, threshold: float, target: float, uniforms: np.
     return Chosen(np.flatnonzero(chosen), activation, expected)
 
 
-def out_of_reach(ast: ASTConfig, activations: Sequence[float], thresholds: Sequence[float]) -> bool:
+def out_of_reach(
+    ast: ASTConfig, target: float | None, activations: Sequence[float], thresholds: Sequence[float]
+) -> bool:
     """Whether the threshold sat on its lower bound for the later half of an epoch, with too few samples above it.
 
     Prints so, with the share that is above it.
     """
     later = len(thresholds) // 2
-    if not activations or max(thresholds[later:]) > ast.min_threshold:
+    if target is None or not activations or max(thresholds[later:]) > ast.min_threshold:
         return False
     reached = float(np.mean(activations[later:]))
-    if reached > ast.target_activation - 0.01:
+    if reached > target - 0.01:
         return False
     print_rank0(
-        f"note: ast.target_activation={ast.target_activation:g} is out of reach: only {reached:.3f} of the samples are "
+        f"note: ast.target_activation={target:g} is out of reach: only {reached:.3f} of the samples are "
         f"above ast.min_threshold={ast.min_threshold:g}"
     )
     return True

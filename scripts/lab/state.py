@@ -182,6 +182,7 @@ def warm_up(run: Any) -> None:
                 forward(images, labels)
         network.forward(*inputs)[0].backward()
         run.trainer.clear_gradients()
+        run.selection.warm_up(images, labels)
 
     try:
         with torch.random.fork_rng():

@@ -131,8 +131,8 @@ def draw_curves(axes: Axes, x: str, y: str, study: Study, styles: Mapping[str, d
 def draw_targets(axes: Axes, study: Study, styles: Mapping[str, dict]) -> None:
     """The targets of the controller, each a line in its band."""
     configs = [study.settings[name] for name in styles if study.settings[name].get("ast.mode") == "ast"]
-    targets = {float(config.get("ast.target_activation", "nan")) for config in configs}
-    for target in sorted(target for target in targets if 0 <= target <= 1):
+    texts = {config.get("ast.target_activation", "nan") for config in configs} - {"auto"}
+    for target in sorted(target for target in map(float, texts) if 0 <= target <= 1):
         axes.axhspan(target - ACTIVATION_BAND, target + ACTIVATION_BAND, color="0.85", zorder=0)
         axes.axhline(target, color="0.5", lw=0.8, zorder=0.5)
     axes.set_ylim(0, 1.05)

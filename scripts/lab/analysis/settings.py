@@ -34,12 +34,14 @@ AST_KEYS = set(ASTConfig.model_fields)
 CONTROLLER = {"kp", "ki", "kp_warmup_epochs", "ki_warmup_epochs", "initial_threshold", "min_threshold"}
 CONTROLLER |= {"threshold_unit", "min_active"}
 STORED = {"forget_rate", "explore", "explore_weight_cap"}
+PROXY = {"proxy_model", "proxy_resolution", "proxy_every"}
 IDLE = {  # keys of `ast` that do nothing: by mode, by scoring, by rule
     "dense": AST_KEYS - {"mode"},
     "dense twin": AST_KEYS - {"mode"},
     "random": AST_KEYS - {"mode", "target_activation", "warmup_epochs", "anneal_epochs"},
-    "batch": STORED,
-    "history": {"score_resolution", "score_ahead", "pack", "min_active"},
+    "batch": STORED | PROXY,
+    "proxy": STORED | {"score_resolution", "score_statistics"},
+    "history": PROXY | {"score_statistics", "score_resolution", "score_ahead", "pack", "min_active"},
     "topk": CONTROLLER,
     "infobatch": CONTROLLER | STORED | {"target_activation", "anneal_epochs"},  # it has its own dense end
 }

@@ -137,7 +137,8 @@ class ImageDataset(Dataset):
             except (OSError, ValueError) as error:
                 if getattr(error, "errno", None) in EXHAUSTED:
                     raise
-                name = source if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
+                name = str(source) if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
+                name = name if name.isprintable() else one_line(name)
                 unreadable.append(f"{name}: {one_line(error)}")
         return Sample(None, -1, index, unreadable)
 

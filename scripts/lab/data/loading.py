@@ -153,7 +153,8 @@ def _await_copy(batch: DeviceBatch, copied: torch.cuda.Event) -> DeviceBatch:
 class Scores(NamedTuple):
     """The scores of a batch on their way to the host; of several processes, of the batches of all ranks in order."""
 
-    rows: Tensor  # float32 [2, batch] on the host: significance, nats; 1 for a correct prediction
+    # float32 [2, batch], on the host unless the rule chooses on the device: significance, nats; 1 if predicted right
+    rows: Tensor
     arrived: torch.cuda.Event | None  # when they are there; None: now
     is_model: bool = True  # whether the predictions are those of the network that is trained
 
@@ -163,9 +164,11 @@ class Scores(NamedTuple):
             self.arrived.synchronize()
         return self.rows
 
-    def read(self) -> tuple[Tensor, int]:
-        """(significance float32 [batch] on the host, number of correct predictions)."""
+    def read(self) -> tuple[Tensor, int | Tensor]:
+        """(significance float32 [batch], number of correct predictions); both on the device where they stayed there."""
         significance, correct = self.wait()
+        if significance.is_cuda:
+            return significance, correct.sum()
         if len(significance) and significance.min() == -math.inf:  # padding of a rank with a smaller part
             significance, correct = self.rows[:, significance != -math.inf]
         return significance, int(correct.sum())

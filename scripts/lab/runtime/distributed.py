@@ -190,6 +190,8 @@ class Dist:
     def own_chosen(self, chosen: Tensor, n: int) -> tuple[Tensor, list[int]]:
         """Of indices chosen out of n, int64, ascending: (those in this rank's shard, counted from its start; how many
         each rank has)."""
+        if self.world == 1:
+            return chosen, [len(chosen)]
         edges = torch.tensor(self.shard_edges(n))
         cuts = torch.searchsorted(chosen, edges).tolist()
         return chosen[cuts[self.rank] : cuts[self.rank + 1]] - edges[self.rank], np.diff(cuts).tolist()

@@ -52,6 +52,7 @@ WAYS = {
     "packed": ["ast.pack=true", "ast.target_activation=0.4"],
     "packed, accumulated": ["ast.pack=true", "training.grad_accum_steps=2", "ast.target_activation=0.6"],
     "top-k": ["ast.rule=topk", "ast.pack=true"],
+    "target auto, packed": ["ast.target_activation=auto", "ast.warmup_epochs=1", "ast.pack=true"],
     "history": [*HISTORY, "ast.explore_weight_cap=4"],
     "infobatch": [*HISTORY, "ast.rule=infobatch", "ast.entropy_weight=0"],
     "resident": ["dataset.cache=device", "dataset.augment=pad_crop", "dataset.repeat=2", "training.epochs=2"],
@@ -269,10 +270,11 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(
         assert resumed["training_history"][key] == whole["training_history"][key], key
 
 
-def test_what_waits_on_each_rank_is_its_own_after_a_resumption(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scoring", ["batch", "proxy"])
+def test_what_waits_on_each_rank_is_its_own_after_a_resumption(scoring, tmp_path, monkeypatch):
     """Else BatchNorm would see other batches, and the run would end another way than one left alone."""
     monkeypatch.setattr(train_ast, "get_model", lambda *_: BatchNormNet())
-    keys = [*TWENTY, *WAYS["packed"]]
+    keys = [*TWENTY, *WAYS["packed"], f"ast.scoring={scoring}", "ast.proxy_every=2"]
     one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     whole = ranks(2, lambda rank: train(one)[0], tmp_path / "whole").results()[0]
     ranks(2, lambda rank: train(many, StopAfter(13) if rank else Stop()), tmp_path / "before").results()
