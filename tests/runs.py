@@ -5,6 +5,7 @@ import contextlib
 import faulthandler
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -14,15 +15,38 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+import run_experiment
+from conftest import REPO
+from lab.cli import run_cli
 from lab.config import Config, checkpoint_folder
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.clock import Stop
 
 TIMED = {"step_time_ms", "est_energy_kj", "train_seconds"}
+
+
+def cases(count: int, first: int = 0) -> Iterator[int]:
+    """The numbers of the cases of a long test: `count` from `first` on. A case depends on its number alone.
+
+    AST_LAB_CASES and AST_LAB_FIRST replace them, so that several processes can share a test and one case can be run
+    again. AST_LAB_MINUTES ends the test after that time; it says which cases it has run.
+    """
+    count = int(os.environ.get("AST_LAB_CASES", count))
+    first = int(os.environ.get("AST_LAB_FIRST", first))
+    deadline = time.monotonic() + 60 * float(os.environ.get("AST_LAB_MINUTES", "inf"))
+    for number in range(first, first + count):
+        if time.monotonic() > deadline:
+            return
+        yield number
+
+
+def span(numbers: Sequence[int]) -> str:
+    """Cases without a gap, as text."""
+    return f"{numbers[0]}-{numbers[-1]}" if numbers else "none"
 
 
 class StopAfter(Stop):
@@ -147,6 +171,72 @@ def wait_until(happened: Callable[[], Any], seconds: float = 60) -> Any:
     return outcome
 
 
+SOON = 10.0  # seconds from its error to the end of a run
+PATIENCE = 120.0  # seconds for a whole run, on a busy machine
+
+
+class Ended(NamedTuple):
+    code: int
+    printed: str
+    seconds: float  # from the error line to the end
+    status: str | None  # of the results file
+
+    @property
+    def errors(self) -> list[str]:
+        return [line.removeprefix("error: ") for line in self.printed.splitlines() if line.startswith("error: ")]
+
+
+def watched(poll: Callable[[], int | None], output: Path, act: Callable[[], bool] = lambda: True) -> Ended:
+    """Wait for the end of a run that prints to `output`; `act` is called until it has done something."""
+    deadline, erred, acted = time.monotonic() + PATIENCE, None, False
+    while (code := poll()) is None:
+        assert time.monotonic() < deadline, f"no end: {output.read_text()}"
+        acted = acted or act()
+        if erred is None and "error: " in output.read_text():
+            erred = time.monotonic()
+        time.sleep(0.02)
+    results = sorted(output.parent.glob("out/final_results_*.json"))
+    status = json.loads(results[-1].read_text())["status"] if results else None
+    return Ended(code, output.read_text(), time.monotonic() - (erred or time.monotonic()), status)
+
+
+def forked_run(
+    args: list[str], folder: Path, before: Callable[[], object] = int, act: Callable[[int], bool] = bool
+) -> Ended:
+    """The command in a fork of this process, after `before`; `act` gets its id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "output").unlink(missing_ok=True)
+
+    def work() -> int:
+        os.setsid()
+        multiprocessing.current_process()._config.pop("tempdir", None)
+        before()
+        return run_cli(lambda: run_experiment.main(args))
+
+    with running(work, folder / "output") as child:
+
+        def poll() -> int | None:
+            done, status = os.waitpid(child, os.WNOHANG)
+            return os.waitstatus_to_exitcode(status) if done else None
+
+        return watched(poll, folder / "output", lambda: act(child))
+
+
+def real_run(args: list[str], folder: Path, *prefix: str, act: Callable[[int], bool] = bool, **options: Any) -> Ended:
+    """The command as a user runs it, in a session of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output").open("w") as output:
+        command = [*prefix, sys.executable, str(REPO / "scripts/run_experiment.py"), *args]
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True} | options
+        process = subprocess.Popen(command, cwd=REPO, **options)
+        try:
+            return watched(process.poll, folder / "output", lambda: act(process.pid))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
 @functools.cache
 def meeting_point() -> int:
     """The port of a store in a process of its own, as torchrun has it: to fork beside the store's thread can hang."""
@@ -183,7 +273,7 @@ def as_rank(rank: int, world: int, attempt: int, work: Callable[[int], Any], fol
             os._exit(code)
 
 
-class Ended:
+class EndedRanks:
     """How the processes of `ranks` ended: exit codes, what they printed, what their work returned."""
 
     def __init__(self, codes: list[int], folder: Path):
@@ -207,7 +297,7 @@ def ranks(
     seconds: float = 60,
     missing: Sequence[int] = (),
     disturb: Callable[[list[int]], object] = bool,
-) -> Ended:
+) -> EndedRanks:
     """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out.
 
     disturb: called with the ids of the processes once they are started.
@@ -232,4 +322,4 @@ def ranks(
         process.join()
     texts = "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
     assert not hanging, f"ranks {hanging} did not end\n{texts}"
-    return Ended([process.exitcode for process in processes], folder)
+    return EndedRanks([process.exitcode for process in processes], folder)

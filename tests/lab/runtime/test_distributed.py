@@ -32,7 +32,7 @@ from lab.runtime.distributed import Dist
 from lab.runtime.outputs import Outputs
 from lab.runtime.sample_store import SampleStore
 from lab.state import merged_own, own_state
-from runs import TIMED, Ended, StopAfter, exit_code, final_state, ranks, running, same, untimed, wait_until
+from runs import TIMED, EndedRanks, StopAfter, exit_code, final_state, ranks, running, same, untimed, wait_until
 from train_ast import Run, Trainer, execute, train
 
 # ----------------------------------------------------------------------------------- The same as one process
@@ -347,7 +347,7 @@ def command(config: Config) -> None:
     raise SystemExit(run_cli(lambda: execute(config)))
 
 
-def refused(ended: Ended, code: int, message: str) -> None:
+def refused(ended: EndedRanks, code: int, message: str) -> None:
     assert ended.codes == [code] * len(ended.codes), "\n".join(ended.texts)
     assert len(ended.errors()) == 1, "\n".join(ended.texts)
     assert message in ended.errors()[0]
