@@ -8,12 +8,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,17 +125,23 @@ WAYS = {
 }
 
 
-def forked(work: Callable[[], int], output: Path) -> int:
-    """Start `work` in a process of its own that exits with what it returns. Returns its id."""
+def forked(work: Callable[[], int], output: Path, errors: Path | None = None, text: str | None = None) -> int:
+    """Start `work` in a process of its own that exits with what it returns. Returns its id.
+
+    It prints to the file `output`, and to `errors` if there is one; it reads `text`.
+    """
     output.touch()
     child = os.fork()
     if child:
         return child
     code = 99
-    with output.open("a", 1) as file:
+    with output.open("a", 1) as file, (errors or output).open("a", 1) as error_file:
         try:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            sys.stdout = sys.stderr = file  # pytest's are not those
+            os.dup2(file.fileno(), 1), os.dup2(error_file.fileno(), 2)
+            sys.stdout, sys.stderr = file, error_file  # pytest's are not those
+            if text is not None:
+                reader, writer = os.pipe()
+                os.write(writer, text.encode()), os.close(writer), os.dup2(reader, 0)
             torch.set_num_threads(1)  # the parent's threads have not come along
             atexit._clear()  # the parent's clean up what is the parent's; a command has its own, which may wait
             atexit.register(multiprocessing.util._exit_function)
@@ -141,9 +149,37 @@ def forked(work: Callable[[], int], output: Path) -> int:
         except BaseException:
             traceback.print_exc()
         finally:
-            file.flush()
+            file.flush(), error_file.flush()
             atexit._run_exitfuncs()
             os._exit(code)
+
+
+def command(
+    arguments: Sequence[object], cwd: Path = REPO, variables: Mapping[str, str] | None = None,
+    text: str | None = None, timeout: float = 120,
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """`python <arguments>`, a script's path the first of them, in a fork of this process: it need not import torch.
+
+    variables: added to the environment. text: what it reads from its standard input. What a library reads from the
+    environment while it is imported needs `subprocess.run` instead.
+    """
+    name, *rest = map(str, arguments)
+
+    def work() -> int:
+        os.chdir(cwd)
+        os.environ.update(variables or {})
+        sys.argv = [name, *rest]
+        signal.alarm(int(timeout))
+        try:
+            runpy.run_path(name, run_name="__main__")
+        except SystemExit as left:
+            return left.code or 0
+        return 0
+
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        code = exit_code(forked(work, out, err, text))
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
 def exit_code(child: int) -> int:
