@@ -154,14 +154,12 @@ def forked(work: Callable[[], int], output: Path, errors: Path | None = None, te
             os._exit(code)
 
 
-def command(
-    arguments: Sequence[object], cwd: Path = REPO, variables: Mapping[str, str] | None = None,
-    text: str | None = None, timeout: float = 120,
-) -> subprocess.CompletedProcess:  # fmt: skip
-    """`python <arguments>`, a script's path the first of them, in a fork of this process: it need not import torch.
+def program(
+    arguments: Sequence[object], cwd: Path = REPO, variables: Mapping[str, str] | None = None
+) -> Callable[[], int]:
+    """`python <arguments>`, a script's path the first of them, for a fork of this process: it need not import torch.
 
-    variables: added to the environment. text: what it reads from its standard input. What a library reads from the
-    environment while it is imported needs `subprocess.run` instead.
+    variables: added to the environment. What a library reads from there while it is imported needs a real start.
     """
     name, *rest = map(str, arguments)
 
@@ -169,16 +167,24 @@ def command(
         os.chdir(cwd)
         os.environ.update(variables or {})
         sys.argv = [name, *rest]
-        signal.alarm(int(timeout))
         try:
             runpy.run_path(name, run_name="__main__")
         except SystemExit as left:
             return left.code or 0
         return 0
 
+    return work
+
+
+def command(
+    arguments: Sequence[object], text: str | None = None, timeout: float = 120, **options: Any
+) -> subprocess.CompletedProcess:
+    """What comes of a `program`. text: what it reads from its standard input. options: of `program`."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        code = exit_code(forked(work, out, err, text))
+        with running(program(arguments, **options), out, err, text) as child:
+            wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), timeout)
+            code = exit_code(child)
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
@@ -187,9 +193,9 @@ def exit_code(child: int) -> int:
 
 
 @contextlib.contextmanager
-def running(work: Callable[[], int], output: Path) -> Iterator[int]:
-    """`work` in a process of its own, by its id; killed at the end if it still runs."""
-    child = forked(work, output)
+def running(work: Callable[[], int], output: Path, *streams: Any) -> Iterator[int]:
+    """`work` in a process of its own, by its id; killed at the end if it still runs. streams: as of `forked`."""
+    child = forked(work, output, *streams)
     try:
         yield child
     finally:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.nn.functional
 
+import lab.network
 import lab.runtime.clock
 import lab.runtime.distributed
 import run_experiment
@@ -180,7 +181,7 @@ class SummedBatchNorm(torch.nn.BatchNorm2d):
 @pytest.mark.parametrize("windows", [[[5, 3, 0]], [[5, 3, 0], [0, 1, 3]]])
 def test_the_gradient_through_synchronised_batchnorm_is_that_of_one_process(windows, tmp_path, monkeypatch):
     """Unequal counts, a rank without any, one and two forwards a step."""
-    monkeypatch.setattr(train_ast, "synchronised", lambda model: model)
+    monkeypatch.setattr(lab.network, "synchronised", lambda model: model)
     generator, ends = torch.Generator().manual_seed(0), [0, *itertools.accumulate(chain(*windows))]
     images = torch.randint(0, 256, (ends[-1], 3, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.arange(ends[-1]) % 10
