@@ -17,7 +17,9 @@ from typing import NamedTuple
 import pytest
 
 from conftest import REPO
-from runs import PATIENCE, SOON, Ended, cases, forked_run, real_run, span
+from lab.data import datasets
+from lab.runtime import workers
+from runs import PATIENCE, SOON, Ended, cases, forked_run, real_run, span, wait_until
 
 SMOKE = REPO / "configs/digits_smoke.yaml"
 KEYS = ["dataset.type=folder", "model.name=test_resnet", "dataset.image_size=32", "training.batch_size=8"]
@@ -109,10 +111,10 @@ def test_few_file_handles_are_named(image_folder, tmp_path):
 
 def test_few_file_handles_later_are_named_too(image_folder, tmp_path):
     def fewer(child: int) -> bool:
-        workers = children(child)
-        for worker in workers:
+        found = children(child)
+        for worker in found:
             resource.prlimit(worker, resource.RLIMIT_NOFILE, (5, 5))
-        return len(workers) >= 2
+        return len(found) >= 2
 
     args = arguments(image_folder, tmp_path / "1", "training.epochs=100000")
     ended = forked_run(args, tmp_path / "1", act=fewer)
@@ -145,10 +147,10 @@ def test_a_cpu_without_memory_is_named(image_folder, tmp_path):
 
 def test_a_worker_killed_from_outside_is_named_and_the_others_end(image_folder, tmp_path):
     def kill(child: int) -> bool:
-        workers = children(child)[:1] if list(tmp_path.glob("1/out/checkpoints/*/last.pt")) else []
-        for worker in workers:
+        first = children(child)[:1] if list(tmp_path.glob("1/out/checkpoints/*/last.pt")) else []
+        for worker in first:
             os.kill(worker, signal.SIGKILL)
-        return bool(workers)
+        return bool(first)
 
     args = arguments(image_folder, tmp_path / "1", "training.epochs=100000")
     assert_ended(forked_run(args, tmp_path / "1", act=kill), 1, "a loader worker died")
@@ -188,6 +190,26 @@ def test_a_signal_to_the_whole_group_reaches_one_end(number, image_folder, tmp_p
     assert (ended.code, ended.status) == (128 + number, "interrupted"), ended.printed
     assert "Traceback" not in ended.printed
     assert "error: " not in ended.printed
+
+
+def test_a_run_that_waits_for_a_worker_that_hangs_says_so(image_folder, tmp_path, monkeypatch):
+    """As on a disk that does not answer: the worker lives. When the disk answers, the run goes on."""
+    monkeypatch.setattr(workers, "WORTH_A_LINE", 1.0)
+    (hangs := tmp_path / "hangs").touch()
+    read = datasets.read_picture
+
+    def slow_disk() -> None:
+        datasets.read_picture = lambda path: wait_until(lambda: not hangs.exists()) and read(path)
+
+    def look(child: int) -> bool:
+        told = "waiting for data: " in (tmp_path / "1/output").read_text()
+        hangs.unlink() if told else None
+        return told
+
+    ended = forked_run(arguments(image_folder, tmp_path / "1"), tmp_path / "1", slow_disk, look)
+    assert (ended.code, ended.status) == (0, "completed"), ended.printed
+    (line,) = [line for line in ended.printed.splitlines() if line.startswith("waiting for data: ")]
+    assert line.endswith(" s: does the disk answer? a second Ctrl-C ends the run")
 
 
 # ------------------------------------------------------------------------------------------------ Long
