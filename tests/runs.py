@@ -226,7 +226,8 @@ class Ended(NamedTuple):
 
     @property
     def errors(self) -> list[str]:
-        return [line.removeprefix("error: ") for line in self.printed.splitlines() if line.startswith("error: ")]
+        lines = [line.lstrip("\0") for line in self.printed.splitlines()]  # torch's handler of SIGBUS ends with a \0
+        return [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
 
 
 def watched(poll: Callable[[], int | None], output: Path, act: Callable[[], bool] = lambda: True) -> Ended:

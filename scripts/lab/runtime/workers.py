@@ -41,6 +41,8 @@ SOCKET_FOLDER = 70  # bytes that a worker's temporary folder may have; a socket'
 
 HANDLES_A_WORKER = 11  # open files: two pipes and a sentinel, and three tensors of each of its two batches
 
+SMALL = 64  # MB of /dev/shm, what Docker gives: a worker that ends without a word has probably filled it
+
 WORTH_A_LINE = 60.0  # seconds of waiting for a batch, after which a process says so
 
 _iterators: weakref.WeakSet = weakref.WeakSet()  # those that may have workers
@@ -167,7 +169,17 @@ def worker_error(error: BaseException) -> str | None:
     note = b"" if _note is None else _note[:].rstrip(b"\0")
     if lost and note:
         return one_line(note.decode(errors="replace"))
+    if "exited unexpectedly" in str(error) and (megabytes := _shared_megabytes()) <= SMALL:  # torch 2.6 says no more
+        return f"{one_line(error)}, perhaps by a Bus error: /dev/shm has {megabytes:.0f} MB"
     return None
+
+
+def _shared_megabytes() -> float:
+    try:
+        facts = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):
+        return math.inf
+    return facts.f_blocks * facts.f_frsize / 2**20
 
 
 def _prepare(workers: int) -> None:
