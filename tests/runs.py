@@ -5,24 +5,51 @@ import contextlib
 import faulthandler
 import functools
 import itertools
+import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+import run_experiment
+from conftest import REPO
+from lab.cli import run_cli
 from lab.config import Config, checkpoint_folder
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.clock import Stop
 
 TIMED = {"step_time_ms", "est_energy_kj", "train_seconds"}
+
+
+def cases(count: int, first: int = 0) -> Iterator[int]:
+    """The numbers of the cases of a long test: `count` from `first` on. A case depends on its number alone.
+
+    AST_LAB_CASES and AST_LAB_FIRST replace them, so that several processes can share a test and one case can be run
+    again. AST_LAB_MINUTES ends the test after that time; it says which cases it has run.
+    """
+    count = int(os.environ.get("AST_LAB_CASES", count))
+    first = int(os.environ.get("AST_LAB_FIRST", first))
+    deadline = time.monotonic() + 60 * float(os.environ.get("AST_LAB_MINUTES", "inf"))
+    for number in range(first, first + count):
+        if time.monotonic() > deadline:
+            return
+        yield number
+        print(f"done {number}", flush=True)  # for whoever has to end the test before its end
+
+
+def span(numbers: Sequence[int]) -> str:
+    """Cases without a gap, as text."""
+    return f"{numbers[0]}-{numbers[-1]}" if numbers else "none"
 
 
 class StopAfter(Stop):
@@ -103,17 +130,23 @@ WAYS = {
 }
 
 
-def forked(work: Callable[[], int], output: Path) -> int:
-    """Start `work` in a process of its own that exits with what it returns. Returns its id."""
+def forked(work: Callable[[], int], output: Path, errors: Path | None = None, text: str | None = None) -> int:
+    """Start `work` in a process of its own that exits with what it returns. Returns its id.
+
+    It prints to the file `output`, and to `errors` if there is one; it reads `text`.
+    """
     output.touch()
     child = os.fork()
     if child:
         return child
     code = 99
-    with output.open("a", 1) as file:
+    with output.open("a", 1) as file, (errors or output).open("a", 1) as error_file:
         try:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            sys.stdout = sys.stderr = file  # pytest's are not those
+            os.dup2(file.fileno(), 1), os.dup2(error_file.fileno(), 2)
+            sys.stdout, sys.stderr = file, error_file  # pytest's are not those
+            if text is not None:
+                reader, writer = os.pipe()
+                os.write(writer, text.encode()), os.close(writer), os.dup2(reader, 0)
             torch.set_num_threads(1)  # the parent's threads have not come along
             atexit._clear()  # the parent's clean up what is the parent's; a command has its own, which may wait
             atexit.register(multiprocessing.util._exit_function)
@@ -121,9 +154,43 @@ def forked(work: Callable[[], int], output: Path) -> int:
         except BaseException:
             traceback.print_exc()
         finally:
-            file.flush()
+            file.flush(), error_file.flush()
             atexit._run_exitfuncs()
             os._exit(code)
+
+
+def program(
+    arguments: Sequence[object], cwd: Path = REPO, variables: Mapping[str, str] | None = None
+) -> Callable[[], int]:
+    """`python <arguments>`, a script's path the first of them, for a fork of this process: it need not import torch.
+
+    variables: added to the environment. What a library reads from there while it is imported needs a real start.
+    """
+    name, *rest = map(str, arguments)
+
+    def work() -> int:
+        os.chdir(cwd)
+        os.environ.update(variables or {})
+        sys.argv = [name, *rest]
+        try:
+            runpy.run_path(name, run_name="__main__")
+        except SystemExit as left:
+            return left.code or 0
+        return 0
+
+    return work
+
+
+def command(
+    arguments: Sequence[object], text: str | None = None, timeout: float = 120, **options: Any
+) -> subprocess.CompletedProcess:
+    """What comes of a `program`. text: what it reads from its standard input. options: of `program`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        with running(program(arguments, **options), out, err, text) as child:
+            wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), timeout)
+            code = exit_code(child)
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
 def exit_code(child: int) -> int:
@@ -131,9 +198,9 @@ def exit_code(child: int) -> int:
 
 
 @contextlib.contextmanager
-def running(work: Callable[[], int], output: Path) -> Iterator[int]:
-    """`work` in a process of its own, by its id; killed at the end if it still runs."""
-    child = forked(work, output)
+def running(work: Callable[[], int], output: Path, *streams: Any) -> Iterator[int]:
+    """`work` in a process of its own, by its id; killed at the end if it still runs. streams: as of `forked`."""
+    child = forked(work, output, *streams)
     try:
         yield child
     finally:
@@ -150,6 +217,73 @@ def wait_until(happened: Callable[[], Any], seconds: float = 60) -> Any:
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.002)
     return outcome
+
+
+SOON = 10.0  # seconds from its error to the end of a run
+PATIENCE = 120.0  # seconds for a whole run, on a busy machine
+
+
+class Ended(NamedTuple):
+    code: int
+    printed: str
+    seconds: float  # from the error line to the end
+    status: str | None  # of the results file
+
+    @property
+    def errors(self) -> list[str]:
+        lines = [line.lstrip("\0") for line in self.printed.splitlines()]  # torch's handler of SIGBUS ends with a \0
+        return [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+
+
+def watched(poll: Callable[[], int | None], output: Path, act: Callable[[], bool] = lambda: True) -> Ended:
+    """Wait for the end of a run that prints to `output`; `act` is called until it has done something."""
+    deadline, erred, acted = time.monotonic() + PATIENCE, None, False
+    while (code := poll()) is None:
+        assert time.monotonic() < deadline, f"no end: {output.read_text()}"
+        acted = acted or act()
+        if erred is None and "error: " in output.read_text():
+            erred = time.monotonic()
+        time.sleep(0.02)
+    results = sorted(output.parent.glob("out/final_results_*.json"))
+    status = json.loads(results[-1].read_text())["status"] if results else None
+    return Ended(code, output.read_text(), time.monotonic() - (erred or time.monotonic()), status)
+
+
+def forked_run(
+    args: list[str], folder: Path, before: Callable[[], object] = int, act: Callable[[int], bool] = bool
+) -> Ended:
+    """The command in a fork of this process, after `before`; `act` gets its id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "output").unlink(missing_ok=True)
+
+    def work() -> int:
+        os.setsid()
+        multiprocessing.current_process()._config.pop("tempdir", None)
+        before()
+        return run_cli(lambda: run_experiment.main(args))
+
+    with running(work, folder / "output") as child:
+
+        def poll() -> int | None:
+            done, status = os.waitpid(child, os.WNOHANG)
+            return os.waitstatus_to_exitcode(status) if done else None
+
+        return watched(poll, folder / "output", lambda: act(child))
+
+
+def real_run(args: list[str], folder: Path, *prefix: str, act: Callable[[int], bool] = bool, **options: Any) -> Ended:
+    """The command as a user runs it, in a session of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output").open("w") as output:
+        command = [*prefix, sys.executable, str(REPO / "scripts/run_experiment.py"), *args]
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True} | options
+        process = subprocess.Popen(command, cwd=REPO, **options)
+        try:
+            return watched(process.poll, folder / "output", lambda: act(process.pid))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 @functools.cache
@@ -188,7 +322,7 @@ def as_rank(rank: int, world: int, attempt: int, work: Callable[[int], Any], fol
             os._exit(code)
 
 
-class Ended:
+class EndedRanks:
     """How the processes of `ranks` ended: exit codes, what they printed, what their work returned."""
 
     def __init__(self, codes: list[int], folder: Path):
@@ -212,7 +346,7 @@ def ranks(
     seconds: float = 60,
     missing: Sequence[int] = (),
     disturb: Callable[[list[int]], object] = bool,
-) -> Ended:
+) -> EndedRanks:
     """`work(rank)` in `world` processes that torchrun might have started, those `missing` left out.
 
     disturb: called with the ids of the processes once they are started.
@@ -237,4 +371,4 @@ def ranks(
         process.join()
     texts = "\n".join(path.read_text() for path in sorted(folder.glob("*.out")))
     assert not hanging, f"ranks {hanging} did not end\n{texts}"
-    return Ended([process.exitcode for process in processes], folder)
+    return EndedRanks([process.exitcode for process in processes], folder)

@@ -207,7 +207,14 @@ def figures_in(tmp_path, monkeypatch, **variables):
     return (tmp_path / "plots" / "accuracy.png").read_bytes()
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "TkAgg"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "module://matplotlib_inline.backend_inline",
+        pytest.param("nonsense", marks=pytest.mark.long),
+        pytest.param("TkAgg", marks=pytest.mark.long),
+    ],
+)
 def test_the_backend_of_a_notebook_is_no_matter(backend, tmp_path, monkeypatch):
     figures_in(tmp_path, monkeypatch, MPLBACKEND=backend)
 

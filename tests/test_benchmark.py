@@ -10,6 +10,7 @@ from lab.benchmark.timing import Loop, StepRow, show_steps
 from lab.cli import run_cli
 from lab.config import Config
 from lab.models import get_model
+from runs import command
 
 SMALL = ["--model", "test_resnet", "--classes", "10", "--image-size", "32", "--batch-size", "32"]
 SMALL += ["--steps", "2", "--repeats", "2"]
@@ -68,10 +69,10 @@ def one_process(tmp_path_factory) -> Path:
     return path
 
 
-def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, script, one_process):
+def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_process):
     path, options = tmp_path / "steps.json", ["--no-compile", "--device", "cpu", "--score-resolution", "16"]
     files = ["--json", path, "--plot", tmp_path / "steps.png", "--single", one_process]
-    done = script("benchmark", "steps", *SMALL, *options, "--steps", "4", "--nproc", "2", *files)
+    done = command(["scripts/benchmark.py", "steps", *SMALL, *options, "--steps", "4", "--nproc", "2", *files])
     assert done.returncode == 0, done.stderr
     saved, single = (json.loads(each.read_text()) for each in (path, one_process))
     assert (saved["processes"], saved["batch_size"], single["processes"]) == (2, 32, 1)
@@ -116,8 +117,8 @@ def test_one_process_shows_neither_collectives_nor_speed_up(one_process):
     assert not any("collectives" in row or "speed_up" in row for row in result["rows"].values())
 
 
-def test_what_goes_wrong_in_the_processes_is_said_once(script):
-    done = script("benchmark", "steps", *SMALL, "--device", "cpu", "--nproc", "2", "--model", "resnt50")
+def test_what_goes_wrong_in_the_processes_is_said_once():
+    done = command(["scripts/benchmark.py", "steps", *SMALL, "--device", "cpu", "--nproc", "2", "--model", "resnt50"])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: model.name: ")
     assert done.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from lab.config import Config
 from lab.errors import TrainingFailed
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.clock import Stop
-from runs import WAYS, exit_code, final_state, forked, ranks, running, same, untimed, wait_until
+from runs import WAYS, cases, exit_code, final_state, forked, ranks, running, same, span, untimed, wait_until
 from train_ast import execute, train
 
 TINY = ["model.name=test_resnet", "dataset.image_size=8", "training.batch_size=32", "training.lr=0.05"]
@@ -27,8 +27,6 @@ TINY += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "trainin
 
 
 PAIRED = ["ast", "packed, accumulated", "two workers", "history, two workers", "resident crops"]  # two processes
-KILLS = int(os.environ.get("AST_LAB_KILLS", 500))  # of the long form
-SEED = 0
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +64,7 @@ def kill_and_resume(config: Config, dice: random.Random, seconds: float, kills: 
     folder.mkdir(parents=True)
 
     def kill(children: list[int]) -> None:
-        time.sleep(dice.uniform(0, seconds))
+        time.sleep(dice.uniform(0, 0.9 * seconds))
         os.kill(dice.choice(children), dice.choice([signal.SIGKILL, signal.SIGTERM]))
 
     for _ in range(kills):
@@ -77,11 +75,11 @@ def kill_and_resume(config: Config, dice: random.Random, seconds: float, kills: 
     return hits
 
 
-def kill_test(tmp_path: Path, ways: list[str], runs: int, kills: int, processes: int = 1) -> None:
-    """In each of `runs` a run is killed `kills` times, and must end bit for bit as one that nothing happens to."""
-    dice, hits, whole = random.Random(SEED), 0, {}
-    for run in range(runs):
-        way = ways[run % len(ways)]
+def kill_test(tmp_path: Path, ways: list[str], numbers: Iterable[int], kills: int, processes: int = 1) -> None:
+    """Each run is killed `kills` times, and must end bit for bit as one that nothing happens to."""
+    hits, whole, done = 0, {}, []
+    for run in numbers:
+        dice, way = random.Random(run), ways[run % len(ways)]
 
         def config(folder, *more, way=way):
             log = [f"logging.output_dir={tmp_path / folder}", f"logging.jsonl_path={tmp_path / folder}/log.jsonl"]
@@ -102,8 +100,10 @@ def kill_test(tmp_path: Path, ways: list[str], runs: int, kills: int, processes:
         logs = [(tmp_path / each / "log.jsonl").read_text().splitlines() for each in (name, f"run{run}")]
         assert [json.loads(line)["epoch"] for line in logs[1]] == [1, 2, 3, 4]
         assert [json.loads(line)["val_acc"] for line in logs[1]] == [json.loads(line)["val_acc"] for line in logs[0]]
-    print(f"{processes} processes, {runs} runs, {hits} of {runs * kills} kills hit a running process, seed {SEED}")
-    assert hits >= runs * kills / 3
+        done.append(run)
+    wanted = len(done) * kills
+    print(f"ENDS kills: {processes} processes, cases {span(done)}, {hits} of {wanted} kills hit a running process")
+    assert hits >= wanted / 3 or wanted < 12  # by chance
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def kill_test(tmp_path: Path, ways: list[str], runs: int, kills: int, processes:
     [(1, ["packed, accumulated", "two workers", "resident crops"], 5), (2, PAIRED[1:3], 2)],
 )
 def test_killed_runs_end_as_the_uninterrupted_one(processes, ways, runs, tmp_path):
-    kill_test(tmp_path, ways, runs, kills=3, processes=processes)
+    kill_test(tmp_path, ways, range(runs), kills=3, processes=processes)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("processes", "ways"), [(1, list(WAYS)), (2, PAIRED)])
 def test_hundreds_of_killed_runs_end_as_the_uninterrupted_one(processes, ways, tmp_path):
-    """Two thirds of the kills hit runs of one process, a third runs of two."""
-    kill_test(tmp_path, ways, runs=KILLS * (3 - processes) // 9 + 1, kills=3, processes=processes)
+    """500 kills: two thirds of them hit runs of one process, a third runs of two."""
+    kill_test(tmp_path, ways, cases(112 // processes), kills=3, processes=processes)
 
 
 def terminate_test(tmp_path: Path, times: int) -> None:
@@ -196,7 +196,7 @@ def test_a_worker_that_is_killed_is_named(tmp_path, image_folder):
 
     folders = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
     more = ["training.num_workers=1", "training.batch_size=4", "ast.mode=dense", f"logging.output_dir={tmp_path}/o"]
-    died = r"a loader worker died: DataLoader worker .* killed by signal: Killed.*out of memory"
+    died = r"a loader worker died: DataLoader worker .* (killed by signal: Killed|exited unexpectedly).*out of memory"
     with pytest.raises(TrainingFailed, match=died):
         train(make_config(*TINY, "dataset.type=folder", *folders, *more), Killer())
     (path,) = (tmp_path / "o").glob("final_results_*.json")

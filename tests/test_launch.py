@@ -8,18 +8,12 @@ import pytest
 
 from conftest import REPO
 from helpers import write_run
+from runs import command
 
 QUICK = "model.name=test_resnet dataset.image_size=8 dataset.max_train_samples=32 dataset.max_val_samples=16 "
 QUICK += "training.device=cpu training.num_workers=0 training.epochs=1 ast.mode=dense"
 RUN = ["scripts/run_experiment.py", "--config", "configs/digits_smoke.yaml", *QUICK.split()]
 ALONE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}  # nobody is there
-
-
-def command(arguments, variables, **options):
-    environment = os.environ | variables
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=REPO, env=environment, capture_output=True, text=True, **options
-    )
 
 
 @pytest.mark.parametrize(
@@ -35,7 +29,7 @@ def command(arguments, variables, **options):
     ],
 )
 def test_a_malformed_variable_is_named(variables, named, tmp_path):
-    done = command([*RUN, "--output-dir", tmp_path], variables, timeout=60)
+    done = command([*RUN, "--output-dir", tmp_path], variables=variables, timeout=60)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: {named}: expected a whole number ")
     assert done.stderr.count("\n") == 1
@@ -50,16 +44,16 @@ def test_what_does_not_train_ignores_them(variables, tmp_path):
         [*sweep, "--dry-run"],
         ["scripts/analyze_results.py", "--results-dir", tmp_path],
     ):
-        done = command(arguments, variables, timeout=30)
+        done = command(arguments, variables=variables, timeout=30)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout
-    done = command([*RUN, "--dry-run", "training.lr=x"], variables, timeout=30)
+    done = command([*RUN, "--dry-run", "training.lr=x"], variables=variables, timeout=30)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_the_runs_of_a_sweep_are_alone(tmp_path):
     sweep = ["scripts/run_sweep.py", "--configs", "configs/digits_smoke.yaml", *QUICK.split()]
-    done = command([*sweep, "--output-dir", tmp_path], ALONE, timeout=60)
+    done = command([*sweep, "--output-dir", tmp_path], variables=ALONE, timeout=60)
     assert done.returncode == 0, done.stdout
     assert len(list(tmp_path.glob("final_results_*.json"))) == 1
 
@@ -70,7 +64,9 @@ def test_a_run_that_waits_for_others_says_so_and_ends_in_a_line(rank, tmp_path):
     program += "from lab.runtime import distributed; distributed.CONTACT_SECONDS, distributed.WORTH_A_LINE = 4, 1; "
     program += "sys.exit(run_cli(lambda: run_experiment.main(sys.argv[1:])))"
     arguments = ["-c", program, *RUN[1:], "--output-dir", tmp_path]
-    done = command(arguments, ALONE | {"RANK": rank}, timeout=60)
+    environment = os.environ | ALONE | {"RANK": rank}
+    line = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     said, *_, error = done.stderr.splitlines()
     assert said.startswith(f"rank {rank} waits for the other 1 of WORLD_SIZE=2 processes at 127.0.0.1:29517: ")

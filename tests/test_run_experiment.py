@@ -16,8 +16,10 @@ from conftest import REPO
 from helpers import run_digits
 from lab.cli import run_cli
 from lab.errors import RequestError
+from runs import command
 from train_ast import load_config
 
+SCRIPT = "scripts/run_experiment.py"
 CONFIG = str(REPO / "configs/digits_smoke.yaml")
 
 
@@ -59,8 +61,8 @@ def test_a_wrong_request_is_exit_code_2_and_one_line(args, message, capsys, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_config_as_a_command(script):
-    done = script("run_experiment", "--config", "configs/nowhere.yaml")
+def test_missing_config_as_a_command():
+    done = command([SCRIPT, "--config", "configs/nowhere.yaml"])
     assert done.returncode == 2
     assert done.stderr == "error: configs/nowhere.yaml: cannot read the config: No such file or directory\n"
 
@@ -87,18 +89,18 @@ def test_a_hub_that_does_not_answer_is_one_line_within_seconds(more, script, mon
     assert "network" in done.stderr
 
 
-def test_a_failed_run_is_exit_code_1(script, tmp_path):
+def test_a_failed_run_is_exit_code_1(tmp_path):
     args = ["ast.mode=dense", "training.lr=1e20", "training.optimizer=sgd", "--output-dir", tmp_path]
-    done = script("run_experiment", "--config", "configs/digits_smoke.yaml", *args)
+    done = command([SCRIPT, "--config", CONFIG, *args])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: non-finite loss in epoch 1, step")
     assert len(list(tmp_path.glob("final_results_*.json"))) == 1
 
 
-def test_secrets_of_the_environment_stay_out_of_the_results(script, monkeypatch, tmp_path):
+def test_secrets_of_the_environment_stay_out_of_the_results(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_planted_secret")
     quick = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "--output-dir", tmp_path]
-    done = script("run_experiment", "--config", "configs/digits_smoke.yaml", *quick)
+    done = command([SCRIPT, "--config", CONFIG, *quick])
     assert done.returncode == 0, done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"last.pt", "best.pt"} < {path.name for path in files}
@@ -110,9 +112,9 @@ SMALL = ["dataset.max_train_samples=512", "training.epochs=4", "ast.warmup_epoch
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processes, tmp_path, script):
+def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processes, tmp_path):
     options = ["--output-dir", tmp_path, f"logging.jsonl_path={tmp_path}/log.jsonl", "training.device=cpu"]
-    done = script("run_experiment", "--config", CONFIG, "--nproc", processes, "--dense-twin", *SMALL, *options)
+    done = command([SCRIPT, "--config", CONFIG, "--nproc", processes, "--dense-twin", *SMALL, *options])
     assert done.returncode == 0, done.stderr
     printed = done.stdout
     assert printed.count("verdict: ") == 1

@@ -17,7 +17,7 @@ from lab.cli import run_cli
 from lab.data import cache
 from lab.errors import RequestError
 from run_sweep import main
-from runs import wait_until
+from runs import command, wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "training.batch_size=16"]
@@ -200,8 +200,7 @@ def test_missing_configs_are_refused_and_write_nothing_anywhere(flags, tmp_path,
 
 
 def sweep_from_stdin(text, *args):
-    command = [sys.executable, "scripts/run_sweep.py", "--configs", "/dev/stdin", *args]
-    return subprocess.run(command, cwd=REPO, input=text, capture_output=True, text=True, timeout=120)
+    return command(["scripts/run_sweep.py", "--configs", "/dev/stdin", *args], text=text)
 
 
 @pytest.mark.parametrize("flags", [[], ["--one-process"]])

@@ -1,6 +1,7 @@
 """Text and numbers reach the program as they were typed: from flags, overrides, sweeps and files, to every process."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import run_sweep
 from conftest import REPO
 from lab.cli import run_cli
 from lab.config import Config, dump_config
+from runs import command
 from train_ast import load_config
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
@@ -119,11 +121,11 @@ def test_json_may_have_tabs_and_no_key_twice(tmp_path):
 
 def refusal(path, *args):
     """What a dry run of a config says on stderr, with exit code 2."""
-    command = [sys.executable, "scripts/run_experiment.py", "--config", str(path), "--dry-run", *args]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, timeout=60)
+    args = [os.fsdecode(arg) for arg in args]
+    done = command(["scripts/run_experiment.py", "--config", path, "--dry-run", *args])
     assert done.returncode == 2, done.stderr
-    assert done.stdout == b""
-    return done.stderr.decode()
+    assert done.stdout == ""
+    return done.stderr
 
 
 @pytest.mark.parametrize(
@@ -152,8 +154,8 @@ def test_arguments_that_are_no_text_are_refused():
 def test_an_env_file_that_is_not_utf_8_is_named(tmp_path):
     shutil.copytree(REPO / "scripts", tmp_path / "scripts")
     (tmp_path / ".env").write_bytes(b"HF_TOKEN=\xe4\n")
-    command = [sys.executable, tmp_path / "scripts/analyze_results.py", "--results-dir", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    line = [sys.executable, tmp_path / "scripts/analyze_results.py", "--results-dir", tmp_path]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(f"error: {tmp_path}/.env: ")
 
@@ -163,8 +165,7 @@ def test_every_process_of_a_run_gets_the_text_as_it_is(tmp_path):
     folder = tmp_path / "a  b #3 ${local_rank} $$ 'c' \"d\""
     log = folder / "1_000: [x].jsonl"
     args = ["--config", DIGITS, "--nproc", "2", "--output-dir", str(folder), f"logging.jsonl_path={log}", *QUICK]
-    command = [sys.executable, "scripts/run_experiment.py", *args]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    done = command(["scripts/run_experiment.py", *args])
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     (path,) = folder.glob("final_results_*.json")

@@ -2,10 +2,9 @@
 
 import json
 import math
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 
-from conftest import REPO, BatchNormNet, LayerNormNet, make_batch, make_config, make_run, trained_on
+from conftest import BatchNormNet, LayerNormNet, make_batch, make_config, make_run, trained_on
 from lab.errors import RequestError, TrainingFailed
 from lab.runtime.clock import Stop
 from lab.runtime.devices import resolve_amp_dtype, resolve_device
@@ -22,6 +21,7 @@ from lab.runtime.optimizer import lr_at
 from lab.runtime.outputs import save_results
 from lab.sections import TrainingConfig
 from lab.state import warm_up
+from runs import exit_code, program, running, wait_until
 from train_ast import HISTORY_KEYS, Run, train
 
 DOCUMENTED = ["best_accuracy", "total_time_hours", "epochs_completed", "training_history"]
@@ -179,14 +179,13 @@ def test_an_image_that_breaks_later_keeps_the_finished_epochs(tmp_path, image_fo
 def test_a_signal_ends_the_run_with_its_results(number, code, tmp_path):
     log = tmp_path / "log.jsonl"
     overrides = [*FAST, "training.epochs=100000", f"logging.output_dir={tmp_path}", f"logging.jsonl_path={log}"]
-    command = [sys.executable, "scripts/train_ast.py", "--config", "configs/digits_smoke.yaml", *overrides]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=30)
-    assert process.returncode == code, err
+    work = program(["scripts/train_ast.py", "--config", "configs/digits_smoke.yaml", *overrides])
+    with running(work, tmp_path / "out", tmp_path / "err") as child:
+        wait_until(lambda: log.exists() and log.read_text())
+        os.kill(child, number)
+        ended = exit_code(child)
+    out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
+    assert ended == code, err
     (path,) = tmp_path.glob("final_results_*.json")
     saved = json.loads(path.read_text())
     assert saved["status"] == "interrupted"

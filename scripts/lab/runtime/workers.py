@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import math
 import mmap
 import multiprocessing
 import multiprocessing.util
@@ -29,15 +30,20 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lab.errors import RequestError, TrainingFailed, one_line
-from lab.streams import forget_unprinted
+from lab.streams import forget_unprinted, print_progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 SOCKET_FOLDER = 70  # bytes that a worker's temporary folder may have; a socket's path has 107
 
 HANDLES_A_WORKER = 11  # open files: two pipes and a sentinel, and three tensors of each of its two batches
+
+SMALL = 64  # MB of /dev/shm, what Docker gives: a worker that ends without a word has probably filled it
+
+WORTH_A_LINE = 60.0  # seconds of waiting for a batch, after which a process says so
 
 _iterators: weakref.WeakSet = weakref.WeakSet()  # those that may have workers
 
@@ -64,8 +70,30 @@ class Packing:
         return Packed(self.collate(samples))
 
 
+class _Batches(_MultiProcessingDataLoaderIter):
+    """An epoch's batches. Where none comes for WORTH_A_LINE seconds, it says so, once, and waits on.
+
+    Such a worker lives, and a disk or a network keeps it. That it takes long is no fault: nobody knows how long a file
+    may take. So the run goes on when the batch comes, and whoever reads the line decides.
+    """
+
+    waiting_since: float | None = None  # time.monotonic() seconds; inf once it has been said
+
+    def _try_get_data(
+        self, *args: Any, **options: Any
+    ) -> tuple[bool, Any]:  # torch calls it every 5 s until it is true
+        since = self.waiting_since or time.monotonic()
+        there, data = super()._try_get_data(*args, **options)
+        if not there and time.monotonic() - since > WORTH_A_LINE:
+            why = f"no loader worker has sent a batch for {time.monotonic() - since:.0f} s: does the disk answer?"
+            print_progress(f"waiting for data: {why} a second Ctrl-C ends the run")
+            since = math.inf
+        self.waiting_since = None if there else since
+        return there, data
+
+
 class WorkerLoader(DataLoader):
-    """A DataLoader whose workers never outlive the run, and never leave it waiting."""
+    """A DataLoader whose workers never outlive the run, and never leave it waiting in silence."""
 
     def __init__(self, *args: Any, collate_fn: Callable[[Any], Any] | None = None, **options: Any):
         collate_fn = collate_fn or default_collate
@@ -73,6 +101,9 @@ class WorkerLoader(DataLoader):
             collate_fn = Packing(collate_fn)
             options["worker_init_fn"] = _begin
         super().__init__(*args, collate_fn=collate_fn, **options)
+
+    def _get_iterator(self) -> Iterator[Any]:
+        return _Batches(self) if self.num_workers else super()._get_iterator()
 
     def __iter__(self) -> Iterator[Any]:
         """Raises RequestError or TrainingFailed where the workers cannot be started."""
@@ -138,7 +169,17 @@ def worker_error(error: BaseException) -> str | None:
     note = b"" if _note is None else _note[:].rstrip(b"\0")
     if lost and note:
         return one_line(note.decode(errors="replace"))
+    if "exited unexpectedly" in str(error) and (megabytes := _shared_megabytes()) <= SMALL:  # torch 2.6 says no more
+        return f"{one_line(error)}, perhaps by a Bus error: /dev/shm has {megabytes:.0f} MB"
     return None
+
+
+def _shared_megabytes() -> float:
+    try:
+        facts = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):
+        return math.inf
+    return facts.f_blocks * facts.f_frsize / 2**20
 
 
 def _prepare(workers: int) -> None:

@@ -3,21 +3,20 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from conftest import REPO, save_picture
+from conftest import save_picture
 from helpers import folder_config
 from lab.benchmark.timing import pil_float_loader
 from lab.data.datasets import folder_dataset
 from lab.data.folders import MAX_FILE_BYTES, scan_folder
 from lab.data.loading import EpochPlan, device_batches
 from lab.errors import RequestError
+from runs import command
 from train_ast import build_dataloaders, build_datasets
 
 CPU = torch.device("cpu")
@@ -121,8 +120,7 @@ def test_a_run_on_a_folder_with_a_fifo_goes_through_and_says_so(image_folder, tm
     keys = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
     keys += ["model.name=test_resnet", "training.batch_size=8", "ast.mode=dense", "dataset.image_size=16"]
     keys += ["training.device=cpu", "training.epochs=1", f"logging.output_dir={tmp_path}/out"]
-    command = [sys.executable, "scripts/run_experiment.py", "--config", "configs/digits_smoke.yaml", *keys]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=100)
+    done = command(["scripts/run_experiment.py", "--config", "configs/digits_smoke.yaml", *keys])
     assert done.returncode == 0, done.stderr
     assert "dataset.train_dir: skipped: FIFOs, sockets and devices 1\n" in done.stdout
 
