@@ -121,13 +121,14 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, parameters | buffers).to("meta")
 
 
-def forward_shapes(model: nn.Module, side: int, samples: int = 2, training: bool = True) -> None:
-    """Forward so many pictures of `side` px, on shapes alone where the model can. Raises what a layer raises."""
+def forward_shapes(model: nn.Module, side: int, samples: int = 2, training: bool = True) -> torch.Size:
+    """Forward so many pictures of `side` px, on shapes alone where the model can. Returns the logits' shape. Raises
+    what a layer raises."""
     try:
-        on_meta(model).train(training)(torch.empty(samples, 3, side, side, device="meta"))
+        return on_meta(model).train(training)(torch.empty(samples, 3, side, side, device="meta")).shape
     except NotImplementedError:  # it looks at values
         with torch.no_grad():
-            copy.deepcopy(model).cpu().train(training)(torch.zeros(samples, 3, side, side))
+            return copy.deepcopy(model).cpu().train(training)(torch.zeros(samples, 3, side, side)).shape
 
 
 def takes_one_sample(model: nn.Module, side: int) -> bool:
