@@ -95,6 +95,19 @@ WAYS = {
     ],
     "infobatch": ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"],
     "top-k": ["ast.rule=topk", "ast.pack=true"],
+    "mixed, averaged, LAMB": [
+        *("training.mixup=0.2", "training.cutmix=1.0", "training.weight_average=0.9", "training.optimizer=lamb"),
+        *("dataset.augment_policy=trivial_augment", "dataset.random_erasing=0.5", "ast.pack=true"),
+    ],
+    "resident, erased, Muon": [
+        *("dataset.cache=device", "dataset.augment=pad_crop", "dataset.random_erasing=0.5", "training.cutmix=1.0"),
+        *("training.weight_average=0.9", "training.optimizer=muon", "training.lr_schedule=step"),
+        *("training.grad_accum_steps=2", "ast.mode=dense"),
+    ],
+    "layers, Adam": [
+        *("training.layer_decay=0.8", "training.optimizer=adam", "training.lr_schedule=linear", "ast.mode=random"),
+        *("dataset.augment_policy=rand_augment", "ast.target_activation=0.9"),
+    ],
 }
 
 

@@ -106,7 +106,7 @@ class ResidentLoader:
         self.augmentation, self.side = dataset.augmentation, cached_side(config.dataset)
         self.sample_indices = torch.from_numpy(indices).to(device)
         self.read_errors = ReadErrors(config.dataset.max_bad_images)
-        key = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
+        key = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise", "random_erasing"}))
         decoded = (SHARED_PICTURES or {}).get(key) or self._decode(dataset, device, loader_options)
         if SHARED_PICTURES is not None:
             SHARED_PICTURES[key] = decoded
