@@ -352,7 +352,7 @@ def torchvision_resize(images, size):
     return v2.functional.resize(images.float(), [size, size], antialias=True)
 
 
-RECIPE = ["training.mixup=0.2", "training.cutmix=1", "training.weight_average=0.5", "training.optimizer=adam"]
+RECIPE = ["training.mixup=0.2", "training.cutmix=1", "training.weight_average=0.5"]  # Adam would magnify rounding
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(RECIPE, marks=pytest.mark.long)])
