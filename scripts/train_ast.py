@@ -65,7 +65,7 @@ from lab.runtime.clock import Clock, Stop, explained
 from lab.runtime.devices import configure_backends, resolve_device, seed_rank, to_device
 from lab.runtime.distributed import Dist, average_running_statistics, meet, merge_gradients
 from lab.runtime.meters import Ledger, Meter
-from lab.runtime.optimizer import build_optimizer, lr_at
+from lab.runtime.optimizer import build_optimizer, copies_of_weights, lr_at
 from lab.runtime.outputs import Outputs, build_result, live_figures, open_tensorboard, prepare_outputs
 from lab.runtime.sample_store import SampleStore
 from lab.runtime.stateful import Stateful
@@ -376,7 +376,7 @@ class BatchThreshold(Selection):
     def scorer(self, network: Network) -> Scorer:
         side = self.config.dataset.image_size
         resolution = self.config.ast.score_resolution or side
-        forward = network.evaluator
+        forward = network.scorer
         if resolution != side:
             check_resolution(network.model, self.config.model, resolution)
         batch_statistics = self.config.ast.score_statistics == "batch"
@@ -614,7 +614,12 @@ def check_config(config: Config) -> None:
     unscored = ast.target_activation == "auto" and ast.mode != "dense" and not rule.scores_batches()
     first_complaint((unscored, "ast.target_activation: auto needs ast.mode=ast and scored batches (ast.scoring=batch)"))
     varying = config.training.compile != "off" and rule.scores_batches() and not ast.pack
-    first_complaint((varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"))
+    mixing = next((key for key in ("mixup", "cutmix") if getattr(config.training, key)), None)
+    records = rule.record is not Selection.record
+    first_complaint(
+        (varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"),
+        (mixing and records, f"training.{mixing}: ast.scoring=history records losses, and a mixture has no one label"),
+    )
     rule.check(config)
 
 
@@ -723,7 +728,8 @@ class Trainer(Stateful):
         statistics_before = [buffer.clone() for buffer in self.statistics]
         weights = selection.weights(batch)
         if weights is None:
-            objective, correct, loss = network.forward(batch.images, batch.labels)
+            inputs = network.mixed(batch.images, batch.labels, self.metrics.epoch, self.metrics.step)
+            objective, correct, loss = network.forward(*inputs)
         else:
             objective, correct, loss, significances = network.forward(batch.images, batch.labels, weights)
             selection.record(batch, significances, correct, self.metrics.epoch)
@@ -773,19 +779,22 @@ class Trainer(Stateful):
             self.metrics.meter.add_skipped(self.window_bad, self.window_samples)
         self.lr = lr_at(self.progress(), self.training, self.lr_warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)  # see training.layer_decay
         if self.training.grad_clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.model.parameters(), self.training.grad_clip_norm)
         scale = self.scaler.get_scale()  # a device read, in float16 alone
-        if forgiving and self.device.type == "cuda":
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, self.window_bad.float()  # fused ones obey it
-        if not forgiving or self.device.type == "cuda" or not self.window_bad:
+        obeys = self.optimizer.defaults.get("fused")  # fused optimizers leave out a step by themselves
+        if forgiving and obeys:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, self.window_bad.float()
+        if not forgiving or obeys or not self.window_bad:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.clear_gradients()
         if self.scaler.get_scale() >= scale:
             self.metrics.add_optimizer_step(self.window_samples)
+            if self.network.average is not None:
+                self.network.average.update(self.metrics.ledger.steps)
             self.scheduled += self.unscheduled
         self.window_samples = self.window_divisor = self.unscheduled = 0
         self.window_bad = None
@@ -1220,7 +1229,7 @@ def validate(run: Run, loader: Loader) -> float | None:
     started = time.monotonic()
     if run.clock.signalled():
         return None
-    own = average_running_statistics(run.network.model, run.dist)
+    own = average_running_statistics(run.network.statistics(), run.dist)
     accuracy = evaluate(run.network, device_batches(loader, run.device, run.metrics.read_errors), run.clock)
     if accuracy is not None:
         run.clock.eval_seconds = time.monotonic() - started
@@ -1271,8 +1280,7 @@ def _train(
         warm_up(run)
     if resume is not None:
         resume_run(run, path, state)
-    copies = 2 if config.training.optimizer == "adamw" else int(config.training.momentum > 0)
-    run.outputs.open(board, state_bytes(run.network.model, copies))
+    run.outputs.open(board, state_bytes(run.network.model, copies_of_weights(config.training)))
     outcome, stop.training = {"status": "failed"}, True
     try:
         with ending_workers():

@@ -127,6 +127,19 @@ WAYS = {
         *("model.name=small_conv", "training.lr=0.2"),
     ],
     "proxy": ["ast.scoring=proxy", "ast.pack=true", "ast.proxy_every=2", "ast.proxy_resolution=12"],
+    "mixed, averaged, LAMB": [
+        *("training.mixup=0.2", "training.cutmix=1.0", "training.weight_average=0.9", "training.optimizer=lamb"),
+        *("dataset.augment_policy=trivial_augment", "dataset.random_erasing=0.5", "ast.pack=true"),
+    ],
+    "resident, erased, Muon": [
+        *("dataset.cache=device", "dataset.augment=pad_crop", "dataset.random_erasing=0.5", "training.cutmix=1.0"),
+        *("training.weight_average=0.9", "training.optimizer=muon", "training.lr_schedule=step"),
+        *("training.grad_accum_steps=2", "ast.mode=dense"),
+    ],
+    "layers, Adam": [
+        *("training.layer_decay=0.8", "training.optimizer=adam", "training.lr_schedule=linear", "ast.mode=random"),
+        *("dataset.augment_policy=rand_augment", "ast.target_activation=0.9"),
+    ],
 }
 
 

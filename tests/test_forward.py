@@ -10,8 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from conftest import BatchNormNet, LayerNormNet, as_batch, loaded, make_batch, make_run, scores_of, sparse_step
+from conftest import (
+    BatchNormNet,
+    LayerNormNet,
+    as_batch,
+    loaded,
+    make_batch,
+    make_config,
+    make_run,
+    scores_of,
+    sparse_step,
+)
+from lab.data.mixing import Mixing
 from lab.data.queue import ActiveQueue
+from lab.runtime.distributed import Dist
 from lab.state import warm_up
 from train_ast import select_active, train_one_epoch
 
@@ -56,6 +68,52 @@ def test_gradient_is_autograds_over_the_active_samples(net):
     assert sparse_step(run, images, labels) == len(active[1])
     for got, expected in zip(gradients(model), reference_gradients(run, reference, [active]), strict=True):
         assert torch.allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("setting", "mix"), [("mixup=0.4", v2.MixUp(alpha=0.4, num_classes=10)), ("cutmix=1", v2.CutMix(num_classes=10))]
+)
+def test_gradient_is_autograds_over_mixtures_of_the_active_samples(setting, mix, net, monkeypatch):
+    """Chosen by unmixed pictures, then mixed among themselves, with smoothed labels."""
+    torch.manual_seed(0)
+    model = net()
+    reference, (images, labels) = copy.deepcopy(model), make_batch()
+    settings = ["ast.initial_threshold=4.5", f"training.{setting}", "training.label_smoothing=0.1"]
+    run, drawn = make_run(model, *settings), []
+    monkeypatch.setattr("lab.data.mixing.as_seed", lambda number: drawn.append(number) or 7)
+    active = active_part(run, reference, images, labels, 4.5)
+    assert 1 < len(active[1]) < 16
+    assert sparse_step(run, images, labels) == len(active[1])
+    assert len(drawn) == 1
+    torch.manual_seed(7)
+    torch.multinomial(torch.ones(1), 1)  # which of the two
+    mixed, shares = mix(active[0].float(), active[1])
+    assert (shares.max(1).values < 1).any()  # a real mixture
+    reference.zero_grad()
+    F.cross_entropy(reference(run.network.normalise(mixed)), shares, label_smoothing=0.1).backward()
+    for got, expected in zip(gradients(model), gradients(reference), strict=True):
+        assert torch.allclose(got, expected, atol=1e-6)
+    with torch.no_grad():  # the loss that is reported is not smoothed
+        plain = F.cross_entropy(reference(run.network.normalise(mixed)), shares)
+    assert run.metrics.meter.read()[0] == pytest.approx(plain.item(), abs=1e-5)
+
+
+def test_a_mixture_depends_on_seed_epoch_step_and_process_alone():
+    images, labels = make_batch()
+    training, state = make_config("training.mixup=0.3", "training.cutmix=0.7").training, torch.get_rng_state()
+    mixing = Mixing(training, 10, Dist())
+    first = mixing(images, labels, 2, 5)
+    assert all(torch.equal(*pair) for pair in zip(mixing(images, labels, 2, 5), first, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    others = [mixing(images, labels, 2, 6), mixing(images, labels, 3, 5)]
+    others += [Mixing(training.model_copy(update={"seed": 1}), 10, Dist())(images, labels, 2, 5)]
+    others += [Mixing(training, 10, Dist(rank=1, world=2))(images, labels, 2, 5)]
+    assert not any(torch.equal(first[1], other[1]) for other in others)
+    for count in (0, 1, 3):  # any number of active samples
+        mixed, shares = mixing(images[:count], labels[:count], 0, 0)
+        assert mixed.shape == images[:count].shape
+        assert torch.allclose(shares.sum(1), torch.ones(count))
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -294,17 +352,21 @@ def torchvision_resize(images, size):
     return v2.functional.resize(images.float(), [size, size], antialias=True)
 
 
-def test_compiled_steps_move_the_weights_as_eager_ones_do():
+RECIPE = ["training.mixup=0.2", "training.cutmix=1", "training.weight_average=0.5"]  # Adam would magnify rounding
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(RECIPE, marks=pytest.mark.long)])
+def test_compiled_steps_move_the_weights_as_eager_ones_do(more):
     """With reduce-overhead and windows the gradients stay where they are and are zeroed, not dropped."""
     moved = {}
     for mode in ("off", "reduce-overhead"):
         torch.manual_seed(0)
         model = BatchNormNet()
-        run = make_run(model, f"training.compile={mode}", "training.grad_accum_steps=2", "ast.pack=true")
+        run = make_run(model, f"training.compile={mode}", "training.grad_accum_steps=2", "ast.pack=true", *more)
         if mode != "off":
             warm_up(run)
         train_one_epoch(run, loaded([make_batch(seed=s) for s in range(12)]), 12)
         assert run.metrics.ledger.steps >= 1
-        moved[mode] = [tensor.clone() for tensor in model.state_dict().values()]
+        moved[mode] = [tensor.clone() for tensor in run.network.exported.state_dict().values()]
     for eager, compiled in zip(moved["off"], moved["reduce-overhead"], strict=True):
         assert torch.allclose(eager, compiled, atol=1e-5)

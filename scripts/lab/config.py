@@ -59,16 +59,19 @@ class Config(Section):
         no_sparse = a.mode != "dense" and not self.sparse_span()
         scored_at = a.score_resolution or d.image_size
         cropped = d.resolved_augment() == "random_resized_crop"
+        on_host = d.augment_policy != "none"
         start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
         first_complaint(
             (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
             (scored_at > d.image_size, f"ast.score_resolution: larger than dataset.image_size={d.image_size}"),
             (d.cache_resolution and d.cache == "none", "dataset.cache_resolution: needs dataset.cache=device"),
             (d.cache_resolution and not cropped, "dataset.cache_resolution: only with augment=random_resized_crop"),
+            (on_host and d.cache == "device", f"dataset.augment_policy: {d.augment_policy} needs dataset.cache=none"),
             (t.lr_decay == "time" and not t.max_minutes, "training.max_minutes: needed with training.lr_decay=time"),
             (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
             (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
             (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
+            (t.min_lr and t.lr_schedule == "constant", "training.min_lr: lr_schedule=constant never falls to it"),
             (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
             (t.lr_warmup_epochs > t.epochs, "training.lr_warmup_epochs: more than training.epochs"),
             (log is not None and Path(log).name in ("", ".."), f"logging.jsonl_path: expected a file, got {log!r}"),

@@ -10,22 +10,26 @@ from torch import Tensor, nn
 
 from lab.config import Config
 from lab.data.images import axis_weights
+from lab.data.mixing import Mixing
 from lab.models import count_flops, eval_view, forward_shapes, synchronised
+from lab.runtime.average import WeightAverage
 from lab.runtime.devices import IMAGENET_MOMENTS, Normalise, compiled, resolve_amp_dtype
 from lab.runtime.distributed import Dist
 
 
 def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, smoothing: float) -> Callable:
-    """What a training step computes, one function to compile: uint8 images, labels -> (objective, correct [batch],
-    summed loss). The objective is the sum that is minimised: of smoothed losses, weighted where there are weights.
+    """What a training step computes, one function to compile: images, labels -> (objective, correct [batch], summed
+    loss). The objective is the sum that is minimised: of smoothed losses, weighted where there are weights.
 
-    With weights [batch] of the samples the significance [batch] comes last.
+    Mixed labels are float [batch, classes], and the one of the largest share counts for `correct`. With weights [batch]
+    of the samples the significance [batch] comes last.
     """
 
     def forward(images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
         with normalise.autocast():
             logits = model(normalise(images))
-        correct, known = logits.argmax(-1) == labels, logits.detach().float()
+        correct = logits.argmax(-1) == (labels if labels.ndim == 1 else labels.argmax(-1))
+        known = logits.detach().float()
         if weights is None:
             objective = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
             loss = F.cross_entropy(known, labels, reduction="sum") if smoothing else objective.detach()
@@ -75,7 +79,26 @@ class Network:
         self.forward = compiled(
             training_forward(self.model, self.normalise, self.measure, training.label_smoothing), training.compile
         )
-        self.evaluator = self.scoring_forward()
+        self.scorer = self.scoring_forward()
+        self.average = WeightAverage(self.model, training.weight_average) if training.weight_average else None
+        self.evaluator = self.scorer if self.average is None else self.scoring_forward(of=self.exported)
+        self.mixing: Mixing | None = None
+        if training.mixup or training.cutmix:
+            self.mixing = Mixing(training, self.classes, dist)
+
+    @property
+    def exported(self) -> nn.Module:
+        """The module whose weights are validated and exported: with `training.weight_average` their average."""
+        return self.model if self.average is None else self.average.model
+
+    def mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """A training step's pictures and labels, mixed where the config says so."""
+        return (images, labels) if self.mixing is None else self.mixing(images, labels, epoch, step)
+
+    def statistics(self) -> list[Tensor]:
+        """The buffers of floating-point numbers, BatchNorm's above all, of the weights and of their average."""
+        buffers = [*self.model.buffers(), *(() if self.average is None else self.exported.buffers())]
+        return [buffer for buffer in buffers if buffer.is_floating_point()]
 
     def scoring_forward(
         self, resolution: int | None = None, of: nn.Module | None = None, batch_statistics: bool = False

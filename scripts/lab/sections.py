@@ -49,6 +49,14 @@ class DatasetConfig(Section):
     augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
         "auto", description="auto: none for digits, pad_crop up to 64 px, random_resized_crop above"
     )
+    augment_policy: Literal["none", "rand_augment", "trivial_augment"] = Field(
+        "none",
+        description="torchvision's policies, after the crop. rand_augment: two operations of magnitude 9 (of 30); "
+        "trivial_augment: one of any magnitude. Loader processes apply them, so they need cache=none",
+    )
+    random_erasing: float = Field(
+        0.0, ge=0, le=1, description="chance that 2 to 33 % of a training picture are covered by a grey rectangle"
+    )
     padding: Literal["black", "reflect"] = Field("black", description="pad_crop: what lies beyond the picture's edge")
     cache: Literal["none", "device"] = Field(
         "none", description="device: decode once, keep the pixels on the training device, crop and flip there"
@@ -144,11 +152,18 @@ class ASTConfig(Section):
 class TrainingConfig(Section):
     epochs: int = Field(10, ge=1, description="passes over the training set")
     batch_size: int = Field(128, ge=1, description="samples a step, of all processes together")
-    optimizer: Literal["sgd", "adamw"] = Field(
-        "sgd", description="norms, biases and a ViT's class token and positions are not decayed"
+    optimizer: Literal["sgd", "adam", "adamw", "lamb", "muon"] = Field(
+        "sgd",
+        description="norms, biases and a ViT's class token and positions are not decayed; muon trains these by AdamW",
     )
     lr: float = Field(0.1, gt=0, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine decay")
+    lr_schedule: Literal["cosine", "linear", "constant", "step"] = Field(
+        "cosine", description="how the rate falls after its warm-up; step: to a tenth after each third of the rest"
+    )
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the schedule; step: never below it")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on the learning rate from each layer to the one before it; 1: all alike"
+    )
     lr_warmup_epochs: float = Field(
         0,
         ge=0,
@@ -158,9 +173,22 @@ class TrainingConfig(Section):
     lr_decay: Literal["epochs", "time"] = Field(
         "epochs", description="time: the schedule and the run end after max_minutes of training, validation left out"
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
-    nesterov: bool = Field(False, description="SGD: Nesterov's form of momentum")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd and muon")
+    nesterov: bool = Field(False, description="sgd and muon: Nesterov's form of momentum")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd, adam) or decoupled decay (the others)")
+    weight_average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay, an optimizer step, of an exponential moving average of the weights; the average is "
+        "validated and exported, and selection scores by the weights themselves; 0: none",
+    )
+    mixup: float = Field(
+        0.0, ge=0, description="alpha of MixUp among the samples of a training step, after they were chosen; 0: none"
+    )
+    cutmix: float = Field(
+        0.0, ge=0, description="alpha of CutMix, likewise; with both, each step takes one of them at random; 0: none"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss, not of the significance")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     grad_accum_steps: int = Field(1, ge=1, description="forward passes an optimizer step")

@@ -69,6 +69,7 @@ def run_state(run: Any) -> dict[str, Any]:
         "format": FORMAT,
         "config": run.config.model_dump(),
         "model": run.network.model.state_dict(),
+        "averaged": None if run.network.average is None else run.network.exported.state_dict(),
         **{name: getattr(run, name).state_dict() for name in PARTS},
         "queue": None if run.queue is None else run.queue.state_dict(),
         "scores": None if pending is None else pending.wait(),
@@ -78,9 +79,8 @@ def run_state(run: Any) -> dict[str, Any]:
 
 def own_state(run: Any) -> dict[str, Any]:
     """What this process has for itself: its counts, its open window, its BatchNorm statistics, its random numbers."""
-    buffers = [buffer for buffer in run.network.model.buffers() if buffer.is_floating_point()]
     parts = {name: getattr(run, name).own_state() for name in PARTS}
-    return {**parts, "buffers": buffers, "random": random_states(run.device)}
+    return {**parts, "buffers": run.network.statistics(), "random": random_states(run.device)}
 
 
 def merged_own(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,12 +120,13 @@ def _window_gradients(trainers: list[dict[str, Any]], samples: int) -> list[torc
 def load_run_state(run: Any, state: dict[str, Any]) -> None:
     """Go on where `run_state` was taken. As many processes as then go on bit for bit; another number of them go on with
     what all had together. Raises KeyError, ValueError, RuntimeError and such for a wrong one."""
-    model, ranks, rank = run.network.model, state["ranks"], run.dist.rank
+    network, ranks, rank = run.network, state["ranks"], run.dist.rank
     same_world = len(ranks) == run.dist.world
     own = ranks[rank] if same_world else merged_own(ranks)
-    model.load_state_dict(state["model"])
-    floats = (buffer for buffer in model.buffers() if buffer.is_floating_point())
-    for buffer, value in zip(floats, own["buffers"], strict=True):
+    network.model.load_state_dict(state["model"])
+    if network.average is not None:
+        network.exported.load_state_dict(state["averaged"])
+    for buffer, value in zip(network.statistics(), own["buffers"], strict=True):
         buffer.copy_(value)
     for name in PARTS:
         getattr(run, name).load_state_dict(state[name])
@@ -171,7 +172,7 @@ def warm_up(run: Any) -> None:
     images = torch.zeros(network.local_batch, 3, side, side, dtype=torch.uint8, device=run.device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
     weights = run.selection.weights(DeviceBatch(images, labels, labels))
-    inputs = (images, labels) if weights is None else (images, labels, weights)
+    inputs = network.mixed(images, labels, 0, 0) if weights is None else (images, labels, weights)
     scoring = {network.evaluator, *([run.scorer.forward] if run.scorer else [])}  # one, but for score_resolution
     graphs = "reduce-overhead" in (training.compile, training.compile_scoring)
     buffers = [buffer.clone() for buffer in network.model.buffers()]

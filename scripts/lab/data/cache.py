@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from lab.config import Config
 from lab.console import print_rank0, progress_bar
 from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
-from lab.data.images import cached_side, crop_resize, resize
+from lab.data.images import cached_side, crop_resize, erase, resize
 from lab.data.loading import EpochPlan
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.errors import RequestError
@@ -106,7 +106,7 @@ class ResidentLoader:
         self.augmentation, self.side = dataset.augmentation, cached_side(config.dataset)
         self.sample_indices = torch.from_numpy(indices).to(device)
         self.read_errors = ReadErrors(config.dataset.max_bad_images)
-        key = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise"}))
+        key = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise", "random_erasing"}))
         decoded = (SHARED_PICTURES or {}).get(key) or self._decode(dataset, device, loader_options)
         if SHARED_PICTURES is not None:
             SHARED_PICTURES[key] = decoded
@@ -117,6 +117,7 @@ class ResidentLoader:
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         crop = partial(crop_resize, size=self.augmentation.size, reflected=self.augmentation.reflected)
         self.crop = compiled(crop, mode)
+        self.erase = compiled(partial(erase, colour=self.augmentation.grey.to(device)), mode)
         if mode != "off":  # compile now, before training time is counted
             next(iter(self))
 
@@ -153,11 +154,13 @@ class ResidentLoader:
             rows = to_device(rows, self.images.device)
             cached = to_device(cached, self.images.device).split(cached_sizes)
             by_batch = (tensor.split(sizes) for tensor in (rows, *self.boxes(rows)))
-            for part, own, batch_rows, *boxes in zip(block, cached, *by_batch, strict=True):
+            erasures = self.erasures(rows).split(sizes) if self.augmentation.erasing else repeat(None, len(block))
+            for part, own, erased, batch_rows, *boxes in zip(block, cached, erasures, *by_batch, strict=True):
                 images = self.images[own]
                 if part.moves is not None:
                     images = self.dist.all_to_all(images, part.moves)
                 images = self.crop(images, *boxes) if boxes and len(batch_rows) else images
+                images = images if erased is None else self.erase(images, erased)
                 indices = self.sample_indices[batch_rows]
                 yield LoaderBatch(images, self.labels[batch_rows], indices, self.read_errors.found)
 
@@ -182,10 +185,17 @@ class ResidentLoader:
         """
         if not self.augmentation.crops and not self.augmentation.random:
             return ()
-        seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
         sides = torch.full((1, 2), self.side, dtype=torch.float64, device=rows.device)
-        uniforms = uniform(seed, epoch, self.sample_indices[rows], UNIFORMS_PER_SAMPLE)
-        return self.augmentation.boxes(uniforms, self.aspects[rows], sides)
+        return self.augmentation.boxes(self.uniforms(rows), self.aspects[rows], sides)
+
+    def uniforms(self, rows: Tensor) -> Tensor:
+        """The uniform numbers of samples in the current epoch, float64 [n, UNIFORMS_PER_SAMPLE]."""
+        seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
+        return uniform(seed, epoch, self.sample_indices[rows], UNIFORMS_PER_SAMPLE)
+
+    def erasures(self, rows: Tensor) -> Tensor:
+        """The boxes that are erased of samples in the current epoch, float64 [n, 4]."""
+        return self.augmentation.erasures(self.uniforms(rows))
 
 
 def require_memory(samples: int, side: int, device: torch.device) -> None:

@@ -21,7 +21,9 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lab.data.randomness import as_seed, own_generator
 from lab.errors import one_line
+from lab.runtime.devices import IMAGENET_MOMENTS
 from lab.sections import DatasetConfig
 
 
@@ -87,22 +89,27 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
 
 
-def random_crops(uniforms: Tensor, aspects: Tensor, sides: Tensor) -> Tensor:
+def random_crops(
+    uniforms: Tensor, aspects: Tensor, sides: Tensor, areas: tuple[float, float] = (0.08, 1.0), ratio: float = 4 / 3
+) -> Tensor:
     """Random boxes, float64 [n, 4], for training.
 
-    A box covers 8 to 100 % of its picture, at a ratio of width to height from 3:4 to 4:3 (Szegedy et al. 2015,
-    section 6). As in torchvision's RandomResizedCrop, the first of ten random boxes that fits into the picture is
-    taken. If none fits, the box lies in the middle and is as large as the ratios allow.
+    A box covers a share of its picture from `areas`, at a ratio of width to height from 1 / ratio to ratio. By default
+    these are those of Szegedy et al. 2015, section 6. As in torchvision's RandomResizedCrop, the first of ten random
+    boxes that fits into the picture is taken. If none fits, the box lies in the middle and is as large as the ratios
+    allow.
 
     uniforms: float64 [n, >= 22] in [0, 1): ten areas, ten ratios, a vertical and a horizontal position.
     aspects: float64 [n], height / width of the original pictures.
     sides: float64 [n, 2] or [1, 2], height and width in pixels of the pictures that the boxes are cut from.
     """
-    area, ratio = 0.08 + 0.92 * uniforms[:, :10], torch.exp(math.log(4 / 3) * (2 * uniforms[:, 10:20] - 1))
-    tries = torch.stack([area / ratio / aspects[:, None], area * ratio * aspects[:, None]], 1).sqrt()  # [n, 2, 10]
+    smallest, largest = areas
+    area = smallest + (largest - smallest) * uniforms[:, :10]
+    shape = torch.exp(math.log(ratio) * (2 * uniforms[:, 10:20] - 1))
+    tries = torch.stack([area / shape / aspects[:, None], area * shape * aspects[:, None]], 1).sqrt()  # [n, 2, 10]
     fits = (tries <= 1).all(1)
     found, first = fits.any(1, keepdim=True), fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
-    middle = torch.stack([4 / 3 / aspects, 4 / 3 * aspects], 1).clamp(max=1)
+    middle = torch.stack([ratio / aspects, ratio * aspects], 1).clamp(max=1)
     lengths = (torch.where(found, tries.gather(2, first)[..., 0], middle) * sides).round().clamp(min=1)
     starts = torch.where(found, uniforms[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2).floor()
     return torch.cat([starts, lengths], 1)
@@ -117,6 +124,9 @@ def centre_crops(aspects: Tensor, sides: Tensor) -> Tensor:
     return torch.cat([((sides - lengths) / 2).floor(), lengths], 1)
 
 
+POLICIES = {"rand_augment": v2.RandAugment, "trivial_augment": v2.TrivialAugmentWide}  # dataset.augment_policy
+
+
 class Augmentation:
     """From a picture [3, H, W] to what the network sees of it, uint8 [3, size, size].
 
@@ -127,6 +137,8 @@ class Augmentation:
       `dataset.padding: reflect` its own reflection.
     - none: the whole picture, resized to `size`.
 
+    In training, `dataset.augment_policy` and then `dataset.random_erasing` follow.
+
     `crops`: whether parts of pictures are cut out and resized. `random`: whether the uniform numbers matter.
     """
 
@@ -135,6 +147,10 @@ class Augmentation:
         self.crops, self.random = augment == "random_resized_crop", train and augment != "none"
         self.margin = max(1, self.size // 8)  # pixels; 4 at a size of 32
         self.reflected = self.margin if config.padding == "reflect" and not self.crops else 0  # pixels
+        policy = POLICIES.get(config.augment_policy) if train else None
+        self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR)
+        self.erasing = config.random_erasing if train else 0.0  # chance
+        self.grey = torch.tensor(IMAGENET_MOMENTS["mean"]).mul(255).round().to(torch.uint8)  # what it covers with
 
     def boxes(self, uniforms: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes, float64 [n, 4], and which pictures are mirrored, bool [n].
@@ -152,11 +168,35 @@ class Augmentation:
         """The pictures [3, H, W], of any sizes, augmented to [3, size, size]. uniforms: [n, UNIFORMS_PER_SAMPLE]."""
         if not self.crops:
             images = [image if image.shape[1:] == (self.size,) * 2 else resize(image, self.size) for image in images]
-        if not images or not (self.crops or self.random):
-            return list(images)
-        sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
-        boxes, mirrors = self.boxes(uniforms, sides[:, 0] / sides[:, 1], sides)
-        return [self._cut(*each) for each in zip(images, boxes.int().tolist(), mirrors.tolist(), strict=True)]
+        if images and (self.crops or self.random):
+            sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
+            boxes, mirrors = self.boxes(uniforms, sides[:, 0] / sides[:, 1], sides)
+            images = [self._cut(*each) for each in zip(images, boxes.int().tolist(), mirrors.tolist(), strict=True)]
+        if images and self.policy is not None:
+            images = self._by_policy(images, uniforms[:, 23].tolist())
+        if images and self.erasing:
+            images = erase(torch.stack(list(images)), self.erasures(uniforms), self.grey).unbind()
+        return list(images)
+
+    def _by_policy(self, images: Sequence[Tensor], numbers: Sequence[float]) -> list[Tensor]:
+        """The pictures after the policy. What it draws is a function of a picture's own uniform number."""
+        changed = []
+        with own_generator() as generator:
+            for image, number in zip(images, numbers, strict=True):
+                generator.manual_seed(as_seed(number))
+                changed.append(self.policy(image))
+        return changed
+
+    def erasures(self, uniforms: Tensor) -> Tensor:
+        """The boxes that are erased, float64 [n, 4]; their sides are 0 where nothing is.
+
+        Zhong et al. 2020, "Random erasing data augmentation", algorithm 1, with timm's areas and ratios. Neither timm
+        nor torchvision draws them for a whole batch by each picture's own numbers without waiting for the device.
+        """
+        square = torch.ones(len(uniforms), dtype=uniforms.dtype, device=uniforms.device)
+        sides = torch.full((1, 2), self.size, dtype=uniforms.dtype, device=uniforms.device)
+        boxes = random_crops(uniforms[:, 25:47], square, sides, areas=(0.02, 1 / 3), ratio=10 / 3)
+        return boxes * (uniforms[:, 24:25] < self.erasing)
 
     def _cut(self, image: Tensor, box: Sequence[int], mirror: bool) -> Tensor:
         top, left, height, width = box
@@ -175,6 +215,17 @@ def resize(image: Tensor, size: int) -> Tensor:
     """uint8 [3, H, W] -> uint8 [3, size, size], bilinear with antialiasing."""
     image = image[None].contiguous(memory_format=torch.channels_last)  # as decoders leave it, and the fast layout
     return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
+
+
+def erase(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
+    """uint8 [batch, 3, H, W] with a colour, uint8 [3], in the boxes, float [batch, 4]."""
+    boxes, within = boxes.float(), []
+    for axis, side in enumerate(images.shape[2:]):
+        pixels, start = torch.arange(side, device=images.device), boxes[:, axis, None]
+        within.append((pixels >= start) & (pixels < start + boxes[:, axis + 2, None]))
+    rows, columns = within
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
+    return torch.where(inside, colour.view(3, 1, 1), images)
 
 
 def axis_weights(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
-UNIFORMS_PER_SAMPLE = 23  # uniform numbers that the augmentation of one sample may use, see `images.Augmentation`
+UNIFORMS_PER_SAMPLE = 47  # uniform numbers that the augmentation of one sample may use, see `images.Augmentation`
 LABEL_NOISE_EPOCH = 2**40  # stands for an epoch in `label_shifts`; no run gets so far
+MIXING_EPOCH = 2**41  # added to an epoch in `mixing.Mixing`
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
@@ -30,6 +34,18 @@ def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
     key = mix(mix(torch.tensor([seed], device=indices.device) + golden) + epoch)
     counter = torch.arange(1, count + 1, device=indices.device) * golden
     return shift_right(mix(mix(key + indices.long())[:, None] + counter), 11).double() * 2.0**-53
+
+
+@contextlib.contextmanager
+def own_generator() -> Iterator[torch.Generator]:
+    """torch's generator of the host, to be seeded for what a library draws; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        yield torch.default_generator
+
+
+def as_seed(number: float) -> int:
+    """A seed from a uniform number in [0, 1): all of its 53 bits."""
+    return int(number * 2**53)
 
 
 def label_shifts(samples: int, classes: int, share: float, seed: int) -> np.ndarray | None:

@@ -327,9 +327,9 @@ def meet(config: Config, device: torch.device) -> Dist:
     return dist
 
 
-def average_running_statistics(model: nn.Module, dist: Dist) -> list[tuple[Tensor, Tensor]]:
-    """Give every rank the mean over ranks of BatchNorm's running statistics. Returns (buffer, its own value before)."""
-    floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+def average_running_statistics(floats: Sequence[Tensor], dist: Dist) -> list[tuple[Tensor, Tensor]]:
+    """Give every rank the mean over ranks of BatchNorm's running statistics, float32 buffers. Returns (buffer, its own
+    value before)."""
     if dist.world == 1 or not floats:
         return []
     before = [buffer.clone() for buffer in floats]

@@ -36,8 +36,8 @@ def test_a_sample_looks_the_same_streamed_and_resident(size, apart, image_folder
     smooth_pictures(image_folder)
     batches = {}
     for cache in ("none", "device"):
-        config = folder_config(image_folder, f"dataset.image_size={size}", f"dataset.cache={cache}")
-        train, _, plan, _ = build_dataloaders(config, CPU)
+        keys = [f"dataset.image_size={size}", f"dataset.cache={cache}", "dataset.random_erasing=0.5"]
+        train, _, plan, _ = build_dataloaders(folder_config(image_folder, *keys), CPU)
         plan.epoch = 3
         batches[cache] = list(device_batches(train, CPU))
     for (streamed, labels, _), (kept, kept_labels, _) in zip(batches["none"], batches["device"], strict=True):

@@ -1,18 +1,20 @@
 """Decoding real files, and that crops are those of torchvision."""
 
 import io
+import random
 import struct
 from itertools import product
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from helpers import folder_config, pictures
 from lab.config import load_config
-from lab.data.images import Augmentation, crop_resize, decode_image, random_crops
+from lab.data.images import Augmentation, crop_resize, decode_image, erase, random_crops
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from train_ast import build_datasets
 
@@ -207,3 +209,50 @@ def test_random_crops_have_torchvisions_distribution():
             quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
             theirs = torch.tensor(theirs, dtype=torch.float64)
             assert torch.allclose(ours.quantile(quantiles), theirs.quantile(quantiles), atol=0.04), name
+
+
+@pytest.mark.parametrize("policy", ["rand_augment", "trivial_augment"])
+def test_a_policy_is_torchvisions_by_the_samples_own_number(policy):
+    """Whatever the pictures beside it, and without a trace in torch's generator."""
+    keys = ["dataset.image_size=32", f"dataset.augment_policy={policy}"]
+    config, images = load_config(None, keys).dataset, list(pictures(6, 32))
+    augmentation, uniforms = Augmentation(config, train=True), uniform(0, 3, torch.arange(6), UNIFORMS_PER_SAMPLE)
+    state = torch.get_rng_state()
+    together = augmentation(images, uniforms)
+    alone = [augmentation([images[i]], uniforms[i : i + 1])[0] for i in (5, 3, 1)]
+    assert all(torch.equal(together[i], each) for i, each in zip((5, 3, 1), alone, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    bilinear = v2.InterpolationMode.BILINEAR
+    kinds = {"rand_augment": v2.RandAugment(2, 9), "trivial_augment": v2.TrivialAugmentWide()}
+    kind = type(kinds[policy])(interpolation=bilinear)
+    for image, row, got in zip(images, uniforms, together, strict=True):
+        torch.manual_seed(int(row[23] * 2**53))
+        assert torch.equal(kind(image), got)
+    assert sum(not torch.equal(*pair) for pair in zip(images, together, strict=True)) >= 3
+    unchanged = Augmentation(config, train=False)(images, uniforms)
+    assert all(torch.equal(*pair) for pair in zip(images, unchanged, strict=True))
+
+
+def test_random_erasing_has_timms_distribution_and_covers_with_the_mean_colour():
+    config = load_config(None, ["dataset.image_size=64", "dataset.random_erasing=0.4"]).dataset
+    augmentation = Augmentation(config, train=True)
+    uniforms = uniform(0, 0, torch.arange(4000), UNIFORMS_PER_SAMPLE)
+    boxes = augmentation.erasures(uniforms)
+    erased = boxes[:, 2] > 0
+    assert erased.float().mean().item() == pytest.approx(0.4, abs=0.03)
+    boxes = boxes[erased]
+    assert boxes[:, :2].min() >= 0
+    assert (boxes[:, :2] + boxes[:, 2:]).max() <= 64
+    theirs, random_state = timm.data.random_erasing.RandomErasing(1.0, device="cpu"), random.getstate()
+    random.seed(0)
+    holes = theirs(torch.ones(1500, 3, 64, 64))[:, 0] == 0
+    random.setstate(random_state)
+    expected = torch.stack([holes.any(2).sum(1), holes.any(1).sum(1), holes.sum((1, 2))], 1).double()
+    got = torch.stack([boxes[:, 2], boxes[:, 3], boxes[:, 2] * boxes[:, 3]], 1)
+    quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    assert torch.allclose(got.quantile(quantiles, 0), expected.quantile(quantiles, 0), rtol=0.1, atol=2)
+    image = torch.full((2, 3, 64, 64), 7, dtype=torch.uint8)
+    changed = erase(image, torch.tensor([[5.0, 8.0, 20.0, 30.0], [0.0, 0.0, 0.0, 0.0]]), augmentation.grey)
+    assert changed[0, :, 5:25, 8:38].float().mean((1, 2)).tolist() == [124, 116, 104]
+    assert (changed[0] != 7).sum() == 3 * 20 * 30
+    assert torch.equal(changed[1], image[1])

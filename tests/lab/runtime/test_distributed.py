@@ -59,6 +59,7 @@ WAYS = {
     "resident": ["dataset.cache=device", "dataset.augment=pad_crop", "dataset.repeat=2", "training.epochs=2"],
     "resident history": [*HISTORY, "dataset.cache=device", "dataset.augment=pad_crop"],
     "steps left out": ["training.max_nonfinite_steps=3", "ast.mode=dense"],
+    "averaged, erased": ["training.weight_average=0.9", "ast.mode=dense", "dataset.random_erasing=0.5"],
 }
 
 
@@ -111,8 +112,9 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
     if "few" in way:
         assert any(0 in counts and sum(counts) for counts in seen)  # a rank without any takes part
     expected, got = last(one), last(many)
-    for name, tensor in expected["model"].items():
-        assert torch.allclose(tensor, got["model"][name], atol=1e-5, rtol=0), name
+    for kind in ("model", "averaged"):
+        for name, tensor in (expected[kind] or {}).items():
+            assert torch.allclose(tensor, got[kind][name], atol=1e-5, rtol=0), name
     for key, values in whole["training_history"].items():
         if key not in TIMED:
             got_values = result["training_history"][key]
@@ -277,16 +279,20 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(
         assert resumed["training_history"][key] == whole["training_history"][key], key
 
 
-@pytest.mark.parametrize("scoring", ["batch", "proxy"])
-def test_what_waits_on_each_rank_is_its_own_after_a_resumption(scoring, tmp_path, monkeypatch):
+MIXED = ["training.mixup=0.2", "training.cutmix=1", "training.weight_average=0.9", "dataset.random_erasing=0.5"]
+PROXY = ["ast.scoring=proxy", "ast.proxy_every=2"]
+
+
+@pytest.mark.parametrize("more", [[], MIXED, PROXY], ids=["packed", "packed, mixed, averaged", "packed, by a proxy"])
+def test_what_waits_on_each_rank_is_its_own_after_a_resumption(more, tmp_path, monkeypatch):
     """Else BatchNorm would see other batches, and the run would end another way than one left alone."""
     monkeypatch.setattr(train_ast, "get_model", lambda *_: BatchNormNet())
-    keys = [*TWENTY, *WAYS["packed"], f"ast.scoring={scoring}", "ast.proxy_every=2"]
+    keys = [*TWENTY, *WAYS["packed"], *more]
     one, many = (make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many"))
     whole = ranks(2, lambda rank: train(one)[0], tmp_path / "whole").results()[0]
     ranks(2, lambda rank: train(many, StopAfter(13) if rank else Stop()), tmp_path / "before").results()
     waiting = last(many)["queue"]["pending"]
-    assert abs(waiting[0] - waiting[1]) > 1
+    assert more or abs(waiting[0] - waiting[1]) > 1
     resumed = ranks(2, lambda rank: train(many, resume="auto")[0], tmp_path / "after").results()[0]
     assert untimed(resumed) == untimed(whole)
     assert same(final_state(many), final_state(one))
@@ -563,9 +569,9 @@ def test_running_statistics_are_averaged_and_alike_before_validation(tmp_path, m
 
     def work(rank: int) -> Any:
         train_ast.evaluate, mean, own = watched, train_ast.average_running_statistics, []
-        train_ast.average_running_statistics = lambda model, dist: (
-            own.append(model.body[1].running_mean.clone()),
-            mean(model, dist),
+        train_ast.average_running_statistics = lambda statistics, dist: (
+            own.append(statistics[0].clone()),
+            mean(statistics, dist),
         )[1]
         train(config)
         return seen, own[0]
