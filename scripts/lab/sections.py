@@ -27,6 +27,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     name: str = Field("resnet18", description="resnet18, resnet50, vit_b_16 (torchvision) or any timm model")
     pretrained: bool = Field(False, description="start from published ImageNet weights (downloads them)")
+    weights: str | None = Field(
+        None, description="start from these: the weights folder of a run, a .safetensors or a state_dict file"
+    )
     small_stem: bool = Field(False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool")
 
 
@@ -46,6 +49,11 @@ class DatasetConfig(Section):
     image_size: int = Field(32, ge=1, description="side of the square model input, pixels")
     augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
         "auto", description="auto: none for digits, pad_crop up to 64 px, random_resized_crop above"
+    )
+    normalise: Literal["model", "imagenet", "measured"] = Field(
+        "model",
+        description="mean and deviation of the pixels; model: those of the weights that are loaded, of random weights "
+        "those published with the model's name, else ImageNet's; measured: those of the training pictures",
     )
     padding: Literal["black", "reflect"] = Field("black", description="pad_crop: what lies beyond the picture's edge")
     cache: Literal["none", "device"] = Field(
