@@ -47,14 +47,13 @@ from lab.data.datasets import (
     FolderDataset,
     ImageDataset,
     ReadErrors,
-    collate,
     find_column,
     load_hub_split,
     measure_moments,
     read_classes,
 )
 from lab.data.images import Augmentation, cached_side
-from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores, as_is, device_batches, loader_processes
+from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores, device_batches, loader_options
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
 from lab.errors import RequestError, one_line
@@ -798,23 +797,26 @@ def build_dataloaders(
     indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
-    val_indices = dist.shard(random_subset(len(val), dataset.max_val_samples))
-    local_batch = training.batch_size // dist.world
     plan = EpochPlan(indices, training.batch_size, training.seed, partial(planned_share, config), dist)
-    workers = loader_processes(training, in_memory=train.IN_MEMORY)
-    shared = {"num_workers": workers}
-    shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
+    options = loader_options(config, device, train)
     if dataset.cache == "device":
-        require_memory(len(dist.shard(indices)) + len(val_indices), cached_side(dataset), device)
-        shared["collate_fn"] = as_is
-        resident = partial(ResidentLoader, config=config, device=device, loader_options=shared)
-        kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)
-        return *kept, plan, len(train.classes)
-    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in val_indices.tolist()]
+        val_samples = len(dist.shard(random_subset(len(val), dataset.max_val_samples)))
+        require_memory(len(dist.shard(indices)) + val_samples, cached_side(dataset), device)
+        train_loader = ResidentLoader(train, indices, plan, config, device, options)
+    else:
+        train_loader = WorkerLoader(train, batch_sampler=plan, **options)
+    return train_loader, build_val_loader(val, config, device, dist), plan, len(train.classes)
+
+
+def build_val_loader(val: ImageDataset, config: Config, device: torch.device, dist: Dist) -> Loader:
+    """Every sample of the validation set once, in order; of several processes, this one's part."""
+    indices = dist.shard(random_subset(len(val), config.dataset.max_val_samples))
+    local_batch, options = config.training.batch_size // dist.world, loader_options(config, device, val)
+    if config.dataset.cache == "device":
+        return ResidentLoader(val, indices, None, config, device, options, local_batch)
+    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in indices.tolist()]
     chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
-    shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
-    streaming = partial(WorkerLoader, **shared)
-    return streaming(train, batch_sampler=plan), streaming(val, batch_sampler=chunks), plan, len(train.classes)
+    return WorkerLoader(val, batch_sampler=chunks, **options)
 
 
 # ----------------------------------------------------------------------------------------------------- Metrics

@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from lab.console import print_rank0
 from lab.errors import RequestError, one_line
 from lab.hub import quick_hub
 from lab.sections import ModelConfig
@@ -43,7 +44,7 @@ def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Modu
     except Exception as error:  # a layer may raise anything on a size that it was not written for
         raise RequestError(_misfit(config, image_size, error)) from None
     if config.weights is not None:
-        load_weights(model, config)
+        print_rank0(load_weights(model, config))
     return model
 
 

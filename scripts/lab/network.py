@@ -87,6 +87,16 @@ class Network:
         forward = scoring_forward(eval_view(self.model), self.normalise, self.measure, shrink)
         return compiled(forward, training.compile_scoring or training.compile)
 
+    def predictor(self) -> Callable[[Tensor], Tensor]:
+        """What gives the logits [batch, classes] of uint8 images, as validation computes them; not compiled."""
+        model = eval_view(self.model)
+
+        def forward(images: Tensor) -> Tensor:
+            with self.normalise.autocast():
+                return model(self.normalise(images))
+
+        return forward
+
     def normalise_by(self, moments: dict[str, Sequence[float]]) -> None:
         """Normalise pixels by this `mean` and `std` from now on; before anything is compiled."""
         self.moments = moments

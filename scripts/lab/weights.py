@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lab.console import print_rank0
 from lab.data.images import CENTRE
 from lab.errors import RequestError, one_line
 from lab.files import replace_file, replace_text
@@ -52,6 +51,7 @@ def find_weights(path: str, key: str = "model.weights") -> Source:
         moments = [facts["pretrained_cfg"][name] for name in IMAGENET_MOMENTS] if facts else []
         wrong = [m for m in moments if len(m) != 3 or not all(isinstance(value, int | float) for value in m)]
         names = facts.get("label_names", [])
+        wrong += [facts] * (bool(facts) and not isinstance(facts["architecture"], str))
         wrong += [names] * (not isinstance(names, list) or not all(isinstance(name, str) for name in names))
     except OSError as error:
         raise RequestError(f"{key}: {beside}: cannot read it: {error.strerror}") from None
@@ -97,14 +97,14 @@ def head_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
-def load_weights(model: nn.Module, config: ModelConfig) -> None:
+def load_weights(model: nn.Module, config: ModelConfig, key: str = "model.weights") -> str:
     """Start `model` from `model.weights`. A head for another number of classes, or one that is missing, stays new.
 
-    Prints one line on what was loaded and what was not. Raises RequestError naming model.weights where the file does
-    not fit the model.
+    Returns one line on what was loaded and what was not. Raises RequestError naming `key` where the file does not fit
+    the model.
     """
-    source = find_weights(config.weights)
-    there, here, head = read_weights(source.path), model.state_dict(), head_names(model)
+    source = find_weights(config.weights, key)
+    there, here, head = read_weights(source.path, key), model.state_dict(), head_names(model)
     new = [name for name in here if name in head and (name not in there or there[name].shape != here[name].shape)]
     rest = {name: tensor for name, tensor in there.items() if name not in new}
     shapes = [(name, list(rest[name].shape), list(here[name].shape)) for name in here if name in rest]
@@ -116,10 +116,10 @@ def load_weights(model: nn.Module, config: ModelConfig) -> None:
         whose = f"they are of {one_line(made, 60)}; " if made not in (None, config.name.partition(".")[0]) else ""
         more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
         why = f"{whose}{one_line(complaints[0], 200)}{more}"
-        raise RequestError(f"model.weights: {source.path}: not of model.name={config.name}: {why}")
+        raise RequestError(f"{key}: {source.path}: not of model.name={config.name}: {why}")
     model.load_state_dict(rest, strict=False)
     left = f"; not loaded: {', '.join(new)}: the head is new, for another number of classes" if new else ""
-    print_rank0(f"model.weights: {len(rest)} tensors of {source.path}{left}")
+    return f"{key}: {len(rest)} tensors of {source.path}{left}"
 
 
 def input_moments(config: ModelConfig, dataset: DatasetConfig, model: nn.Module) -> dict[str, Sequence[float]]:
