@@ -31,7 +31,7 @@ def draw_histogram(histogram: np.ndarray) -> Figure:
 
 
 def sheet(run: ResultsFile, name: str) -> str | None:
-    """The pictures that a run has left beside its results file, as the address of an image; None where they are gone."""
+    """The pictures that a run has left beside its results file, as an image's address; None where they are gone."""
     path = run.path.with_suffix(f".{name}.png")
     try:
         data = path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_BYTES else b""
@@ -56,9 +56,7 @@ def summary(histogram: np.ndarray) -> str:
     pictures, times = int(histogram.sum()), np.arange(len(histogram))
     mean = float((histogram * times).sum() / max(1, pictures))
     never = 100 * float(histogram[0]) / max(1, pictures)
-    return (
-        f"{pictures:,} pictures, each trained on {mean:.1f} times on average; {never:.1f} % never; at most {times[-1]}"
-    )
+    return f"{pictures:,} pictures, trained on {mean:.1f} times on average; {never:.1f} % never; at most {times[-1]}"
 
 
 def diets(study: Study) -> list[tuple[str, dict[str, Any]]]:
