@@ -54,6 +54,7 @@ def test_the_commands_work_on_what_a_run_has_left(digits, tmp_path, script):
     with Image.open(tmp_path / "found" / "evaluation.png") as image:
         assert len(set(image.convert("L").tobytes())) > 20
     tuned = ["--output-dir", tmp_path / "tuned", f"model.weights={weights}", "training.epochs=2", "training.lr=1e-6"]
+    tuned += ["dataset.max_train_samples=64"]
     done = script("run_experiment", *DIGITS, *QUICK, *tuned)
     assert done.returncode == 0, done.stderr
     assert f"model.weights: {92} tensors of {weights}/model.safetensors\n" in done.stdout
@@ -61,7 +62,7 @@ def test_the_commands_work_on_what_a_run_has_left(digits, tmp_path, script):
     assert json.loads(path.read_text())["final_accuracy"] > result["best_accuracy"] - 3
 
 
-def test_pictures_of_digits_are_named(digits, tmp_path, script):
+def test_pictures_of_digits_are_named(digits, tmp_path, capsys):
     pixels, labels = load_digits(return_X_y=True)
     for i in range(30):
         name = tmp_path / "some" / f"{i:02}_{labels[i]}.png"
@@ -69,10 +70,11 @@ def test_pictures_of_digits_are_named(digits, tmp_path, script):
         Image.fromarray((pixels[i].reshape(8, 8) * (255 / 16)).round().astype(np.uint8)).save(name)
     (tmp_path / "some" / "notes.txt").write_text("no picture")
     alone = tmp_path / "some" / f"00_{labels[0]}.png"
-    done = script("evaluate", "--weights", digits[2], "--images", tmp_path / "some", alone, "--top", 2)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = re.findall(r"^(.*)_(\d)\.png: (\d) (\d+\.\d) %, \d \d+\.\d %$", done.stdout, re.MULTILINE)
-    assert len(lines) == done.stdout.count("\n") == 31
+    asked = ["--weights", digits[2], "--images", tmp_path / "some", alone, "--top", 2]
+    assert run_cli(lambda: evaluate.main([str(each) for each in asked])) == 0
+    printed = capsys.readouterr().out
+    lines = re.findall(r"^(.*)_(\d)\.png: (\d) (\d+\.\d) %, \d \d+\.\d %$", printed, re.MULTILINE)
+    assert len(lines) == printed.count("\n") == 31
     assert lines[0] == lines[30]
     assert sum(own == predicted for _, own, predicted, _ in lines) > 22
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
 from conftest import make_config
+from lab.config import checkpoint_folder
 from lab.data.datasets import digits_dataset
 from lab.data.thumbnails import SIDE
 from lab.runtime.diet import Diet
@@ -25,7 +27,7 @@ def arrays(path):
 
 
 @pytest.mark.parametrize(
-    "way", [[], ["ast.pack=true", "dataset.cache=device"], [*HISTORY, "dataset.repeat=2", "dataset.label_noise=0.3"]]
+    "way", [["ast.pack=true", "dataset.cache=device"], [*HISTORY, "dataset.repeat=2", "dataset.label_noise=0.3"]]
 )
 def test_the_counts_are_what_was_trained(way, tmp_path):
     """Over samples and over classes they sum to the ledger, in a run that is left alone and in one cut in an epoch."""
@@ -53,7 +55,7 @@ def test_the_counts_are_what_was_trained(way, tmp_path):
     assert resumed["classes"] == result["classes"]
 
 
-def test_two_processes_count_together(tmp_path):
+def test_two_processes_count_together_and_write_one_folder(tmp_path):
     config = make_config(*SMALL, *HISTORY, f"logging.output_dir={tmp_path}/out")
 
     def work(rank):
@@ -68,6 +70,7 @@ def test_two_processes_count_together(tmp_path):
     assert classes["times_trained"] == np.bincount(labels, times, 10).astype(int).tolist()
     assert sum(classes["val_samples"]) == 64
     assert second[1] == classes
+    assert timm.create_model(f"local-dir:{checkpoint_folder(config)}/weights", pretrained=True).num_classes == 10
 
 
 def test_dense_training_counts_every_epoch(tmp_path):
