@@ -47,28 +47,29 @@ from lab.data.datasets import (
     FolderDataset,
     ImageDataset,
     ReadErrors,
-    collate,
     find_column,
     load_hub_split,
+    measure_moments,
     read_classes,
 )
 from lab.data.images import Augmentation, cached_side
-from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores, as_is, device_batches, loader_processes
+from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores, device_batches, loader_options
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
 from lab.errors import RequestError, one_line
 from lab.models import check_resolution, get_model
 from lab.network import Network
 from lab.proxy import Proxy
-from lab.runtime.checkpoint import claimed, find_checkpoint, load_checkpoint, state_bytes
+from lab.runtime.checkpoint import claimed, find_checkpoint, load_checkpoint
 from lab.runtime.clock import Clock, Stop, explained
 from lab.runtime.devices import configure_backends, resolve_device, seed_rank, to_device
 from lab.runtime.distributed import Dist, average_running_statistics, meet, merge_gradients
-from lab.runtime.meters import Ledger, Meter
+from lab.runtime.meters import ClassCounts, Ledger, Meter
 from lab.runtime.optimizer import build_optimizer, copies_of_weights, lr_at
-from lab.runtime.outputs import Outputs, build_result, live_figures, open_tensorboard, prepare_outputs
+from lab.runtime.outputs import Outputs, build_result, count_diet, live_figures, open_tensorboard, prepare_outputs
 from lab.runtime.sample_store import SampleStore
 from lab.runtime.stateful import Stateful
+from lab.runtime.times_trained import TimesTrained
 from lab.runtime.workers import WorkerLoader, ending_workers
 from lab.sections import ASTConfig, DatasetConfig
 from lab.selecting import draw_ties, out_of_reach, plateau, top_up, with_ties
@@ -737,6 +738,7 @@ class Trainer(Stateful):
         self.change_divisor(network.local_batch if network.synced else self.window_divisor or max(1, n))
         self.scaler.scale(objective / self.window_divisor).backward()
         self.window_samples += n
+        self.metrics.times_trained.add(batch.indices)
         bad = self.metrics.meter.add_loss(loss, n, self.metrics.step, objective.detach())
         self.window_bad = bad if self.window_bad is None else self.window_bad | bad
         for buffer, before in zip(self.statistics, statistics_before, strict=True):
@@ -900,23 +902,26 @@ def build_dataloaders(
     indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
-    val_indices = dist.shard(random_subset(len(val), dataset.max_val_samples))
-    local_batch = training.batch_size // dist.world
     plan = EpochPlan(indices, training.batch_size, training.seed, partial(planned_share, config), dist)
-    workers = loader_processes(training, in_memory=train.IN_MEMORY)
-    shared = {"num_workers": workers}
-    shared["generator"] = torch.Generator()  # the loaders draw from it, and leave the model's random numbers alone
+    options = loader_options(config, device, train)
     if dataset.cache == "device":
-        require_memory(len(dist.shard(indices)) + len(val_indices), cached_side(dataset), device)
-        shared["collate_fn"] = as_is
-        resident = partial(ResidentLoader, config=config, device=device, loader_options=shared)
-        kept = resident(train, indices, plan), resident(val, val_indices, None, batch_size=local_batch)
-        return *kept, plan, len(train.classes)
-    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in val_indices.tolist()]
+        val_samples = len(dist.shard(random_subset(len(val), dataset.max_val_samples)))
+        require_memory(len(dist.shard(indices)) + val_samples, cached_side(dataset), device)
+        train_loader = ResidentLoader(train, indices, plan, config, device, options)
+    else:
+        train_loader = WorkerLoader(train, batch_sampler=plan, **options)
+    return train_loader, build_val_loader(val, config, device, dist), plan, len(train.classes)
+
+
+def build_val_loader(val: ImageDataset, config: Config, device: torch.device, dist: Dist) -> Loader:
+    """Every sample of the validation set once, in order; of several processes, this one's part."""
+    indices = dist.shard(random_subset(len(val), config.dataset.max_val_samples))
+    local_batch, options = config.training.batch_size // dist.world, loader_options(config, device, val)
+    if config.dataset.cache == "device":
+        return ResidentLoader(val, indices, None, config, device, options, local_batch)
+    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in indices.tolist()]
     chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
-    shared |= {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
-    streaming = partial(WorkerLoader, **shared)
-    return streaming(train, batch_sampler=plan), streaming(val, batch_sampler=chunks), plan, len(train.classes)
+    return WorkerLoader(val, batch_sampler=chunks, **options)
 
 
 # ----------------------------------------------------------------------------------------------------- Metrics
@@ -932,16 +937,19 @@ HISTORY_KEYS = (
 class Metrics(Stateful):
     """Where the run stands, and what it has counted: the ledger of work, the epoch's meter, the history."""
 
-    STATE = ("epoch", "step", "history", "epochs_completed", "nonfinite_steps")
+    STATE = ("epoch", "step", "history", "epochs_completed", "nonfinite_steps", "times_trained", "by_class")
     OWN = ("ledger", "ledger_before", "meter")
 
-    def __init__(self, config: Config, device: torch.device, dist: Dist):
+    def __init__(self, config: Config, device: torch.device, dist: Dist, samples: int = 0):
+        """samples: how many indices the training set has."""
         self.allowed = config.training.max_nonfinite_steps
         self.device, self.dist = device, dist
         self.ledger = Ledger()
         self.history: dict[str, list] = {key: [] for key in HISTORY_KEYS}
         self.epochs_completed = self.nonfinite_steps = 0  # of the finished epochs
         self.read_errors = ReadErrors(config.dataset.max_bad_images)
+        self.times_trained = TimesTrained(samples, device, dist)
+        self.by_class: list[list[int]] = [[], []]  # of the last validation: `ClassCounts`
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -1069,7 +1077,7 @@ class Run:
         selection = selection_class(config)(config, samples, device, dist)
         scorer = selection.scorer(network)
         clock = Clock(config, device, dist, stop or Stop(), started)
-        metrics = Metrics(config, device, dist)
+        metrics = Metrics(config, device, dist, samples)
         trainer = Trainer(network, config, planned_steps, clock, metrics, dist)
         queue = ActiveQueue(config.training.batch_size, dist) if config.ast.pack and scorer is not None else None
         scoring = None if scorer is None else partial(score, scorer, network.local_batch, dist)
@@ -1097,6 +1105,12 @@ class Run:
     def save(self, best: bool = False) -> None:
         """Write a checkpoint, where the run keeps any. Collective."""
         self.outputs.save(partial(run_state, self), (self.metrics.epoch, self.metrics.step), best)
+
+    def export(self) -> None:
+        """Write the weights if the newest epoch is the best one."""
+        if self.metrics.is_best():
+            newest = {key: values[-1] for key, values in self.metrics.history.items()}
+            self.outputs.export(self.network.exported.state_dict(), newest)
 
 
 def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> bool:
@@ -1138,27 +1152,25 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
 
 
 @torch.no_grad()
-def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> float | None:
-    """Validation accuracy in percent, every sample counted once; a last, smaller batch is padded to one shape.
+def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> ClassCounts | None:
+    """Validate: every sample is counted once; a last, smaller batch is padded to one shape.
 
-    Of several processes each forwards its part, and all get the whole's accuracy. None where a signal came before its
-    end, or where it outlasts training.max_minutes by more than a tenth of that.
+    Of several processes each forwards its part, and all get the counts of the whole. None where a signal came before
+    its end, or where it outlasts training.max_minutes by more than a tenth of that.
     """
-    hits, count, cut = torch.zeros((), device=network.device), 0, False
+    found, cut = [torch.empty(2, 0, dtype=torch.int64, device=network.device)], False  # labels; 1 for a correct one
     deadline = clock.validation_deadline()
     for images, labels, _ in batches:
         if cut := clock.stop.signal is not None or time.monotonic() > deadline:
             break
         padding = network.local_batch - len(labels)
         whole = (torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])]) for tensor in (images, labels))
-        hits += network.evaluator(*whole)[1, : len(labels)].sum()
-        count += len(labels)
-    rows = clock.dist.all_gather([hits.item(), count, cut, clock.stop.signal or 0])
-    hits, count, cut, _ = rows.sum(0).tolist()
-    if cut:
-        clock.stop.signal = int(rows[:, 3].max()) or clock.stop.signal
+        found.append(torch.stack([labels, network.evaluator(*whole)[1, : len(labels)].long()]))
+    rows = clock.dist.all_gather([cut, clock.stop.signal or 0])
+    if rows[:, 0].any():
+        clock.stop.signal = int(rows[:, 1].max()) or clock.stop.signal
         return None
-    return 100 * hits / count
+    return ClassCounts.of(clock.dist.all_gather_objects(torch.cat(found, 1).cpu().numpy()))
 
 
 def begin_epoch(run: Run, plan: EpochPlan) -> None:
@@ -1211,10 +1223,12 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
         metrics.epochs_completed += whole
         outputs.close_epoch(row)
         if not whole:  # the checkpoint is the one before the cap
+            run.export()
             outputs.log(row, whole)
             return "completed" if clock.out_of_time() else "time_capped"
         metrics.epoch, metrics.step = metrics.epoch + 1, 0
         run.save(best=metrics.is_best())
+        run.export()
         outputs.log(row, whole)
     if status in ("interrupted", "time_capped") and outputs.saved_at != (metrics.epoch, metrics.step):
         run.save()
@@ -1230,10 +1244,11 @@ def validate(run: Run, loader: Loader) -> float | None:
     if run.clock.signalled():
         return None
     own = average_running_statistics(run.network.statistics(), run.dist)
-    accuracy = evaluate(run.network, device_batches(loader, run.device, run.metrics.read_errors), run.clock)
-    if accuracy is not None:
+    counts = evaluate(run.network, device_batches(loader, run.device, run.metrics.read_errors), run.clock)
+    if counts is not None:
         run.clock.eval_seconds = time.monotonic() - started
-        return accuracy
+        run.metrics.by_class = list(counts)
+        return counts.accuracy()
     for buffer, value in own:
         buffer.copy_(value)
     return None
@@ -1274,13 +1289,17 @@ def _train(
     target = first_target(config.ast)
     planned = sum(plan.planned_steps(e) * step_share(config, e, target) for e in range(config.training.epochs))
     run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started)
+    dataset = train_loader.dataset
+    if config.dataset.normalise == "measured":
+        run.network.normalise_by(measure_moments(dataset, plan.indices))
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)
     if device.type == "cuda" or config.training.compile != "off":
         warm_up(run)
     if resume is not None:
         resume_run(run, path, state)
-    run.outputs.open(board, state_bytes(run.network.model, copies_of_weights(config.training)))
+    copies = copies_of_weights(config.training)
+    run.outputs.open(board, run.network.model, copies, run.network.describe(dataset.classes))
     outcome, stop.training = {"status": "failed"}, True
     try:
         with ending_workers():
@@ -1293,8 +1312,9 @@ def _train(
             raise known from None
         raise
     finally:
-        result = build_result(run, outcome)
-        results_path = run.outputs.close(result)
+        diet = count_diet(run, dataset, plan.indices)
+        result = build_result(run, outcome, diet)
+        results_path = run.outputs.close(result, diet)
     return dist.broadcast((result, results_path))
 
 

@@ -15,7 +15,7 @@ MODULES = {
     for path in sorted(SCRIPTS.rglob("*.py"))
 }
 LIGHT = [f"lab.{name}" for name in ("config", "console", "cli", "errors", "files", "launch", "results", "sweep")]
-LIGHT += [f"lab.analysis.{name}" for name in ("settings", "statistics", "study", "tables", "figures", "report")]
+LIGHT += [f"lab.analysis.{name}" for name in ("settings", "statistics", "study", "tables", "figures", "diet", "report")]
 LIGHT += ["analyze_results"]
 
 

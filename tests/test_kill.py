@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import lab.runtime.distributed
 import run_experiment
@@ -36,13 +37,17 @@ def _short_contact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_readable(folder: Path, config: Config) -> None:
-    """Nothing that a killed process left is torn: results, log, checkpoints."""
+    """Nothing that a killed process left is torn: results, log, checkpoints, weights."""
     for path in folder.glob("final_results_*.json"):
         assert json.loads(path.read_text())["status"] in ("completed", "interrupted", "failed")  # where a peer was lost
     for path in folder.glob("*.jsonl"):
         assert all(json.loads(line)["epoch"] for line in path.read_text().splitlines())  # none yet is no tear
     for path in folder.glob("checkpoints/*/*.pt"):
         load_checkpoint(path, config)
+    for path in folder.glob("checkpoints/*/weights/*.safetensors"):
+        weights, facts = load_file(path), json.loads(path.with_name("config.json").read_text())
+        assert facts["num_classes"] == 10
+        assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def go_on(config: Config, processes: int, disturb: Callable[[list[int]], object] = bool) -> list[int]:
@@ -94,7 +99,9 @@ def kill_test(tmp_path: Path, ways: list[str], numbers: Iterable[int], kills: in
         often = [] if run % 3 else ["logging.checkpoint_minutes=1e-9"]  # a write is nearly always under way
         hits += kill_and_resume(config(f"run{run}", *often), dice, seconds, kills, processes)
         assert same(final_state(config(f"run{run}")), final_state(config(name)))
-        results = [max((tmp_path / each).glob("final_results_*"), key=os.path.getmtime) for each in (name, f"run{run}")]
+        results = [
+            max((tmp_path / each).glob("final_results_*.json"), key=os.path.getmtime) for each in (name, f"run{run}")
+        ]
         first, second = (untimed(json.loads(path.read_text())) for path in results)
         assert first == second
         logs = [(tmp_path / each / "log.jsonl").read_text().splitlines() for each in (name, f"run{run}")]

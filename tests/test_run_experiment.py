@@ -121,7 +121,7 @@ def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processe
     names = [Path(line.removeprefix("results: ")).name for line in printed.splitlines() if line.startswith("results: ")]
     sparse, dense = (json.loads((tmp_path / name).read_text()) for name in names)
     assert [sparse["twin"], dense["twin"]] == names[::-1]
-    assert len(list(tmp_path.glob("final_results_*"))) == 2
+    assert len(list(tmp_path.glob("final_results_*.json"))) == 2
     assert dense["config"]["training"]["max_minutes"] == sparse["train_seconds"] / 60
     assert dense["status"] == "completed"
     budget, seconds = sparse["train_seconds"], [0.0, *dense["training_history"]["train_seconds"]]

@@ -61,7 +61,12 @@ class Config(Section):
         cropped = d.resolved_augment() == "random_resized_crop"
         on_host = d.augment_policy != "none"
         start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
+        two_starts = self.model.weights is not None and self.model.pretrained
+        trained = self.model.weights is not None or self.model.pretrained
+        refitted = trained and d.normalise != "model"
         first_complaint(
+            (refitted, "dataset.normalise: model is the only choice with weights that were trained before"),
+            (two_starts, "model.weights: with model.pretrained=true there are two weights to start from"),
             (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
             (scored_at > d.image_size, f"ast.score_resolution: larger than dataset.image_size={d.image_size}"),
             (d.cache_resolution and d.cache == "none", "dataset.cache_resolution: needs dataset.cache=device"),

@@ -14,9 +14,11 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from lab.console import print_rank0
 from lab.errors import RequestError, one_line
 from lab.hub import quick_hub
 from lab.sections import ModelConfig
+from lab.weights import load_weights
 
 TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
 SMALL_CONV = "small_conv"  # a network of our own, to score for larger ones: see `small_conv`
@@ -26,7 +28,7 @@ def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Modu
     """Build the network with a head for `num_classes`.
 
     Raises RequestError for an unknown name, an image size the network cannot take (tried on shapes alone), weights that
-    cannot be fetched and a small stem on anything but a torchvision ResNet.
+    cannot be fetched or do not fit, and a small stem on anything but a torchvision ResNet.
     """
     if config.small_stem and config.name not in ("resnet18", "resnet50"):
         raise RequestError(f"model.small_stem: only for resnet18 and resnet50, not for {config.name}")
@@ -44,7 +46,19 @@ def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Modu
         forward_shapes(model, image_size)
     except Exception as error:  # a layer may raise anything on a size that it was not written for
         raise RequestError(_misfit(config, image_size, error)) from None
+    if config.weights is not None:
+        print_rank0(load_weights(model, config))
     return model
+
+
+def size_argument(config: ModelConfig, image_size: int) -> dict[str, int]:
+    """What a network is built with for pictures of a size, pixels; nothing where it takes any."""
+    if config.name in TORCHVISION_MODELS:
+        return {"image_size": image_size} if config.name == "vit_b_16" else {}
+    import timm  # a second to import, so only where it is needed
+
+    published = timm.get_pretrained_cfg(config.name)
+    return {"img_size": image_size} if published and published.fixed_input_size else {}
 
 
 def _misfit(config: ModelConfig, image_size: int, error: Exception) -> str:
@@ -67,7 +81,7 @@ def made_for(config: ModelConfig) -> int | None:
 
 def _torchvision_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     is_vit = config.name == "vit_b_16"
-    size = {"image_size": image_size} if is_vit else {}
+    size = size_argument(config, image_size)
     model = torchvision.models.get_model(config.name, weights="DEFAULT" if config.pretrained else None, **size)
     if is_vit:
         model.heads.head = nn.Linear(model.heads.head.in_features, num_classes)
@@ -95,13 +109,12 @@ def small_conv(num_classes: int, width: int = 40) -> nn.Module:
 
 
 def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    import timm  # a second to import, so only where it is needed
+    import timm
 
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, [*timm.list_models(), *TORCHVISION_MODELS], 1, 0.0)
         raise RequestError(f"model.name: no model {config.name!r}; did you mean {near[0]}?")
-    published = timm.get_pretrained_cfg(config.name)
-    size = {"img_size": image_size} if published and published.fixed_input_size else {}
+    size = size_argument(config, image_size)
     with quick_hub() if config.pretrained else contextlib.nullcontext():
         return timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **size)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from lab.config import Config
 from lab.data.images import axis_weights
 from lab.data.mixing import Mixing
-from lab.models import count_flops, eval_view, forward_shapes, synchronised
+from lab.models import count_flops, eval_view, forward_shapes, size_argument, synchronised
 from lab.runtime.average import WeightAverage
-from lab.runtime.devices import IMAGENET_MOMENTS, Normalise, compiled, resolve_amp_dtype
+from lab.runtime.devices import Normalise, compiled, resolve_amp_dtype
 from lab.runtime.distributed import Dist
+from lab.weights import describe, input_moments
 
 
 def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, smoothing: float) -> Callable:
@@ -72,9 +74,8 @@ class Network:
         model = synchronised(model) if self.synced else model
         self.model = model.to(device, memory_format=layout).train()
         self.amp_dtype = resolve_amp_dtype(training, device)
-        published = getattr(model, "pretrained_cfg", None) or {}  # timm's record of how its weights were trained
-        moments = (published.get(name, usual) for name, usual in IMAGENET_MOMENTS.items())
-        self.normalise = Normalise(*moments, device, layout, self.amp_dtype)
+        self.moments = input_moments(config.model, config.dataset, model)
+        self.normalise = Normalise(*self.moments.values(), device, layout, self.amp_dtype)
         self.measure = measure
         self.forward = compiled(
             training_forward(self.model, self.normalise, self.measure, training.label_smoothing), training.compile
@@ -121,6 +122,27 @@ class Network:
             return None
         whole = torch.tensor([[0.0, side]], device=self.device)
         return axis_weights(whole[:, 0], whole[:, 1], resolution, side)[0]
+
+    def predictor(self) -> Callable[[Tensor], Tensor]:
+        """What gives the logits [batch, classes] of uint8 images, as validation computes them; not compiled."""
+        model = eval_view(self.exported)
+
+        def forward(images: Tensor) -> Tensor:
+            with self.normalise.autocast():
+                return model(self.normalise(images))
+
+        return forward
+
+    def normalise_by(self, moments: dict[str, Sequence[float]]) -> None:
+        """Normalise pixels by this `mean` and `std` from now on; before anything is compiled."""
+        self.moments = moments
+        self.normalise.set_moments(**moments)
+
+    def describe(self, classes: Sequence[str]) -> dict[str, Any]:
+        """What others need to build the network and to prepare its pictures: see `weights.describe`."""
+        config = self.config
+        size = size_argument(config.model, config.dataset.image_size)
+        return describe(config.model, config.dataset, self.model, classes, self.moments, size)
 
     def weight_sum(self) -> float:
         """The sum of all weights: processes whose weights differ do not have it alike."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,22 @@ ACTIVATION_BAND = 0.02  # an epoch's activation further than this from its targe
 STATUSES = ("completed", "early_stopped", "time_capped", "interrupted", "failed")
 LARGEST = 1e18  # a figure beyond it is a damaged one
 NAMED = ("model.name", "dataset.type", "ast.mode", "training.epochs")  # a config without one of them is not this lab's
+
+
+class ClassRow(NamedTuple):
+    """What a run says of one class."""
+
+    name: str
+    val_acc: float | None  # of the last epoch, percent
+    val_samples: int
+    times_trained: int
+
+
+class Diet(NamedTuple):
+    """What a run was trained on."""
+
+    histogram: np.ndarray  # float [most + 1], how many pictures were trained on 0, 1, 2 times and so on
+    classes: list[ClassRow]
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class ResultsFile:
     figures: dict[str, Any]
     environment: dict[str, str]
     finished_utc: str | None = None  # ISO 8601; older files do not say
+    diet: Diet | None = None  # likewise
 
     @property
     def age(self) -> tuple:
@@ -176,9 +193,27 @@ def read_run(path: Path) -> ResultsFile:
         environment = {spell(key): spell(value) for key, value in (result.get("environment") or {}).items()}
         finished = environment.pop("finished_utc", None)  # it is no part of the machine
         figures = run_figures(result, history, settings) | {"non_finite": len(non_finite)}
-        return ResultsFile(path, settings, history, figures, environment, finished)
-    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        return ResultsFile(path, settings, history, figures, environment, finished, read_diet(result))
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a results file of the lab: {one_line(error)}") from None
+
+
+def read_diet(result: Mapping[str, Any]) -> Diet | None:
+    """What a results file says of the classes and of how often pictures were trained on; None for one that does not.
+
+    Raises TypeError or ValueError where that is no list of numbers.
+    """
+    if result.get("times_trained") is None or result.get("classes") is None:
+        return None
+    histogram = np.array([number(value) for value in result["times_trained"]["histogram"]], dtype=float)
+    if not len(histogram) or not np.isfinite(histogram).all():
+        raise ValueError("times_trained: no histogram")
+    columns = zip(*(result["classes"][name] for name in ("name", *ClassRow._fields[1:])), strict=True)
+    rows = [
+        ClassRow(one_line(name, 80), None if share is None else number(share, 100), int(number(n)), int(number(times)))
+        for name, share, n, times in columns
+    ]
+    return Diet(histogram, rows)
 
 
 def is_whole(settings: Mapping[str, str]) -> bool:

@@ -29,6 +29,9 @@ class ModelConfig(Section):
         "resnet18", description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model"
     )
     pretrained: bool = Field(False, description="start from published ImageNet weights (downloads them)")
+    weights: str | None = Field(
+        None, description="start from these: the weights folder of a run, a .safetensors or a state_dict file"
+    )
     small_stem: bool = Field(False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool")
 
 
@@ -56,6 +59,11 @@ class DatasetConfig(Section):
     )
     random_erasing: float = Field(
         0.0, ge=0, le=1, description="chance that 2 to 33 % of a training picture are covered by a grey rectangle"
+    )
+    normalise: Literal["model", "imagenet", "measured"] = Field(
+        "model",
+        description="mean and deviation of the pixels; model: those of the weights that are loaded, of random weights "
+        "those published with the model's name, else ImageNet's; measured: those of the training pictures",
     )
     padding: Literal["black", "reflect"] = Field("black", description="pad_crop: what lies beyond the picture's edge")
     cache: Literal["none", "device"] = Field(

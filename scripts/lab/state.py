@@ -39,6 +39,7 @@ def _reduce_metrics(metrics: Any) -> None:
     """Move to rank 0 what the ranks have counted by themselves since the last time. Collective."""
     if metrics.dist.world == 1:
         return
+    metrics.times_trained.merge()
     first, ledger, meter = metrics.dist.rank == 0, metrics.ledger, metrics.meter
     counted = [ledger.loaded, ledger.scored, ledger.trained, meter.correct, meter.trained, meter.predicted]
     rows = metrics.dist.all_gather([*counted, *meter.sums.tolist()])

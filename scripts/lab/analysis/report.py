@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from lab.analysis.diet import diets
 from lab.analysis.figures import FIGURES, LINES, choose_styles, draw, inline_svg
 from lab.analysis.study import Study
 from lab.analysis.tables import frontier_lines, several, text_table, verdict
@@ -69,6 +70,10 @@ def section(study: Study, number: int) -> dict[str, Any]:
         "styles": legend_keys(study),
         "figures": [
             (title, inline_svg(draw(study, name, legend=False), name + tail)) for name, (title, _) in FIGURES.items()
+        ],
+        "diets": [
+            (setting, shown | {"figure": inline_svg(shown["figure"], f"diet-{i}{tail}")})
+            for i, (setting, shown) in enumerate(diets(study))
         ],
         "differences": {setting: differences(study, setting) for setting in study.table.index},
         "environments": [(count, dict(each)) for each, count in study.environments.items() if each],

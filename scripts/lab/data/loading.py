@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lab.data.datasets import LoaderBatch, ReadErrors
+from lab.config import Config
+from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.launch import launched_here
 from lab.runtime.distributed import Dist
@@ -209,3 +210,12 @@ def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
         return training.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if in_memory else min(16, max(1, cores // launched_here()))
+
+
+def loader_options(config: Config, device: torch.device, dataset: ImageDataset) -> dict[str, Any]:
+    """Of the DataLoader. It draws from a generator of its own, and leaves the model's random numbers alone."""
+    workers = loader_processes(config.training, in_memory=dataset.IN_MEMORY)
+    shared = {"num_workers": workers, "generator": torch.Generator()}
+    if config.dataset.cache == "device":
+        return shared | {"collate_fn": as_is}
+    return shared | {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}

@@ -20,7 +20,7 @@ from lab.errors import RequestError, TrainingFailed, one_line
 from lab.files import locked, replace_file, require_folder
 from lab.runtime.devices import synchronize
 
-FORMAT = 2  # of the state: nested by object
+FORMAT = 3  # of the state
 MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
 MAGIC = b"AST-LAB checkpoint, sha256: "
 CAPPED = "capped.json"  # beside the checkpoint: the logged line of an epoch that a time cap cut short
@@ -114,10 +114,11 @@ class Checkpoints:
         self.pending: list[Future] = []
         self.saved = time.monotonic()
 
-    def require_space(self, size: int) -> None:
-        """Raises RequestError where the disk has no room for three files of `size` bytes: last, best and the next."""
-        there = sum(file.stat().st_size for file in self.folder.glob("*.pt"))
-        needed, free = 3 * size - there, shutil.disk_usage(self.folder).free
+    def require_space(self, size: int, weights: int = 0) -> None:
+        """Raises RequestError where the disk has no room for three files of `size` bytes (last, best and the next) and
+        two of the `weights` alone (the best and the next)."""
+        there = sum(file.stat().st_size for file in [*self.folder.glob("*.pt"), *self.folder.glob("*/*.safetensors")])
+        needed, free = 3 * size + 2 * weights - there, shutil.disk_usage(self.folder).free
         if needed > free:
             room = f"{needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there"
             raise RequestError(f"logging.output_dir: the checkpoints in {self.folder} need {room}")

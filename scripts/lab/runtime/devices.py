@@ -103,8 +103,11 @@ class Normalise:
         layout: torch.memory_format,
         dtype: torch.dtype | None,
     ):
-        self.mean, self.std = (torch.tensor(v, device=device).mul(255).view(1, 3, 1, 1) for v in (mean, std))
-        self.kind, self.layout, self.dtype = device.type, layout, dtype
+        self.device, self.kind, self.layout, self.dtype = device, device.type, layout, dtype
+        self.set_moments(mean, std)
+
+    def set_moments(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = (torch.tensor(v, device=self.device).mul(255).view(1, 3, 1, 1) for v in (mean, std))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None)

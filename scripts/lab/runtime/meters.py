@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -105,6 +105,24 @@ def merged_sums(sums: np.ndarray) -> np.ndarray:
     merged, first_bad = sums.sum(0), sums[:, 3][sums[:, 3] > 0]
     merged[3], merged[5] = first_bad.min() if len(first_bad) else 0, sums[:, 5].max()  # all skip the same steps
     return merged
+
+
+class ClassCounts(NamedTuple):
+    """How many samples of each class were validated, and how many of them predicted correctly."""
+
+    correct: list[int]
+    count: list[int]
+
+    @classmethod
+    def of(cls, parts: Sequence[np.ndarray]) -> ClassCounts:
+        """parts: of each process, int64 [2, n], the labels, and 1 for each that was predicted."""
+        labels, correct = np.concatenate(parts, 1)
+        count = np.bincount(labels)
+        return cls(np.bincount(labels[correct > 0], minlength=len(count)).tolist(), count.tolist())
+
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * sum(self.correct) / sum(self.count)
 
 
 class EnergyMeter:

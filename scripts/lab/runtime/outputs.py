@@ -13,17 +13,22 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from lab.config import Config, checkpoint_folder
 from lab.console import epoch_line, print_rank0, summary
+from lab.data.datasets import ImageDataset
 from lab.errors import RequestError
 from lab.files import append_jsonl, replace_text, require_appendable, require_folder, write_result
 from lab.results import utc_now
-from lab.runtime.checkpoint import Checkpoints
-from lab.runtime.devices import environment
+from lab.runtime import diet
+from lab.runtime.checkpoint import Checkpoints, host_copy, state_bytes
+from lab.runtime.devices import environment, synchronize
 from lab.runtime.distributed import Dist
 from lab.sections import LoggingConfig
+from lab.weights import WeightsFolder
 
 
 class Outputs:
@@ -32,16 +37,22 @@ class Outputs:
     def __init__(self, config: Config, device: torch.device, dist: Dist):
         self.config, self.device, self.dist = config, device, dist
         self.checkpoints: Checkpoints | None = None  # from `open` on
+        self.weights: WeightsFolder | None = None  # likewise
         self.board: Any | None = None
         self.saved_at: tuple[int, int] | None = None  # (epoch, step) of this session's newest checkpoint
         # now: at the end, a dead loader worker would break into its subprocess
         self.environment = environment(device) | {"processes": dist.world}
 
-    def open(self, board: Any | None, checkpoint_size: int) -> None:
-        """Begin to write. Raises RequestError where the disk has no room for checkpoints of so many bytes."""
+    def open(self, board: Any | None, model: nn.Module, copies: int, facts: dict[str, Any]) -> None:
+        """Begin to write.
+
+        copies: of each weight in the optimizer. facts: of `Network.describe`. Raises RequestError where the disk has no
+        room for the checkpoints.
+        """
         if self.dist.rank == 0:
             self.board, self.checkpoints = board, Checkpoints(checkpoint_folder(self.config))
-            self.checkpoints.require_space(checkpoint_size)
+            self.weights = WeightsFolder(weights_folder(self.config), facts)
+            self.checkpoints.require_space(state_bytes(model, copies), state_bytes(model, 0))
 
     def save(self, state_dict: Callable[[], dict[str, Any]], at: tuple[int, int], best: bool = False) -> None:
         """Write a checkpoint, where the run keeps any. Collective. at: (epoch, step)."""
@@ -50,6 +61,13 @@ class Outputs:
         state, self.saved_at = state_dict(), at
         if self.checkpoints is not None:
             self.checkpoints.save(state, self.device, best)
+
+    def export(self, state: dict[str, Tensor], row: dict[str, Any]) -> None:
+        """Write the weights of the best epoch so far, those that were validated. row: of that epoch."""
+        if self.checkpoints is not None:
+            copied = host_copy(state)
+            synchronize(self.device)
+            self.checkpoints.then(self.weights.write, copied, {key: row[key] for key in ("epoch", "val_acc")})
 
     def checkpoint_due(self) -> bool:
         """Whether logging.checkpoint_minutes have passed since the last checkpoint."""
@@ -81,14 +99,26 @@ class Outputs:
         if self.checkpoints is not None:
             self.checkpoints.wait()
 
-    def close(self, result: dict[str, Any]) -> Path | None:
-        """Write the results file and print the summary. Returns the file, None on ranks other than 0."""
+    def close(self, result: dict[str, Any], eaten: diet.Diet | None = None) -> Path | None:
+        """Write the results file, what was trained on beside it, and print the summary.
+
+        Returns the file, None on ranks other than 0.
+        """
         if self.checkpoints is None:
             return None
         self.checkpoints.close()
         path = save_results(result, self.config.logging.output_dir)
         print_rank0(f"{summary(result)}\nresults: {path}")
+        if result["weights"] is not None:
+            print_rank0(f"weights: {weights_folder(self.config)}")
+        if eaten is not None and result["status"] not in ("failed", "interrupted"):
+            eaten.write(path, {name: result["times_trained"][name] for name in diet.SHEETS})
         return path
+
+
+def weights_folder(config: Config) -> Path:
+    """Where a run writes the weights of its best epoch."""
+    return checkpoint_folder(config) / "weights"
 
 
 def open_tensorboard(outputs: LoggingConfig) -> Any | None:
@@ -150,9 +180,19 @@ def live_figures(run: Any) -> dict[str, str]:
     return shown
 
 
-def build_result(run: Any, outcome: dict[str, str]) -> dict[str, Any]:
+def count_diet(run: Any, dataset: ImageDataset, indices: np.ndarray) -> diet.Diet | None:
+    """What the run was trained on; None on ranks other than 0, and where the device has failed. indices: int64 [n], of
+    the training set."""
+    if run.outputs.checkpoints is None:
+        return None
+    with contextlib.suppress(RuntimeError):
+        return diet.Diet.of(dataset, indices, run.metrics.times_trained.times.cpu().numpy())
+    return None
+
+
+def build_result(run: Any, outcome: dict[str, str], eaten: diet.Diet | None) -> dict[str, Any]:
     """The contents of a results file: the documented keys first, then how they came about."""
-    metrics, clock = run.metrics, run.clock
+    metrics, clock, folder = run.metrics, run.clock, weights_folder(run.config)
     with contextlib.suppress(RuntimeError):  # of an unfinished epoch; a device that failed cannot say
         metrics.settle()
     accuracies = metrics.history["val_acc"]
@@ -168,6 +208,8 @@ def build_result(run: Any, outcome: dict[str, str]) -> dict[str, Any]:
         "final_accuracy": accuracies[-1] if accuracies else None,
         "train_seconds": clock.train_seconds,
         "energy_kj": clock.energy_kj,
+        "weights": str(folder.relative_to(run.config.logging.output_dir)) if accuracies else None,
+        **diet.figures(eaten, metrics.by_class),
         "base_flop_per_sample": run.network.base_flop,
         "ledger": asdict(metrics.ledger),
         "nonfinite_steps": metrics.nonfinite_steps,
