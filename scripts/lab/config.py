@@ -63,8 +63,10 @@ class Config(Section):
         first_complaint(
             (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
             (scored_at > d.image_size, f"ast.score_resolution: larger than dataset.image_size={d.image_size}"),
-            (d.cache_resolution and d.cache == "none", "dataset.cache_resolution: needs dataset.cache=device"),
+            (d.cache_resolution and d.cache == "none", "dataset.cache_resolution: needs dataset.cache=device or disk"),
             (d.cache_resolution and not cropped, "dataset.cache_resolution: only with augment=random_resized_crop"),
+            (d.cache_format == "jpeg" and d.cache != "disk", "dataset.cache_format: jpeg needs dataset.cache=disk"),
+            (d.cache_format == "jpeg" and not cropped, "dataset.cache_format: jpeg needs augment=random_resized_crop"),
             (t.lr_decay == "time" and not t.max_minutes, "training.max_minutes: needed with training.lr_decay=time"),
             (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
             (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
