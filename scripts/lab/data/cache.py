@@ -219,7 +219,7 @@ def _require_memory(
         mean = mean_bytes(split.dataset, used, recipe) if file is None else float(file.offsets[-1]) / len(file)
         pictures, needed = pictures + len(used), needed + len(used) * (mean + 24)
         read += [] if file is None else [f"read from {file.folder}"]
-    about, free = "" if recipe.square else "about ", free_memory(device)
+    about, free = "about " if len(read) < 2 and not recipe.square else "", free_memory(device)
     size = f"{pictures:,} {recipe} need {about}{needed / 2**30:,.2f} GiB"
     if needed > 0.9 * free:
         hint = "set dataset.cache=disk, or a smaller dataset.cache_resolution or dataset.max_train_samples"

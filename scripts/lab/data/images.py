@@ -221,8 +221,7 @@ def axis_weights(
     torchvision: a triangle whose half width is max(1, length / size) pixels. Each row sums to 1, but a row whose pixels
     all lie outside the picture is 0, which makes them black.
 
-    start, length: float [batch], pixels, whole or not. mirror: bool [batch], which pictures are turned round on this
-    axis.
+    start, length: float [batch], whole pixels. mirror: bool [batch], which pictures are turned round on this axis.
     reflected: so many pixels beyond each edge are the picture's reflection, without its edge pixels repeated.
     float32 on the CPU; float16 on a GPU, which holds every grey level exactly.
     """
@@ -233,7 +232,7 @@ def axis_weights(
         outputs = torch.where(mirror[:, None], size - outputs, outputs)
     pixels = torch.arange(-reflected, side + reflected, device=start.device) + 0.5 - start
     weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixels >= 0) & (pixels <= length))
+    weights = weights * ((pixels > 0) & (pixels < length))
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
     if reflected:  # the weight of a reflected pixel goes to the pixel it shows
         before, weights, after = weights.split([reflected, side, reflected], -1)

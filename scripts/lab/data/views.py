@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.data.images import axis_weights
-
 try:
     import triton
     import triton.language as tl
@@ -50,10 +48,10 @@ def bytes_needed(table: np.ndarray) -> np.ndarray:
 
 
 def cut(flat: Tensor, table: Tensor, size: int) -> Tensor:
-    """Views as uint8 [n, 3, size, size], bilinear with antialiasing (see `images.axis_weights`).
+    """Views as uint8 [n, 3, size, size], bilinear with antialiasing, as in Pillow and torchvision.
 
-    flat: uint8 [bytes]. table: float64 [n, 8], see `table_of_views`, on the same device. On a GPU it is one kernel,
-    elsewhere, and without Triton, one view after the other.
+    flat: uint8 [bytes]. table: float64 [n, 8], see `table_of_views`, on the same device. On a GPU it is one kernel. On
+    a CPU, and without Triton, the host cuts one view after the other.
     """
     out = torch.empty(len(table), 3, size, size, dtype=torch.uint8, device=flat.device)
     if flat.is_cuda and triton is not None:
@@ -63,20 +61,37 @@ def cut(flat: Tensor, table: Tensor, size: int) -> Tensor:
                 _cut_kernel[grid](flat, table, out, SIZE=size, PIXELS=PIXELS_A_PROGRAM)
         return out
     for view, row in zip(out, table.tolist(), strict=True):
-        view.copy_(_cut_one(flat, row, size))
+        first, rows, width = (int(row[i]) for i in (FIRST, ROWS, WIDTH))
+        pixels = flat[first : first + 3 * rows * width].cpu().numpy().reshape(rows, width, 3)
+        view.copy_(torch.from_numpy(_cut_one(pixels, row, size)).permute(2, 0, 1))
     return out
 
 
-def _cut_one(flat: Tensor, row: list[float], size: int) -> Tensor:
-    first, rows, width = (int(row[i]) for i in (FIRST, ROWS, WIDTH))
-    pixels = flat[first : first + 3 * rows * width].view(rows, width, 3).permute(2, 0, 1)
-    top, left, height, length = (torch.tensor([row[i]], device=flat.device) for i in (TOP, LEFT, HEIGHT, LENGTH))
-    mirror = torch.tensor([row[MIRROR] > 0], device=flat.device)
-    left_edge, right_edge = int(row[LEFT]), min(width, int(row[LEFT] + row[LENGTH]) + 1)
-    down = axis_weights(top, height, size, rows)[0].float()
-    across = axis_weights(left, length, size, width, mirror)[0, :, left_edge:right_edge].float()
-    narrow = pixels[:, :, left_edge:right_edge].float() @ across.mT
-    return (down @ narrow).round().clamp(0, 255).to(torch.uint8)
+def _cut_one(pixels: np.ndarray, row: list[float], size: int) -> np.ndarray:
+    """A view, uint8 [size, size, 3], of the rows of a picture that it needs, uint8 [rows, width, 3]."""
+    lines, down = _taps(row[TOP], row[HEIGHT], size, len(pixels))
+    places, across = _taps(row[LEFT], row[LENGTH], size, pixels.shape[1])
+    left = places.min()
+    pixels, places = pixels[:, left : places.max() + 1], places - left
+    tall = sum(down[:, k, None, None] * pixels[lines[:, k]] for k in range(lines.shape[1]))
+    view = sum(across[:, k, None] * tall[:, places[:, k]] for k in range(places.shape[1]))
+    view = (view + 0.5).astype(np.uint8)
+    return view[:, ::-1].copy() if row[MIRROR] else view
+
+
+def _taps(start: float, length: float, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(which pixels, int [size, taps], make up each pixel of a view along an axis; their weights, float32, likewise).
+
+    A triangle whose half width is max(1, length / size) pixels, within the picture and [start, start + length].
+    """
+    scale = length / size
+    half = max(1.0, scale)
+    centres = start + (np.arange(size)[:, None] + 0.5) * scale
+    pixels = np.floor(centres - half).astype(np.int64) + np.arange(int(2 * half) + 2)
+    weights = np.maximum(0, 1 - np.abs(pixels + 0.5 - centres) / half)
+    inside = (pixels >= 0) & (pixels < side) & (pixels + 0.5 >= start) & (pixels + 0.5 <= start + length)
+    weights = (weights * inside).astype(np.float32)
+    return pixels.clip(0, side - 1), weights / weights.sum(1, keepdims=True)
 
 
 PIXELS_A_PROGRAM = 256
