@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,14 +34,18 @@ class Lab(NamedTuple):
     train_one_epoch: Callable[..., bool]
 
 
-def ways(activations: list[float]) -> dict[str, dict[str, Any]]:
-    """By name, the settings of `ast`."""
+def ways(activations: Sequence[float], patterns: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """By name, the settings of `ast` of each way to train whose name has a match of a pattern (None: of all)."""
     found: dict[str, dict[str, Any]] = {"dense": {"mode": "dense"}}
     for share in activations:
         common = {"target_activation": share, "pack": True}
         found[f"batch-scored, a={share:g}"] = {**common, "kp": 1.0, "ki": 0.05}
         found[f"history, a={share:g}"] = {**common, "scoring": "history", "pack": False}
-    return found
+    return {
+        name: ast
+        for name, ast in found.items()
+        if not patterns or any(re.search(pattern, name) for pattern in patterns)
+    }
 
 
 def epoch_config(args: argparse.Namespace, ast: Mapping[str, Any]) -> Config:
@@ -160,10 +165,11 @@ def benchmark_epoch(args: argparse.Namespace, lab: Lab) -> dict[str, Any]:
     """The rows of `epoch`: each way to train with each kind of cache."""
     rows: dict[str, Any] = {}
     device = resolve_device(epoch_config(args, {}).training)
-    for name, ast in progress_bar(ways(args.activations).items(), unit="way"):
+    for name, ast in progress_bar(ways(args.activations, args.only).items(), unit="way"):
         for kind, row in time_way(args, lab, ast):
             rows[f"{name}, {kind}"] = row
-            row["over_dense"] = row["seconds"] / rows[f"dense, {kind}"]["seconds"]
+            dense = rows.get(f"dense, {kind}")
+            row["over_dense"] = dense and row["seconds"] / dense["seconds"]
         torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(description)
     kinds = parser.add_subparsers(dest="what", required=True)
     kinds_of_work = (
-        (add_steps, check_steps), (add_input, check_input), (add_epoch, check_input), (add_scaling, check_scaling)
+        (add_steps, check_steps), (add_input, check_input), (add_epoch, check_epoch), (add_scaling, check_scaling)
     )  # fmt: skip
     for add, check in kinds_of_work:
         kind = add(kinds)
@@ -62,6 +62,7 @@ def add_epoch(kinds: Any) -> argparse.ArgumentParser:
     add("--model", default="resnet50", help="as model.name (default: resnet50)")
     add("--activations", type=float, nargs="+", default=[0.5, 0.25], metavar="SHARE", help="default: 0.5 0.25")
     add("--kinds", nargs="+", choices=["none", "disk", "device"], default=["disk", "none"], help="as dataset.cache")
+    add("--only", nargs="+", metavar="PATTERN", help="only ways to train whose name has a match (Python's re)")
     add("--workers", type=int, help="as training.num_workers; of disk: the threads")
     add("--compile", choices=["off", "default", "reduce-overhead"], default="default", help="torch.compile mode")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="as training.device")
@@ -108,6 +109,14 @@ def check_timed(args: argparse.Namespace) -> None:
         raise RequestError("--steps, --repeats, --batch-size and --image-size must be positive")
 
 
+def check_patterns(args: argparse.Namespace) -> None:
+    for pattern in args.only or []:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RequestError(f"--only: {pattern!r} is no regular expression: {error}") from None
+
+
 def check_input(args: argparse.Namespace) -> None:
     check_timed(args)
     limits = (getattr(args, name, None) for name in ("epoch_steps", "stream_steps"))
@@ -119,6 +128,11 @@ def check_input(args: argparse.Namespace) -> None:
         raise RequestError("--activations must lie in (0, 1]")
 
 
+def check_epoch(args: argparse.Namespace) -> None:
+    check_input(args)
+    check_patterns(args)
+
+
 def check_steps(args: argparse.Namespace) -> None:
     """Raises RequestError where the options do not fit together. Reads the file to compare with, if there is one."""
     check_timed(args)
@@ -126,11 +140,7 @@ def check_steps(args: argparse.Namespace) -> None:
         raise RequestError("--activation must lie in (0, 1]")
     if args.score_resolution and not 0 < args.score_resolution <= args.image_size:
         raise RequestError("--score-resolution must be positive and at most --image-size")
-    for pattern in args.only or []:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise RequestError(f"--only: {pattern!r} is no regular expression: {error}") from None
+    check_patterns(args)
     processes = max(args.nproc, launched()[1])
     if args.nproc < 1:
         raise RequestError("--nproc: at least 1")

@@ -59,7 +59,7 @@ class CachedLoader:
         mode = "off" if plan is None or config.training.compile == "off" else "default"
         crop = partial(crop_resize, size=self.augmentation.size, reflected=self.augmentation.reflected)
         self.crop = compiled(crop, mode)
-        self.compiles = mode != "off" and self.recipe.square
+        self.compiles = mode != "off" if self.recipe.square else plan is not None and device.type == "cuda"
 
     def attach(self, dataset: ImageDataset, index: Index, unreadable: list[str], positions: np.ndarray,
                labels: np.ndarray) -> None:  # fmt: skip

@@ -55,7 +55,7 @@ class Index(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence[Index]) -> Index:
-        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return cls(*(np.concatenate(columns) for columns in zip(cls.empty(), *parts, strict=True)))
 
     @classmethod
     def empty(cls) -> Index:

@@ -59,7 +59,8 @@ def decode_jpeg(data: bytes) -> np.ndarray | None:
     if simplejpeg is None:
         return None
     with contextlib.suppress(ValueError):
-        return simplejpeg.decode_jpeg(data)
+        colours = simplejpeg.decode_jpeg_header(data)[2]
+        return None if colours in ("CMYK", "YCCK") else simplejpeg.decode_jpeg(data)
     return None
 
 

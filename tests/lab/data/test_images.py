@@ -1,13 +1,17 @@
 """Decoding real files, and that crops are those of torchvision."""
 
+import contextlib
 import io
 import struct
+import warnings
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 
 from helpers import folder_config, pictures
@@ -207,3 +211,25 @@ def test_random_crops_have_torchvisions_distribution():
             quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
             theirs = torch.tensor(theirs, dtype=torch.float64)
             assert torch.allclose(ours.quantile(quantiles), theirs.quantile(quantiles), atol=0.04), name
+
+
+KINDS = {"4:2:0": {}, "4:4:4": {"subsampling": 0}, "4:2:2": {"subsampling": 1}, "progressive": {"progressive": True}}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "grey", "CMYK"])
+def test_jpegs_are_decoded_as_torchvision_and_pillow_decode_them(kind):
+    """Bit for bit: all three use libjpeg-turbo. torchvision is asked as long as it has a decoder."""
+    for photo in load_sample_images().images:
+        image = Image.fromarray(photo[:201, :333])  # odd sides: half-resolution colours end within a block
+        image = image.convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=88, **KINDS.get(kind, {}))
+        ours = decode_image(buffer.getvalue())
+        expected = v2.functional.pil_to_tensor(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
+        assert torch.equal(ours, expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(AttributeError):
+                data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+                theirs = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
+                assert kind == "CMYK" or torch.equal(ours, theirs)  # torchvision converts CMYK in its own way
