@@ -6,10 +6,12 @@
     python scripts/benchmark.py steps --model resnet50 --nproc 2 --batch-size 512 --json steps.json   # two GPUs
     python scripts/benchmark.py scaling --steps steps.json --gpus 8 64 512
     python scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128
+    python scripts/benchmark.py epoch --folder data/imagenet/train --stream-steps 60
 
 steps    training loops over one resident batch: the lab's own, and what others write by hand
 scaling  on paper: what those steps would take on more GPUs with as many samples each
 input    images per second of each pipeline over a folder of classes
+epoch    wall time of whole epochs of a folder of classes, by kind of cache, and how long the GPU waited in them
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lab.benchmark import timing
+from lab.benchmark import epochs, inputs, timing
 from lab.benchmark.options import parse
 from lab.benchmark.peers import hand_written_steps, masked_loss_steps, two_forward_steps
-from lab.benchmark.scaling import Assumed, break_even, scaling, show_scaling
+from lab.benchmark.scaling import benchmark_scaling, break_even, show_scaling
 from lab.benchmark.timing import Loop, StepRow, TimedDist, Workload
 from lab.cli import run_cli
 from lab.config import Config
@@ -38,7 +40,7 @@ from lab.files import require_folder
 from lab.launch import launch, launched
 from lab.models import get_model
 from lab.runtime.devices import configure_backends, environment, resolve_device
-from train_ast import Run, select_active, selection_class, significance, train_one_epoch
+from train_ast import Run, begin_epoch, build_dataloaders, select_active, selection_class, significance, train_one_epoch
 
 
 def lab_steps(workload: Workload, compiled: str, at_score_resolution: bool = False, **ast: Any) -> Loop:
@@ -113,18 +115,6 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
     return {**result, "break_even": break_even(rows, args.activation)}
 
 
-def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
-    config = Config()
-    config.dataset.image_size, config.dataset.augment = args.image_size, "random_resized_crop"
-    config.training.batch_size = args.batch_size
-    return timing.time_input(args.folder, config, args.workers, args.steps, args.repeats)
-
-
-def benchmark_scaling(args: argparse.Namespace) -> dict[str, Any]:
-    assumed = Assumed(args.gpus_per_node, args.network_gb, args.latency_us)
-    return scaling(args.steps, args.gpus, assumed, select_active)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(__doc__, argv)
     for option, path in (("--json", args.json), ("--plot", args.plot)):
@@ -132,10 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_folder(path.parent, option, path)
     if args.what == "steps" and args.nproc > 1 and launched()[1] == 1:
         return launch(Path(__file__), args.nproc, 0, sys.argv[1:] if argv is None else argv)
+    lab = epochs.Lab(build_dataloaders, get_model, Run, begin_epoch, train_one_epoch)
     work, show = {
         "steps": (benchmark_steps, timing.show_steps),
-        "input": (benchmark_input, timing.show_input),
-        "scaling": (benchmark_scaling, show_scaling),
+        "input": (inputs.benchmark_input, inputs.show_input),
+        "epoch": (partial(epochs.benchmark_epoch, lab=lab), epochs.show_epoch),
+        "scaling": (partial(benchmark_scaling, choose=select_active), show_scaling),
     }[args.what]
     result = work(args)
     if launched()[0] == 0:

@@ -52,14 +52,14 @@ from lab.runtime.distributed import Dist
 from lab.runtime.workers import ending_workers
 from lab.sections import TrainingConfig
 from lab.streams import print_progress
-from train_ast import build_datasets, build_val_loader, load_config
+from train_ast import build_splits, build_val_loader, load_config
 
 
 def evaluate(trained: Trained, config: Config) -> dict[str, Any]:
     """Every figure of the weights on the validation set of `config`: see `lab.evaluation.measure`."""
     device = trained.network.device
-    _, val = build_datasets(config.dataset)
-    numbers = class_numbers(trained, val.classes)
+    _, val = build_splits(config.dataset)
+    numbers = class_numbers(trained, val.dataset.classes)
     errors = ReadErrors(config.dataset.max_bad_images)
     with ending_workers():
         found = predict(trained.network, device_batches(build_val_loader(val, config, device, Dist()), device, errors))

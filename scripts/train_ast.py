@@ -41,7 +41,7 @@ from lab.checks import check_start
 from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import Config, checkpoint_folder, first_complaint, require_known
 from lab.console import epoch_line, print_rank0, step_bar
-from lab.data.cache import ResidentLoader, require_memory
+from lab.data.cache import Split, cached_loaders, prepare_caches
 from lab.data.datasets import (
     DigitsDataset,
     FolderDataset,
@@ -52,8 +52,17 @@ from lab.data.datasets import (
     measure_moments,
     read_classes,
 )
-from lab.data.images import Augmentation, cached_side
-from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores, device_batches, loader_options
+from lab.data.images import Augmentation
+from lab.data.loading import (
+    DeviceBatch,
+    EpochPlan,
+    Loader,
+    ScoreAhead,
+    Scores,
+    device_batches,
+    loader_options,
+    loader_processes,
+)
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
 from lab.errors import RequestError, one_line
@@ -886,6 +895,14 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
     return train, val
 
 
+def build_splits(dataset: DatasetConfig) -> tuple[Split, Split]:
+    """The training and the validation set with the samples of them that are used."""
+    train, val = build_datasets(dataset)
+    indices = random_subset(len(train), dataset.max_train_samples)
+    indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
+    return Split(train, indices), Split(val, random_subset(len(val), dataset.max_val_samples))
+
+
 def build_dataloaders(
     config: Config, device: torch.device, dist: Dist | None = None
 ) -> tuple[Loader, Loader, EpochPlan, int]:
@@ -894,34 +911,29 @@ def build_dataloaders(
     Of several processes each has its part of every training batch, and of the validation set, in batches of its share.
     """
     dataset, training, dist = config.dataset, config.training, dist or Dist()
-    train, val = build_datasets(dataset)
+    splits = (train, indices), (val, _) = build_splits(dataset)
     if dist.world > 1:
         dist.require_same("dataset: the processes see different data", [train.fingerprint(), val.fingerprint()])
     train.label_shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
-    indices = random_subset(len(train), dataset.max_train_samples)
-    indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
     plan = EpochPlan(indices, training.batch_size, training.seed, partial(planned_share, config), dist)
     options = loader_options(config, device, train)
-    if dataset.cache == "device":
-        val_samples = len(dist.shard(random_subset(len(val), dataset.max_val_samples)))
-        require_memory(len(dist.shard(indices)) + val_samples, cached_side(dataset), device)
-        train_loader = ResidentLoader(train, indices, plan, config, device, options)
-    else:
-        train_loader = WorkerLoader(train, batch_sampler=plan, **options)
-    return train_loader, build_val_loader(val, config, device, dist), plan, len(train.classes)
+    if config.dataset.cache != "none":
+        splits = {"train": splits[0], "val": splits[1]}
+        return *cached_loaders(splits, plan, config, device, dist, options), plan, len(train.classes)
+    train_loader = WorkerLoader(train, batch_sampler=plan, **options)
+    return train_loader, build_val_loader(splits[1], config, device, dist), plan, len(train.classes)
 
 
-def build_val_loader(val: ImageDataset, config: Config, device: torch.device, dist: Dist) -> Loader:
+def build_val_loader(split: Split, config: Config, device: torch.device, dist: Dist) -> Loader:
     """Every sample of the validation set once, in order; of several processes, this one's part."""
-    indices = dist.shard(random_subset(len(val), config.dataset.max_val_samples))
-    local_batch, options = config.training.batch_size // dist.world, loader_options(config, device, val)
-    if config.dataset.cache == "device":
-        return ResidentLoader(val, indices, None, config, device, options, local_batch)
-    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in indices.tolist()]
+    local_batch, options = config.training.batch_size // dist.world, loader_options(config, device, split.dataset)
+    if config.dataset.cache != "none":
+        return cached_loaders({"val": split}, None, config, device, dist, options)[0]
+    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in dist.shard(split.indices).tolist()]
     chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
-    return WorkerLoader(val, batch_sampler=chunks, **options)
+    return WorkerLoader(split.dataset, batch_sampler=chunks, **options)
 
 
 # ----------------------------------------------------------------------------------------------------- Metrics
@@ -1329,13 +1341,24 @@ def execute(config: Config, resume: str | None = None) -> int:
     return 128 + stop.signal if result["status"] == "interrupted" else 0
 
 
+def prepare(config: Config) -> int:
+    """Build the files of `dataset.cache: disk`, check every picture in them, and train nothing."""
+    if config.dataset.cache == "none":
+        raise RequestError("--prepare-only: needs dataset.cache=disk")
+    train, val = build_splits(config.dataset)
+    prepare_caches({"train": train, "val": val}, config, loader_processes(config.training, train.dataset.IN_MEMORY))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("Train one config. run_experiment.py does the same and has more flags.", config_help=True)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
     parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
+    parser.add_argument("--prepare-only", action="store_true", help="build or check the files of dataset.cache=disk")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.lr=0.05")
     args = parser.parse_intermixed_args(argv)
-    return execute(load_config(args.config, args.overrides), args.resume)
+    config = load_config(args.config, args.overrides)
+    return prepare(config) if args.prepare_only else execute(config, args.resume)
 
 
 if __name__ == "__main__":

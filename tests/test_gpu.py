@@ -65,7 +65,8 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
 
 def test_streamed_and_resident_batches_reach_the_gpu_as_they_are(image_folder):
     paths = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    for cache, size in (("none", 32), ("device", 32), ("device", 72)):
+    paths.append(f"dataset.cache_folder={image_folder}/cache")
+    for cache, size in (("none", 32), ("device", 32), ("device", 72), ("disk", 32), ("disk", 72)):
         config = make_config("dataset.type=folder", f"dataset.image_size={size}", *paths, f"dataset.cache={cache}")
         ends = []
         for device in (torch.device("cpu"), GPU):
@@ -74,6 +75,19 @@ def test_streamed_and_resident_batches_reach_the_gpu_as_they_are(image_folder):
         for (images, labels), (others, others_labels) in zip(*ends, strict=True):
             assert torch.equal(labels, others_labels)
             assert (images.int() - others.int()).abs().max() <= (1 if size == 72 else 0)  # float16 weights
+
+
+@pytest.mark.parametrize("size", [32, 72])
+def test_views_from_a_file_are_those_of_the_device_bit_for_bit(size, image_folder):
+    paths = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    found = []
+    for number, cache in enumerate(("disk", "device")):
+        where = [f"dataset.cache_folder={image_folder}/cache{number}", f"dataset.cache={cache}"]  # device: no file
+        config = make_config("dataset.type=folder", f"dataset.image_size={size}", *paths, *where)
+        loader, _, plan, _ = build_dataloaders(config, GPU)
+        plan.start_epoch(2)
+        found.append([images.cpu() for images, _, _ in device_batches(loader, GPU)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_draws_and_crops_are_the_cpus():

@@ -25,7 +25,8 @@ def print_rank0(text: str) -> None:
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A tqdm bar on a terminal, of several processes on rank 0 alone; it goes when it is done."""
-    return tqdm(iterable, leave=False, dynamic_ncols=True, disable=True if launched()[0] else None, **options)
+    options = {"leave": False, "dynamic_ncols": True, "disable": True if launched()[0] else None, **options}
+    return tqdm(iterable, **options)
 
 
 def cell(value: Any, spec: str) -> str:

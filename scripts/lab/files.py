@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,27 @@ def locked(path: Path, taken: str) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
                 raise RequestError(taken) from None
         yield
+
+
+@contextlib.contextmanager
+def locked_in_turn(path: Path, waits: Callable[[], Any]) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is made. Where another process holds it, call `waits` once, and wait."""
+    with contextlib.ExitStack() as stack:
+        told = False
+        while not _entered(stack, locked(path, "")):
+            told or waits()
+            told = True
+            time.sleep(0.2)
+        yield
+
+
+def _entered(stack: contextlib.ExitStack, lock: contextlib.AbstractContextManager) -> bool:
+    """Whether a lock was free. It then belongs to the stack."""
+    try:
+        stack.enter_context(lock)
+    except RequestError:
+        return False
+    return True
 
 
 def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:

@@ -66,11 +66,19 @@ class DatasetConfig(Section):
         "those published with the model's name, else ImageNet's; measured: those of the training pictures",
     )
     padding: Literal["black", "reflect"] = Field("black", description="pad_crop: what lies beyond the picture's edge")
-    cache: Literal["none", "device"] = Field(
-        "none", description="device: decode once, keep the pixels on the training device, crop and flip there"
+    cache: Literal["none", "device", "disk"] = Field(
+        "none",
+        description="decode once, keep the pixels, crop and flip on the training device; device: on that device; disk: "
+        "in files that later runs find again",
+    )
+    cache_folder: str = Field("data/cache", description="cache=disk: where the files are kept")
+    cache_format: Literal["raw", "jpeg"] = Field(
+        "raw", description="cache=disk: raw pixels, or JPEG of quality 95: a sixth of the disk, decoded in every epoch"
     )
     cache_resolution: int | None = Field(
-        None, ge=1, description="side of the kept pictures, pixels; null: image_size, or 8/7 of it to crop from"
+        None,
+        ge=1,
+        description="longest shorter side of the kept pictures, pixels; null: image_size, or 25/14 of it to crop from",
     )
     max_bad_images: int = Field(
         0, ge=0, description="images that may be unreadable: the next sample stands in, the results list them"

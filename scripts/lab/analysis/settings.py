@@ -15,7 +15,10 @@ LABEL_CHARACTERS, VALUE_CHARACTERS, SHORT_VALUE = 120, 40, 12
 UNKNOWN = "no whole config: not known to be comparable"
 
 # Of the dataset, what does not change what is seen.
-NOT_SEEN = {f"dataset.{key}" for key in "cache cache_dir cache_resolution max_bad_images num_classes".split()}
+NOT_SEEN = {
+    f"dataset.{key}"
+    for key in "cache cache_dir cache_folder cache_format cache_resolution max_bad_images num_classes".split()
+}
 SOURCES = {  # by dataset.type, the keys that name the data
     "digits": (),
     "folder": ("train_dir", "val_dir"),
@@ -67,8 +70,9 @@ def comparison_group(settings: Mapping[str, str]) -> Group:
     }
     if shared.get("dataset.augment") == "auto" and size.isdecimal():
         shared["dataset.augment"] = auto_augment(kind, int(size))
-    if settings.get("dataset.cache") == "device" and shared.get("dataset.augment") == "random_resized_crop":
+    if settings.get("dataset.cache", "none") != "none" and shared.get("dataset.augment") == "random_resized_crop":
         shared["dataset.cache_resolution"] = settings.get("dataset.cache_resolution", "null")
+        shared["dataset.cache_format"] = settings.get("dataset.cache_format", "raw")
     return tuple(shared.items())
 
 

@@ -19,7 +19,10 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options. Raises RequestError where they do not fit together."""
     parser = command_parser(description)
     kinds = parser.add_subparsers(dest="what", required=True)
-    for add, check in ((add_steps, check_steps), (add_input, check_timed), (add_scaling, check_scaling)):
+    kinds_of_work = (
+        (add_steps, check_steps), (add_input, check_input), (add_epoch, check_epoch), (add_scaling, check_scaling)
+    )  # fmt: skip
+    for add, check in kinds_of_work:
         kind = add(kinds)
         kind.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
         kind.set_defaults(check=check)
@@ -47,9 +50,35 @@ def add_steps(kinds: Any) -> argparse.ArgumentParser:
 
 def add_input(kinds: Any) -> argparse.ArgumentParser:
     parser = kinds.add_parser("input", help="input pipelines")
-    parser.add_argument("--folder", required=True, help="of classes, each a folder of images")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
-    return add_timed(parser, steps=20)
+    threads = "that read the file of dataset.cache=disk (default: 2 4 8 16)"
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N", help=threads)
+    return add_timed(add_folder(parser), steps=20)
+
+
+def add_epoch(kinds: Any) -> argparse.ArgumentParser:
+    parser = kinds.add_parser("epoch", help="whole epochs of a folder, by kind of cache")
+    add = parser.add_argument
+    add("--model", default="resnet50", help="as model.name (default: resnet50)")
+    add("--activations", type=float, nargs="+", default=[0.5, 0.25], metavar="SHARE", help="default: 0.5 0.25")
+    add("--kinds", nargs="+", choices=["none", "disk", "device"], default=["disk", "none"], help="as dataset.cache")
+    add("--only", nargs="+", metavar="PATTERN", help="only ways to train whose name has a match (Python's re)")
+    add("--workers", type=int, help="as training.num_workers; of disk: the threads")
+    add("--compile", choices=["off", "default", "reduce-overhead"], default="default", help="torch.compile mode")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="as training.device")
+    add("--epoch-steps", type=int, metavar="N", help="end epochs from a cache after N steps")
+    add("--stream-steps", type=int, metavar="N", help="end streamed epochs after N steps; seconds are of the whole")
+    parser.set_defaults(threads=[1])
+    add_timed(add_folder(parser), steps=40).set_defaults(repeats=1)
+    return parser
+
+
+def add_folder(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options of where pictures are."""
+    parser.add_argument("--folder", required=True, help="of classes, each a folder of images")
+    parser.add_argument("--cache-folder", default="data/cache", help="as dataset.cache_folder (default: data/cache)")
+    parser.add_argument("--cache-resolution", type=int, metavar="PX", help="as dataset.cache_resolution")
+    return parser
 
 
 def add_timed(parser: argparse.ArgumentParser, steps: int) -> argparse.ArgumentParser:
@@ -80,6 +109,30 @@ def check_timed(args: argparse.Namespace) -> None:
         raise RequestError("--steps, --repeats, --batch-size and --image-size must be positive")
 
 
+def check_patterns(args: argparse.Namespace) -> None:
+    for pattern in args.only or []:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RequestError(f"--only: {pattern!r} is no regular expression: {error}") from None
+
+
+def check_input(args: argparse.Namespace) -> None:
+    check_timed(args)
+    limits = (getattr(args, name, None) for name in ("epoch_steps", "stream_steps"))
+    if min(*args.threads, args.cache_resolution or 1, *(limit or 1 for limit in limits)) < 1:
+        raise RequestError("--threads, --cache-resolution, --epoch-steps and --stream-steps must be positive")
+    if (args.workers or 0) < 0:
+        raise RequestError("--workers: at least 0")
+    if not all(0 < share <= 1 for share in getattr(args, "activations", ())):
+        raise RequestError("--activations must lie in (0, 1]")
+
+
+def check_epoch(args: argparse.Namespace) -> None:
+    check_input(args)
+    check_patterns(args)
+
+
 def check_steps(args: argparse.Namespace) -> None:
     """Raises RequestError where the options do not fit together. Reads the file to compare with, if there is one."""
     check_timed(args)
@@ -87,11 +140,7 @@ def check_steps(args: argparse.Namespace) -> None:
         raise RequestError("--activation must lie in (0, 1]")
     if args.score_resolution and not 0 < args.score_resolution <= args.image_size:
         raise RequestError("--score-resolution must be positive and at most --image-size")
-    for pattern in args.only or []:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise RequestError(f"--only: {pattern!r} is no regular expression: {error}") from None
+    check_patterns(args)
     processes = max(args.nproc, launched()[1])
     if args.nproc < 1:
         raise RequestError("--nproc: at least 1")

@@ -6,6 +6,7 @@ while the table is made. The rest is assumed, and stands above the table. `parts
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import statistics
@@ -234,6 +235,11 @@ SCALING_COLUMNS: Columns = {
     "step": ("step_ms", "11.3f"),
     "efficiency": ("efficiency", "11.3f"),
 }
+
+
+def benchmark_scaling(args: argparse.Namespace, choose: Callable[..., Any]) -> dict[str, Any]:
+    """`scaling` by the options of the command."""
+    return scaling(args.steps, args.gpus, Assumed(args.gpus_per_node, args.network_gb, args.latency_us), choose)
 
 
 def show_scaling(result: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Time training loops and input pipelines, and show what was found.
+"""Time training loops, and show what was found.
 
 A loop is timed over one resident batch of random images, so that nothing but its steps is measured. Every figure is per
 considered batch: a loop that trains on a quarter of the samples makes a quarter as many steps for it.
@@ -20,29 +20,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import default_loader
-from torchvision.transforms import v2
 
 from lab.config import Config
 from lab.console import Columns, progress_bar, table_line
-from lab.data.cache import ResidentLoader
-from lab.data.datasets import ImageDataset, collate, folder_dataset
-from lab.data.images import Augmentation
-from lab.data.loading import EpochPlan, as_is, device_batches
-from lab.errors import RequestError, one_line
 from lab.files import replace_text
 from lab.launch import launched
 from lab.plotting import import_matplotlib, plain_style
-from lab.runtime.devices import IMAGENET_MOMENTS, environment, resolve_device, synchronize
+from lab.runtime.devices import synchronize
 from lab.runtime.distributed import Dist
 from lab.runtime.meters import EnergyMeter
 
@@ -225,113 +215,11 @@ def time_collectives(steps: Step, device: torch.device, count: int, dist: TimedD
     return found
 
 
-def read_with_pillow(path: Path) -> Image.Image:
-    """A picture in RGB. Raises OSError naming the file, which Pillow's own often does not."""
-    try:
-        return default_loader(path)
-    except OSError as error:
-        why = re.sub(r" <_io\..*?>", "", one_line(error))  # the file once more
-        raise OSError(f"{path}: {why}") from None
-
-
-class PillowDataset(Dataset):
-    """The pictures of a folder data set as torchvision's ImageFolder reads them: by Pillow, one by one."""
-
-    def __init__(self, dataset: ImageDataset, transform: Callable):
-        self.samples, self.transform = dataset.samples, transform
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        return self.transform(read_with_pillow(path)), label
-
-
-def pil_float_loader(dataset: ImageDataset, size: int, plan: EpochPlan, shared: dict[str, Any]) -> DataLoader:
-    """The pipeline of most training scripts: Pillow, float32 and normalised in the workers."""
-    floats = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET_MOMENTS)]
-    transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *floats])
-    order = plan.indices_to_load().reshape(-1, plan.batch_size).tolist()
-    return DataLoader(PillowDataset(dataset, transform), batch_sampler=order, **shared)
-
-
-def device_pairs(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `pil_float_loader` on the device. Raises RequestError for a picture that Pillow cannot read."""
-    try:
-        for images, labels in loader:
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    except OSError as error:  # a worker's has its traceback for a message, and the reason in the last line
-        why = str(error).splitlines()[-1].removeprefix("OSError: ")
-        raise RequestError(f"--folder: Pillow cannot read {why}") from None
-
-
-def endless(loader: ResidentLoader, device: torch.device) -> Iterator[Any]:
-    while True:
-        yield from device_batches(loader, device)
-
-
-def input_pipelines(
-    dataset: ImageDataset, plan: EpochPlan, config: Config, device: torch.device, workers: int
-) -> dict[str, Iterator]:
-    """By name, the batches of each pipeline on the device. A new pipeline is one entry of what this returns."""
-    size, whole = config.dataset.image_size, np.arange(len(dataset))
-    shared = {"num_workers": workers, "pin_memory": device.type == "cuda"}
-    streaming = DataLoader(dataset, batch_sampler=plan, collate_fn=collate, **shared)
-    decoder = {"num_workers": workers, "collate_fn": as_is}
-    again = EpochPlan(whole, plan.batch_size, 0, plan.share)  # each picture once an epoch
-    resident = ResidentLoader(dataset, whole, again, config, device, decoder)
-    return {
-        "Pillow, float32": device_pairs(pil_float_loader(dataset, size, plan, shared), device),
-        "streaming: torchvision.io, uint8": device_batches(streaming, device),
-        "dataset.cache=device": endless(resident, device),
-    }
-
-
-def time_input(folder: str, config: Config, workers: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Images per second of each pipeline over a folder of classes, read again and again, up to the training device."""
-    device, batch_size = resolve_device(config.training), config.training.batch_size
-    dataset = folder_dataset("--folder", folder)
-    dataset.augmentation = Augmentation(config.dataset, train=True)
-    lead = 2 * workers + 2  # batches in flight before the clock starts
-    count = 2 * lead + steps * repeats
-    plan = EpochPlan(np.arange(count * batch_size) % len(dataset), batch_size, 0, lambda epoch: 1.0)
-    sources = input_pipelines(dataset, plan, config, device, workers)
-    rows = {}
-    for name, source in progress_bar(sources.items(), unit="pipeline"):
-        speeds = []
-        for _ in islice(source, lead):
-            pass
-        for _ in range(repeats):
-            synchronize(device)
-            started = time.perf_counter()
-            images = sum(len(batch[0]) for batch in islice(source, steps))
-            synchronize(device)
-            speeds.append(images / (time.perf_counter() - started))
-        source.close()
-        median = statistics.median(speeds)
-        rows[name] = {"images_per_second": median, "lowest": min(speeds), "highest": max(speeds)}
-        rows[name]["ratio"] = median / rows["Pillow, float32"]["images_per_second"]
-    return {"rows": rows, "pictures": len(dataset), "workers": workers, **environment(device)}
-
-
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
     """The figures as JSON, with the command they came from. Of several processes the first one writes."""
     if path is not None and launched()[0] == 0:
         result = {"command": shlex.join(["scripts/benchmark.py", *sys.argv[1:]]), **result}
         replace_text(path, json.dumps(result, indent=2) + "\n")
-
-
-INPUT_COLUMNS: Columns = {
-    "images/s": ("images_per_second", "10,.0f"),
-    "lowest": ("lowest", "10,.0f"),
-    "highest": ("highest", "10,.0f"),
-    "ratio": ("ratio", "7.2f"),  # over the first pipeline
-}
-
-
-def show_input(result: Mapping[str, Any]) -> str:
-    """The table of the pipelines."""
-    lines = [f"{'pipeline':<34} {table_line(INPUT_COLUMNS)}"]
-    lines += [f"{name:<34} {table_line(INPUT_COLUMNS, row)}" for name, row in result["rows"].items()]
-    return "\n".join(lines)
 
 
 STEP_COLUMNS: Columns = {
@@ -369,7 +257,7 @@ def plot(what: str, result: Mapping[str, Any], path: Path) -> None:
     value, low, high = ("ms", "ms_min", "ms_max") if what == "steps" else ("images_per_second", "lowest", "highest")
     names, rows = list(result["rows"]), list(result["rows"].values())
     values = np.array([row[value] for row in rows])
-    spread = np.abs(np.array([[row[low] for row in rows], [row[high] for row in rows]]) - values)
+    spread = np.abs(np.array([[row.get(each, row[value]) for row in rows] for each in (low, high)]) - values)
     with plain_style({}):
         figure = Figure(figsize=(9, 0.6 + 0.32 * len(rows)), layout="constrained")
         axes = figure.subplots()

@@ -1,58 +1,46 @@
-"""`dataset.cache: device`: a data set decoded once, its pictures kept on the training device."""
+"""`dataset.cache`: loaders of pictures that were decoded once, kept on the training device or on a disk."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lab.config import Config
 from lab.console import print_rank0, progress_bar
-from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
-from lab.data.images import cached_side, crop_resize, erase, resize
+from lab.data.cached import CachedLoader
+from lab.data.datasets import ImageDataset, LoaderBatch
+from lab.data.disk_cache import CacheFile, Index, Recipe, chunks, find_cache, find_or_build_cache, mean_bytes
+from lab.data.disk_loader import DiskLoader
 from lab.data.loading import EpochPlan
-from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
+from lab.data.views import FIRST, WIDTH, cut
 from lab.errors import RequestError
-from lab.runtime.devices import compiled, to_device
+from lab.runtime.devices import to_device
 from lab.runtime.distributed import Dist
-from lab.runtime.workers import WorkerLoader, ending_workers
+from lab.runtime.workers import ending_workers
 
 
-class DecodedDataset(Dataset):
-    """The pictures of an ImageDataset decoded and resized to squares, as batches; for a DataLoader to fill a cache by.
+class Pictures(NamedTuple):
+    """Decoded pictures of a process, on its device, one after the other as in a cache file."""
 
-    The items of several indices are one pair: (LoaderBatch with images uint8 [n, 3, side, side]; float64 [n], height /
-    width of the pictures before they were resized).
-    """
-
-    def __init__(self, dataset: ImageDataset, side: int):
-        self.dataset, self.side = dataset, side
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[LoaderBatch, Tensor]:
-        samples, aspects = [self.dataset.load(index) for index in indices], []
-        for i, sample in enumerate(samples):
-            if (image := sample.image) is None:
-                continue
-            square = image if image.shape[1:] == (self.side, self.side) else resize(image, self.side)
-            samples[i] = sample._replace(image=square)
-            aspects.append(image.shape[1] / image.shape[2])
-        return collate(samples), torch.tensor(aspects, dtype=torch.float64)
+    flat: Tensor  # uint8 [bytes]
+    index: Index
+    unreadable: list[str]
 
 
 # What runs made one after the other in one process have decoded, so that runs on the same data decode once; see
-# `shared_pictures`. Keys tell data sets apart (`ResidentLoader`), values are what its `_decode` returns. None, the
-# default: nothing is shared, and pictures live as long as their run.
-SHARED_PICTURES: dict[tuple, tuple[Tensor, np.ndarray, Tensor, list[str]]] | None = None
+# `shared_pictures`. Keys tell data sets apart (`ResidentLoader`). None, the default: nothing is shared, and pictures
+# live as long as their run.
+SHARED_PICTURES: dict[tuple, Pictures] | None = None
 MOST_SHARED = 4  # entries of SHARED_PICTURES: training and validation pictures of two data sets
 
 
@@ -67,151 +55,180 @@ def shared_pictures() -> Iterator[None]:
         SHARED_PICTURES = None
 
 
-class BatchPart(NamedTuple):
-    """One process's part of a batch. A row is the position of a sample in `ResidentLoader.indices`."""
+class ResidentLoader(CachedLoader):
+    """A CachedLoader whose pictures stay on the training device (`dataset.cache: device`).
 
-    rows: np.ndarray  # int64: the samples that it yields
-    cached: np.ndarray  # int64: the samples of the batch whose pictures it has, as positions in `ResidentLoader.images`
-    moves: np.ndarray | None  # int [world, world], see `Dist.all_to_all`: pictures that go from one process to another
-
-
-class ResidentLoader:
-    """A loader whose pictures are decoded once and stay on the training device (`dataset.cache: device`).
-
-    It yields LoaderBatches in the order of `plan`, augmented on the device. Without a plan it yields the samples of
-    `indices` in their order, augmented as for validation.
-
-    Pictures are cached as squares, uint8 [n, 3, side, side], beside the ratio of their sides. A random crop is drawn
-    for the shape of the original. Its box in the square follows axis by axis. The uniform numbers are those of
-    streaming: a function of (seed, epoch, index).
-
-    With several processes each caches a range of the pictures, about as many as the others. A batch consists of random
-    samples, so that a process may have the pictures of more samples than its part of the batch, or of fewer. Pictures
-    then move between the processes before they are cropped.
+    With several processes each keeps the pictures of its range. Views that another process trains on move to it.
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
-                 device: torch.device, loader_options: dict[str, Any], batch_size: int | None = None):  # fmt: skip
-        """Decode the pictures, with a progress bar.
+                 device: torch.device, loader_options: dict[str, Any], batch_size: int | None = None,
+                 file: CacheFile | None = None, kept: np.ndarray | None = None):  # fmt: skip
+        """Decode the pictures, with a progress bar, or read them from a `file` that keeps the samples `kept`.
 
-        indices: int64 [n], ascending, the samples to cache; without a plan, those of this process alone.
-        loader_options: of the DataLoader that decodes. batch_size: samples in a batch, with a plan those of all
-        processes together; None stands for training.batch_size. Raises RequestError naming the first unreadable
-        picture beyond `dataset.max_bad_images`.
+        loader_options: of the DataLoader that decodes. Raises RequestError naming the first unreadable picture beyond
+        `dataset.max_bad_images`.
         """
-        batch_size = batch_size or config.training.batch_size
-        self.dataset, self.plan, self.indices, self.batch_size = dataset, plan, indices, batch_size
-        self.dist = plan.dist if plan else Dist()
-        self.edges = self.dist.shard_edges(len(indices))
-        self.augmentation, self.side = dataset.augmentation, cached_side(config.dataset)
-        self.sample_indices = torch.from_numpy(indices).to(device)
-        self.read_errors = ReadErrors(config.dataset.max_bad_images)
+        super().__init__(dataset, indices, plan, config, device, batch_size)
+        own, positions = np.unique(self.dist.shard(indices) % len(dataset), return_inverse=True)
         key = (plan is None, str(device), config.dataset.model_dump_json(exclude={"label_noise", "random_erasing"}))
-        decoded = (SHARED_PICTURES or {}).get(key) or self._decode(dataset, device, loader_options)
+        pictures = (SHARED_PICTURES or {}).get(key)
+        if pictures is None:
+            threads = max(1, loader_options["num_workers"])
+            pictures = (
+                self._decode(dataset, own, loader_options)
+                if file is None
+                else read_pictures(file, np.searchsorted(kept, own), device, threads)
+            )
         if SHARED_PICTURES is not None:
-            SHARED_PICTURES[key] = decoded
+            SHARED_PICTURES[key] = pictures
             if len(SHARED_PICTURES) > MOST_SHARED:
                 del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
-        self.images, labels, self.aspects, self.read_errors.found = decoded
-        self.labels = torch.from_numpy(dataset.noisy_labels(labels, indices)).to(device)
-        mode = "off" if plan is None or config.training.compile == "off" else "default"
-        crop = partial(crop_resize, size=self.augmentation.size, reflected=self.augmentation.reflected)
-        self.crop = compiled(crop, mode)
-        self.erase = compiled(partial(erase, colour=self.augmentation.grey.to(device)), mode)
-        if mode != "off":  # compile now, before training time is counted
-            next(iter(self))
+        self.flat = pictures.flat
+        self.offsets = np.concatenate([[0], np.cumsum(pictures.index.lengths)])
+        labels = np.concatenate(self.dist.all_gather_objects(pictures.index.labels[positions]))
+        before = np.zeros(self.edges[self.dist.rank], dtype=np.int64)  # rows of other processes: never looked up
+        positions = np.concatenate([before, positions])
+        self.attach(dataset, pictures.index, pictures.unreadable, positions, labels)
 
-    def _decode(
-        self, dataset: ImageDataset, device: torch.device, loader_options: dict[str, Any]
-    ) -> tuple[Tensor, np.ndarray, Tensor, list[str]]:
-        """(pictures of this process's range, uint8 [own, 3, side, side], on the device; labels of all samples, int64
-        [n], on the host; height / width of all samples, float64 [n], on the device; what could not be read)."""
-        own = self.dist.shard(self.indices)
-        images = torch.empty(len(own), 3, self.side, self.side, dtype=torch.uint8, device=device)
-        labels, aspects, done = np.empty(len(own), dtype=np.int64), np.empty(len(own)), 0
-        decoder = WorkerLoader(DecodedDataset(dataset, self.side), 256, sampler=own.tolist(), **loader_options)
-        with ending_workers():
-            for batch, ratios in progress_bar(decoder, desc="decoding", unit="batch"):
-                self.read_errors.add(batch.unreadable)
-                part, pictures = slice(done, done + len(ratios)), batch.images.to(device)
-                images[part], labels[part], aspects[part] = pictures, batch.labels.numpy(), ratios.numpy()
-                done = part.stop
-        everyone = zip(*self.dist.all_gather_objects((labels, aspects)), strict=True)
-        labels, aspects = (np.concatenate(each) for each in everyone)
-        return images, labels, torch.from_numpy(aspects).to(device), self.read_errors.found
+    @property
+    def images(self) -> Tensor:
+        """Pictures that are kept as squares: uint8 [n, 3, side, side]."""
+        return self.flat.view(-1, 3, self.recipe.side, self.recipe.side)
 
-    def __len__(self) -> int:
-        return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
+    def _decode(self, dataset: ImageDataset, own: np.ndarray, options: dict[str, Any]) -> Pictures:
+        """The pictures of the samples `own`, int64, ascending."""
+        mean, done, parts = mean_bytes(dataset, own, self.recipe), 0, []
+        flat = torch.empty(int(mean * len(own) * (1 if self.recipe.square else 1.05)), dtype=torch.uint8)
+        flat = flat.to(self.device)
+        with ending_workers(), progress_bar(desc="decoding", unit=" pictures", total=len(own)) as bar:
+            for data, index, unreadable in chunks(dataset, own, self.recipe, mean, options):
+                self.read_errors.add(unreadable)
+                if done + len(data) > len(flat):  # larger pictures than the first ones
+                    more = max(done + len(data), int(1.25 * len(flat)))
+                    flat = torch.cat([flat[:done], flat.new_empty(more - done)])
+                flat[done : done + len(data)] = data.to(self.device)
+                done += len(data)
+                parts.append(index)
+                bar.update(len(index.labels))
+        return Pictures(flat[:done], Index.join(parts), self.read_errors.found)
 
     def __iter__(self) -> Iterator[LoaderBatch]:
-        order = self.indices if self.plan is None else self.plan.indices_to_load()
-        order = np.searchsorted(self.indices, order)
-        starts = range(self.batch_size * (self.plan.first_batch if self.plan else 0), len(order), self.batch_size)
-        parts = (self._part(order[start : start + self.batch_size]) for start in starts)
-        while block := [*islice(parts, 64)]:  # boxes of 64 batches at once: few, large launches
-            sizes, cached_sizes = [len(part.rows) for part in block], [len(part.cached) for part in block]
-            rows, cached = (torch.from_numpy(np.concatenate([part[i] for part in block])) for i in (0, 1))
-            rows = to_device(rows, self.images.device)
-            cached = to_device(cached, self.images.device).split(cached_sizes)
-            by_batch = (tensor.split(sizes) for tensor in (rows, *self.boxes(rows)))
-            erasures = self.erasures(rows).split(sizes) if self.augmentation.erasing else repeat(None, len(block))
-            for part, own, erased, batch_rows, *boxes in zip(block, cached, erasures, *by_batch, strict=True):
-                images = self.images[own]
+        parts = self.parts()
+        while block := [*islice(parts, 64 if self.recipe.square else 16)]:  # boxes of many batches at once
+            rows = np.concatenate([part.cached for part in block])
+            cuts = [len(part.cached) for part in block]
+            pixels = self._squares(rows, cuts) if self.recipe.square else self._cut(rows, cuts)
+            for part, images in zip(block, pixels, strict=True):
                 if part.moves is not None:
                     images = self.dist.all_to_all(images, part.moves)
-                images = self.crop(images, *boxes) if boxes and len(batch_rows) else images
-                images = images if erased is None else self.erase(images, erased)
-                indices = self.sample_indices[batch_rows]
-                yield LoaderBatch(images, self.labels[batch_rows], indices, self.read_errors.found)
+                yield self.labelled(images, part.rows)
 
-    def _part(self, batch: np.ndarray) -> BatchPart:
-        """This process's part of a batch, whose samples are given as rows, int64 [batch]."""
-        rank = self.dist.rank
-        if self.dist.world == 1:
-            return BatchPart(batch, batch, None)
-        owner = np.searchsorted(self.edges[1:], batch, side="right")
-        by_owner = [batch[owner == each] for each in range(self.dist.world)]
-        own, moves = by_owner[rank], self.dist.balancing_moves([len(rows) for rows in by_owner])
-        if moves is None:
-            return BatchPart(own, own - self.edges[rank], None)
-        ends = moves.cumsum(1)[:, rank]
-        received = [rows[end - n : end] for rows, end, n in zip(by_owner, ends, moves[:, rank], strict=True)]
-        return BatchPart(np.concatenate(received), own - self.edges[rank], moves)
+    def _squares(self, rows: np.ndarray, cuts: Sequence[int]) -> Iterator[Tensor]:
+        positions = to_device(torch.from_numpy(self.positions[rows]), self.device)
+        boxes = (tensor.split(cuts) for tensor in self.square_boxes(rows))
+        for own, *where in zip(positions.split(cuts), *boxes, strict=True):
+            images = self.images[own]
+            yield self.crop(images, *where) if where and len(own) else images
 
-    def boxes(self, rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
-        """Boxes, float64 [n, 4], in the cached squares and who is mirrored, bool [n], in the current epoch.
-
-        Empty where pictures are used as they are cached.
-        """
-        if not self.augmentation.crops and not self.augmentation.random:
-            return ()
-        sides = torch.full((1, 2), self.side, dtype=torch.float64, device=rows.device)
-        return self.augmentation.boxes(self.uniforms(rows), self.aspects[rows], sides)
-
-    def uniforms(self, rows: Tensor) -> Tensor:
-        """The uniform numbers of samples in the current epoch, float64 [n, UNIFORMS_PER_SAMPLE]."""
-        seed, epoch = (self.plan.seed, self.plan.epoch) if self.plan else (0, 0)
-        return uniform(seed, epoch, self.sample_indices[rows], UNIFORMS_PER_SAMPLE)
-
-    def erasures(self, rows: Tensor) -> Tensor:
-        """The boxes that are erased of samples in the current epoch, float64 [n, 4]."""
-        return self.augmentation.erasures(self.uniforms(rows))
+    def _cut(self, rows: np.ndarray, cuts: Sequence[int]) -> Iterator[Tensor]:
+        table, first = self.views(rows)
+        table[:, FIRST] = self.offsets[self.positions[rows]] + first * 3 * table[:, WIDTH]
+        for part in to_device(torch.from_numpy(table), self.device).split(cuts):
+            yield cut(self.flat, part, self.augmentation.size)
 
 
-def require_memory(samples: int, side: int, device: torch.device) -> None:
-    """Print how much memory the cache takes: `samples` pictures of `side` pixels on `device`.
+def read_pictures(file: CacheFile, pictures: np.ndarray, device: torch.device, threads: int) -> Pictures:
+    """Pictures of a cache file of raw pixels, int64 [n], ascending, on `device`."""
+    index = Index(*(column[pictures] for column in file.index))
+    ends = np.cumsum(index.lengths)
+    flat = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8, device=device)
+    with ThreadPoolExecutor(threads) as pool, progress_bar(desc="reading", unit=" pictures", total=len(ends)) as bar:
+        for start in range(0, len(ends), 256):
+            part = slice(start, start + 256)
+            begin = int(ends[start - 1]) if start else 0
+            held = torch.empty(int(ends[part][-1]) - begin, dtype=torch.uint8)
+            places = [0, *(ends[part][:-1] - begin).tolist(), len(held)]
+            rows = [held.numpy()[low:high] for low, high in pairwise(places)]
+            list(pool.map(file.read, pictures[part].tolist(), [0] * len(rows), rows))
+            flat[begin : begin + len(held)] = held.to(device)
+            bar.update(len(rows))
+    return Pictures(flat, index, file.unreadable)
 
-    Raises RequestError where it takes more than nine tenths of what is free. With SHARED_PICTURES that hold some
+
+class Split(NamedTuple):
+    """A part of the data: the data set, and which samples of it are used."""
+
+    dataset: ImageDataset
+    indices: np.ndarray  # int64, ascending, of all processes
+
+    @property
+    def kept(self) -> np.ndarray:
+        """The samples that a cache keeps, int64, ascending: each once, however often it comes."""
+        return np.unique(self.indices % len(self.dataset))
+
+
+def find_or_build_caches(splits: Mapping[str, Split], config: Config, options: dict[str, Any]) -> list[CacheFile]:
+    """The cache file of each split, by name. options: of the DataLoader that decodes."""
+    return [
+        find_or_build_cache(split.dataset, split.kept, config.dataset, name, options) for name, split in splits.items()
+    ]
+
+
+def prepare_caches(splits: Mapping[str, Split], config: Config, workers: int) -> None:
+    """Build the cache files, and check every picture in them. workers: processes, and threads."""
+    for file in find_or_build_caches(splits, config, {"num_workers": workers}):
+        file.verify(np.arange(len(file)), max(1, workers), desc="checking", unit=" pictures", disable=None)
+
+
+def cached_loaders(
+    splits: Mapping[str, Split], plan: EpochPlan | None, config: Config, device: torch.device, dist: Dist,
+    options: dict[str, Any]
+) -> list[CachedLoader]:  # fmt: skip
+    """The loaders of `dataset.cache`, one a split: `train` in the order of `plan`, `val` in its own.
+
+    options: of the DataLoader that decodes.
+    """
+    dataset, batch = config.dataset, config.training.batch_size // dist.world
+    if dataset.cache == "disk":
+        files = find_or_build_caches(splits, config, options)
+        make = partial(DiskLoader, threads=max(1, options["num_workers"]))
+    else:
+        files = [find_cache(split.dataset, split.kept, dataset, name) for name, split in splits.items()]
+        used = [np.unique(dist.shard(split.indices) % len(split.dataset)) for split in splits.values()]
+        _require_memory(zip(splits.values(), used, files, strict=True), Recipe.of(dataset), device)
+        make = partial(ResidentLoader, loader_options=options)
+    make, loaders = partial(make, config=config, device=device), []
+    for (name, split), file in zip(splits.items(), files, strict=True):
+        if name == "train":
+            loaders.append(make(split.dataset, split.indices, plan, file=file, kept=split.kept))
+        else:
+            own = dist.shard(split.indices)
+            loaders.append(make(split.dataset, own, None, file=file, kept=split.kept, batch_size=batch))
+    return loaders
+
+
+def _require_memory(
+    parts: Iterable[tuple[Split, np.ndarray, CacheFile | None]], recipe: Recipe, device: torch.device
+) -> None:
+    """Print how much memory the caches of a process take: of each split the samples that it keeps, and their file.
+
+    Raises RequestError where that is more than nine tenths of what is free. With SHARED_PICTURES that hold some
     already, nothing is checked: the pictures may be among them.
     """
     if SHARED_PICTURES:
         return
-    needed, free = samples * (3 * side**2 + 24), free_memory(device)
-    size = f"{samples:,} pictures of {side} px need {needed / 2**30:,.2f} GiB"
+    pictures, needed, read = 0, 0.0, []
+    for split, used, file in parts:
+        mean = mean_bytes(split.dataset, used, recipe) if file is None else float(file.offsets[-1]) / len(file)
+        pictures, needed = pictures + len(used), needed + len(used) * (mean + 24)
+        read += [] if file is None else [f"read from {file.folder}"]
+    about, free = "about " if len(read) < 2 and not recipe.square else "", free_memory(device)
+    size = f"{pictures:,} {recipe} need {about}{needed / 2**30:,.2f} GiB"
     if needed > 0.9 * free:
-        hint = "set dataset.cache=none, or a smaller dataset.cache_resolution or dataset.max_train_samples"
+        hint = "set dataset.cache=disk, or a smaller dataset.cache_resolution or dataset.max_train_samples"
         raise RequestError(f"dataset.cache: {size}, and {device} has {free / 2**30:,.2f} GiB free; {hint}")
-    print_rank0(f"dataset.cache: {size} on {device}")
+    print_rank0(f"dataset.cache: {', '.join([f'{size} on {device}', *read])}")
 
 
 def free_memory(device: torch.device) -> int:

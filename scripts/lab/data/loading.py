@@ -216,6 +216,6 @@ def loader_options(config: Config, device: torch.device, dataset: ImageDataset) 
     """Of the DataLoader. It draws from a generator of its own, and leaves the model's random numbers alone."""
     workers = loader_processes(config.training, in_memory=dataset.IN_MEMORY)
     shared = {"num_workers": workers, "generator": torch.Generator()}
-    if config.dataset.cache == "device":
-        return shared | {"collate_fn": as_is}
+    if config.dataset.cache != "none":
+        return shared
     return shared | {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}

@@ -10,18 +10,30 @@ import benchmark
 from lab.benchmark.timing import StepRow, choose_loops, random_workload, write_json
 from lab.cli import run_cli
 from lab.config import Config
+from lab.data import images
 from lab.data.images import decode_image
 from lab.runtime.distributed import Dist
 
 INPUT = ["--image-size", "32", "--batch-size", "12", "--steps", "2", "--repeats", "1", "--workers", "1"]
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # data/cache goes there
+
+
 def test_every_input_pipeline_is_measured(tmp_path, capsys, image_folder):
     sizes = ["--image-size", "32", "--batch-size", "12", "--steps", "4", "--repeats", "2", "--workers", "1"]
+    sizes += ["--threads", "1", "3"]
     files = ["--json", str(tmp_path / "input.json"), "--plot", str(tmp_path / "input.svg")]
     assert benchmark.main(["input", "--folder", str(image_folder / "train"), *sizes, *files]) == 0
     saved = json.loads((tmp_path / "input.json").read_text())
-    assert len(saved["rows"]) == 3
+    cached = [
+        name for threads in (1, 3) for name in (f"dataset.cache=disk, {threads} threads", f"  cold, {threads} threads")
+    ]
+    assert list(saved["rows"]) == ["Pillow, float32", "streaming, uint8", *cached, "dataset.cache=device"]
+    assert saved["bytes_per_picture"] == 3 * 40 * 48  # smaller than 57 px: kept as they are
+    assert saved["disk_bytes_per_second"] > 0
     for row in saved["rows"].values():
         assert 0 < row["lowest"] <= row["images_per_second"] <= row["highest"]
     assert saved["pictures"] == 24
@@ -36,6 +48,7 @@ def test_a_class_without_pictures_is_refused_as_in_training(image_folder, capsys
     assert capsys.readouterr().err.startswith(expected)
 
 
+@pytest.mark.skipif(images.simplejpeg is None, reason="Pillow is the only decoder here")
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_picture_that_pillow_alone_cannot_read_is_named(image_folder, workers, capfd):
     path = image_folder / "train" / "red" / "0.jpg"
@@ -87,3 +100,23 @@ def test_the_json_replaces_files_and_no_devices(tmp_path):
     assert json.loads(os.read(reader, 10_000))["rows"] == 2
     assert pipe.is_fifo()
     os.close(reader)
+
+
+def test_whole_epochs_are_timed_by_kind_of_cache(tmp_path, capsys, image_folder):
+    options = ["--model", "test_resnet", "--image-size", "32", "--batch-size", "8", "--steps", "2", "--compile", "off"]
+    options += ["--activations", "0.5", "--kinds", "disk", "none", "--workers", "1", "--stream-steps", "1"]
+    files = ["--json", str(tmp_path / "epoch.json"), "--plot", str(tmp_path / "epoch.svg"), "--device", "cpu"]
+    assert benchmark.main(["epoch", "--folder", str(image_folder / "train"), *options, *files]) == 0
+    rows = json.loads((tmp_path / "epoch.json").read_text())["rows"]
+    ways = ["dense", "batch-scored, a=0.5", "history, a=0.5"]
+    assert list(rows) == [f"{way}, {kind}" for way in ways for kind in ("disk", "none")]
+    for name, row in rows.items():
+        way, _, kind = name.rpartition(", ")
+        assert row["steps"] == (1 if kind == "none" else row["epoch_steps"])
+        assert row["epoch_steps"] == 3 or way.startswith("history")
+        assert row["over_steps"] == pytest.approx(row["seconds"] / (row["epoch_steps"] * row["step_ms"] / 1000))
+        assert row["waited"] == pytest.approx(max(0, 1 - 1 / row["over_steps"]))
+        assert row["over_dense"] == pytest.approx(row["seconds"] / rows[f"dense, {kind}"]["seconds"])
+    assert rows["history, a=0.5, disk"]["epoch_steps"] < 3
+    assert "/dense" in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "epoch.svg").read_text()

@@ -1,15 +1,19 @@
 """Decoding real files, and that crops are those of torchvision."""
 
+import contextlib
 import io
 import random
 import struct
+import warnings
 from itertools import product
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 
 from helpers import folder_config, pictures
@@ -256,3 +260,25 @@ def test_random_erasing_has_timms_distribution_and_covers_with_the_mean_colour()
     assert changed[0, :, 5:25, 8:38].float().mean((1, 2)).tolist() == [124, 116, 104]
     assert (changed[0] != 7).sum() == 3 * 20 * 30
     assert torch.equal(changed[1], image[1])
+
+
+KINDS = {"4:2:0": {}, "4:4:4": {"subsampling": 0}, "4:2:2": {"subsampling": 1}, "progressive": {"progressive": True}}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "grey", "CMYK"])
+def test_jpegs_are_decoded_as_torchvision_and_pillow_decode_them(kind):
+    """Bit for bit: all three use libjpeg-turbo. torchvision is asked as long as it has a decoder."""
+    for photo in load_sample_images().images:
+        image = Image.fromarray(photo[:201, :333])  # odd sides: half-resolution colours end within a block
+        image = image.convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=88, **KINDS.get(kind, {}))
+        ours = decode_image(buffer.getvalue())
+        expected = v2.functional.pil_to_tensor(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
+        assert torch.equal(ours, expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(AttributeError):
+                data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+                theirs = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
+                assert kind == "CMYK" or torch.equal(ours, theirs)  # torchvision converts CMYK in its own way

@@ -505,13 +505,14 @@ def test_a_store_in_parts_is_one_store(tmp_path):
     assert sum(size for *_, size in results) == 6 * 50
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("cache", "world"), [("device", 2), ("device", 3), ("disk", 2)])
 @pytest.mark.parametrize("augment", ["pad_crop", "random_resized_crop"])
-def test_resident_parts_give_the_batches_of_one_process(augment, world, image_folder, tmp_path):
-    """Each rank keeps its part of the pictures; a batch holds the same samples, cropped the same, spread evenly; in
-    an epoch of all samples and in one of a choice that has many on one rank and few on another."""
+def test_cached_parts_give_the_batches_of_one_process(augment, cache, world, image_folder, tmp_path):
+    """Each rank keeps its part of the pictures, or reads it; a batch holds the same samples, cropped the same, spread
+    evenly; in an epoch of all samples and in one of a choice that has many on one rank and few on another."""
     keys = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    keys += ["dataset.cache=device", f"dataset.augment={augment}", "dataset.image_size=16", "training.batch_size=6"]
+    keys += [f"dataset.cache={cache}", f"dataset.augment={augment}", "dataset.image_size=16", "training.batch_size=6"]
+    keys.append(f"dataset.cache_folder={tmp_path}/cache")
     config = make_config(*keys, "training.num_workers=0")
     chosen = np.array([1] * 10 + [0] * 6 + [0, 1] * 4, dtype=np.uint8)
 
@@ -523,14 +524,15 @@ def test_resident_parts_give_the_batches_of_one_process(augment, world, image_fo
             for batch in loader:
                 keyed = zip(batch.labels.tolist(), batch.images.clone(), strict=True)
                 found.append(dict(zip(batch.indices.tolist(), keyed, strict=True)))
-        return len(loader.images), found
+        return len(loader.offsets) - 1 if cache == "device" else len(loader.indices), found
 
     def work(rank: int) -> Any:
         return batches(Dist.join(torch.device("cpu")))
 
     results = ranks(world, work, tmp_path).results()
     kept, whole = batches(Dist())
-    assert sum(size for size, _ in results) == kept == 24
+    assert kept == 24
+    assert [size for size, _ in results] == [24 // world if cache == "device" else 24] * world
     assert all(len(found) == len(whole) == 4 + 3 + 2 for _, found in results)
     for number, batch in enumerate(whole):
         parts = [found[number] for _, found in results]

@@ -132,7 +132,7 @@ def test_a_long_temporary_folder_is_no_obstacle(image_folder, tmp_path):
 def test_a_small_dev_shm_is_named(cache, image_folder, tmp_path):
     if not can_mount():
         pytest.skip("nothing can be mounted here")
-    more = [f"dataset.cache={cache}", "dataset.image_size=224", "training.batch_size=24"]
+    more = [f"dataset.cache={cache}", "dataset.image_size=224", "dataset.augment=pad_crop", "training.batch_size=24"]
     args = arguments(image_folder, tmp_path / "1", *more)
     ended = forked_run(args, tmp_path / "1", lambda: small_disk_at("/dev/shm", "2m"))
     assert_ended(ended, 1, "/dev/shm is too small", "failed" if cache == "none" else None)
@@ -280,7 +280,7 @@ def without_output() -> None:
 
 
 ENDLESS = ("training.epochs=100000",)
-LARGE = ("dataset.image_size=224", "training.batch_size=24")
+LARGE = ("dataset.augment=pad_crop", "dataset.image_size=224", "training.batch_size=24")
 FAULTS = {
     "a bad picture in train": Fault((2,), "not a readable image", prepare=lambda i, _: spoil(i, "train")),
     "a bad picture in val": Fault((2,), "not a readable image", prepare=lambda i, _: spoil(i, "val")),

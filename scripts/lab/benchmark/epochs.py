@@ -1,0 +1,194 @@
+"""Time whole epochs over a folder of pictures, by kind of cache, against the steps in them alone."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lab.config import Config
+from lab.console import Columns, progress_bar, table_line
+from lab.data.loading import DeviceBatch, device_batches
+from lab.runtime.devices import configure_backends, environment, resolve_device, synchronize
+from lab.runtime.workers import end_workers
+from lab.state import warm_up
+
+
+class Lab(NamedTuple):
+    """What is above this module: functions and classes of `train_ast`."""
+
+    build_dataloaders: Callable[..., Any]
+    get_model: Callable[..., Any]
+    run: Any
+    begin_epoch: Callable[..., None]
+    train_one_epoch: Callable[..., bool]
+
+
+def ways(activations: Sequence[float], patterns: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """By name, the settings of `ast` of each way to train whose name has a match of a pattern (None: of all)."""
+    found: dict[str, dict[str, Any]] = {"dense": {"mode": "dense"}}
+    for share in activations:
+        common = {"target_activation": share, "pack": True}
+        found[f"batch-scored, a={share:g}"] = {**common, "kp": 1.0, "ki": 0.05}
+        found[f"history, a={share:g}"] = {**common, "scoring": "history", "pack": False}
+    return {
+        name: ast
+        for name, ast in found.items()
+        if not patterns or any(re.search(pattern, name) for pattern in patterns)
+    }
+
+
+def epoch_config(args: argparse.Namespace, ast: Mapping[str, Any]) -> Config:
+    config = Config()
+    config.model.name, config.training.compile, config.training.device = args.model, args.compile, args.device
+    config.dataset.type, config.dataset.train_dir, config.dataset.val_dir = "folder", args.folder, args.folder
+    config.dataset.image_size, config.dataset.augment = args.image_size, "random_resized_crop"
+    config.dataset.cache_folder, config.dataset.cache_resolution = args.cache_folder, args.cache_resolution
+    config.dataset.max_val_samples = args.batch_size
+    config.training.batch_size, config.training.lr, config.training.num_workers = args.batch_size, 0.01, args.workers
+    config.training.epochs, config.metrics.base_flop_per_sample = 10**6, 1.0
+    config.ast = config.ast.model_copy(update=dict(ast))
+    return config
+
+
+class HostMemory:
+    """The largest growth of this process's memory while it is watched, page cache left out, GiB.
+
+    Pinned memory is counted by torch, for the kernel does not count it as the process's own.
+    """
+
+    def __init__(self) -> None:
+        self.before, self.largest, self.done = self._now(), 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _now(self) -> float:
+        facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        own = sum(1024 * int(facts[key].split()[0]) for key in ("RssAnon", "RssShmem"))
+        pinned = 0
+        if torch.cuda.is_initialized() and hasattr(torch.cuda, "host_memory_stats"):
+            pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+        return (own + pinned) / 2**30
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.05):
+            self.largest = max(self.largest, self._now() - self.before)
+
+    def end(self) -> float:
+        self.done.set()
+        self.thread.join()
+        return self.largest
+
+
+def time_steps(run: Any, lab: Lab, batch: DeviceBatch, count: int) -> float:
+    """Seconds of a step over one resident batch: what an epoch costs at least."""
+    for timed in (max(4, count // 4), count):
+        run.metrics.step = 0
+        synchronize(run.device)
+        started = time.perf_counter()
+        lab.train_one_epoch(run, islice(repeat(batch), timed), timed)
+        synchronize(run.device)
+    return (time.perf_counter() - started) / count
+
+
+def time_epoch(run: Any, lab: Lab, loaders: tuple, limit: int | None, repeats: int) -> tuple[float, int, int]:
+    """(seconds, the median of the repeats; steps that were taken; steps of the whole epoch).
+
+    Two steps before them start workers and threads.
+    """
+    train, _, plan, _ = loaders
+    times = []
+    for most in (2, *[limit] * repeats):
+        run.metrics.epoch, run.metrics.step = run.metrics.epoch + 1, 0
+        synchronize(run.device)
+        started = time.perf_counter()
+        lab.begin_epoch(run, plan)
+        count = len(plan) if most is None else min(most, len(plan))
+        batches = device_batches(train, run.device)
+        lab.train_one_epoch(run, islice(batches, count), count)
+        synchronize(run.device)
+        times.append(time.perf_counter() - started)
+        batches.close()
+    return statistics.median(times[1:]), count, len(plan)
+
+
+def remember_scores(run: Any, indices: np.ndarray) -> None:
+    """Give every sample a random score, as if an epoch had been trained, for a rule that chooses by stored ones."""
+    store = getattr(run.selection, "store", None)
+    if store is not None:
+        scores = torch.rand(len(indices), device=run.device, generator=torch.Generator(run.device).manual_seed(0))
+        store.record(torch.from_numpy(indices).to(run.device), scores, 0)
+
+
+def time_way(args: argparse.Namespace, lab: Lab, ast: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kind of cache, figures) for one way to train. One network, compiled once, for all of them."""
+    config = epoch_config(args, ast)
+    device, run = resolve_device(config.training), None
+    for kind in args.kinds:
+        config.dataset.cache = kind
+        gc.collect()
+        memory = HostMemory()
+        loaders = lab.build_dataloaders(config, device)
+        if run is None:
+            configure_backends(True, device)
+            model = lab.get_model(config.model, loaders[-1], args.image_size)
+            run = lab.run.build(config, model, device, 10**6, int(loaders[2].indices.max()) + 1)
+            warm_up(run)
+            side = args.image_size
+            images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8).to(device)
+            labels = torch.randint(0, loaders[-1], (args.batch_size,)).to(device)
+            run.metrics.epoch = 1
+            remember_scores(run, loaders[2].indices)
+            run.start_epoch(1, loaders[2].permutation())
+            step = time_steps(run, lab, DeviceBatch(images, labels, labels), args.steps)
+        limit = args.stream_steps if kind == "none" else args.epoch_steps
+        seconds, count, whole = time_epoch(run, lab, loaders, limit, args.repeats)
+        end_workers()
+        row = {"seconds": seconds * whole / count, "steps": count, "epoch_steps": whole, "step_ms": 1000 * step}
+        row |= {"over_steps": seconds / (count * step), "waited": max(0.0, 1 - count * step / seconds)}
+        row |= {"images_per_second": count * args.batch_size / seconds, "host_gib": memory.end()}
+        del loaders
+        yield kind, row
+
+
+def benchmark_epoch(args: argparse.Namespace, lab: Lab) -> dict[str, Any]:
+    """The rows of `epoch`: each way to train with each kind of cache."""
+    rows: dict[str, Any] = {}
+    device = resolve_device(epoch_config(args, {}).training)
+    for name, ast in progress_bar(ways(args.activations, args.only).items(), unit="way"):
+        for kind, row in time_way(args, lab, ast):
+            rows[f"{name}, {kind}"] = row
+            dense = rows.get(f"dense, {kind}")
+            row["over_dense"] = dense and row["seconds"] / dense["seconds"]
+        torch.compiler.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {"rows": rows, "model": args.model, "batch_size": args.batch_size, **environment(device)}
+
+
+EPOCH_COLUMNS: Columns = {
+    "seconds": ("seconds", "9.2f"),  # of a whole epoch
+    "/steps": ("over_steps", "7.3f"),  # over the time of its steps alone
+    "waited": ("waited", "7.1%"),  # share of the time that the device waited for pictures
+    "/dense": ("over_dense", "7.3f"),  # over the dense epoch with the same kind of cache
+    "images/s": ("images_per_second", "9,.0f"),
+    "steps": ("steps", "6,.0f"),
+    "ms/step": ("step_ms", "8.2f"),
+    "host GiB": ("host_gib", "9.2f"),
+}
+
+
+def show_epoch(result: Mapping[str, Any]) -> str:
+    """The table of the epochs."""
+    lines = [f"{'epoch':<34} {table_line(EPOCH_COLUMNS)}"]
+    return "\n".join(lines + [f"{name:<34} {table_line(EPOCH_COLUMNS, row)}" for name, row in result["rows"].items()])
