@@ -57,6 +57,7 @@ from lab.data.loading import DeviceBatch, EpochPlan, Loader, ScoreAhead, Scores,
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
 from lab.errors import RequestError, one_line
+from lab.labels import FORGET_FROM, REVISIT, doubted
 from lab.models import check_resolution, get_model
 from lab.network import Network
 from lab.runtime.checkpoint import claimed, find_checkpoint, load_checkpoint, state_bytes
@@ -66,7 +67,7 @@ from lab.runtime.distributed import Dist, average_running_statistics, meet, merg
 from lab.runtime.meters import Ledger, Meter
 from lab.runtime.optimizer import build_optimizer, lr_at
 from lab.runtime.outputs import Outputs, build_result, live_figures, open_tensorboard, prepare_outputs
-from lab.runtime.sample_store import SampleStore
+from lab.runtime.sample_store import SampleStore, Visit
 from lab.runtime.stateful import Stateful
 from lab.runtime.workers import WorkerLoader, ending_workers
 from lab.sections import ASTConfig, DatasetConfig
@@ -181,7 +182,7 @@ class Choice(NamedTuple):
     threshold: float  # mean over the epoch, nats
 
 
-LEFT_OUT, ACTIVE, EXPLORED = np.uint8(0), np.uint8(1), np.uint8(2)
+LEFT_OUT, ACTIVE, EXPLORED, REVISITED = map(np.uint8, range(4))  # revisited: looked at, not trained on
 
 
 def choose_by_threshold(
@@ -257,7 +258,8 @@ class Selection(Stateful):
     counting, the learning rate's pace and scores that are not finite are no rule's business.
     """
 
-    STATE = ("activations", "thresholds", "controller")
+    STATE = ("activations", "thresholds", "controller", "store", "kinds", "believed", "forgotten")
+    KEEPS_SCORES: ClassVar[bool] = False  # whether it chooses by stored scores
     CHOOSES_BEFORE_LOADING: ClassVar[bool] = False  # whether a sparse epoch loads a share alone
     PLANNED_SHARE: ClassVar[float | None] = None  # that share, as the schedule expects it; None: the target activation
 
@@ -268,6 +270,13 @@ class Selection(Stateful):
         self.activations: list[float] = []  # of this epoch's sparse steps: shares of 0 to 1
         self.thresholds: list[float] = []  # likewise, nats
         self.told = False  # that the target is out of reach
+        rate = config.ast.forget_rate if config.ast.mode == "ast" else 0.0
+        doubts = rate == "auto" or (rate > 0 and self.KEEPS_SCORES)
+        self.forgotten = 0.0 if doubts else None  # share of the samples that this epoch leaves out for their labels
+        self.store = SampleStore(samples, device, dist, doubts) if doubts or self.KEEPS_SCORES else None
+        kept = samples if self.store else 0
+        self.kinds = torch.ones(kept, dtype=torch.uint8, device=device)  # what this epoch does with each, by index
+        self.believed = torch.ones(kept, dtype=torch.uint8)  # before a choice: ACTIVE, LEFT_OUT or REVISITED
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -282,16 +291,31 @@ class Selection(Stateful):
         """Asked once. None: nothing is scored before training."""
         return None
 
+    def forget(self, epoch: int, order: np.ndarray, progress: float) -> None:
+        """Before an epoch of any kind, leave out the samples whose label is not believed (`ast.forget_rate: auto`).
+
+        A few of them, drawn by the seed, the epoch and the index, are looked at again, with weight 0. A sample comes
+        back once the network predicts its label. progress: of the schedule, 0 to 1.
+        """
+        if self.forgotten is None or self.config.ast.forget_rate != "auto" or progress < FORGET_FROM:
+            return
+        out = doubted(self.store.on_host(), self.believed.numpy() != ACTIVE)
+        again = np.random.default_rng((self.config.training.seed, epoch, 2)).random(len(out)) < REVISIT
+        self.believed.copy_(torch.from_numpy(np.where(out, again * REVISITED, ACTIVE)))
+        self.forgotten = float(out[order].mean())
+
     def start_epoch(self, epoch: int, order: np.ndarray) -> None:
         """Begin a sparse epoch. order: int64, all indices in the order of the epoch."""
         self.activations, self.thresholds, self.controller.frozen = [], [], False
+        self.kinds.copy_(self.believed)
 
     def start_dense_epoch(self) -> None:
         self.activations, self.thresholds, self.controller.frozen = [], [], True
+        self.kinds.copy_(self.believed)
 
     def mask(self) -> np.ndarray | None:
-        """uint8 by index, nonzero for the samples that this sparse epoch loads; None: the planned number of them."""
-        return None
+        """uint8 by index, nonzero for the samples that this epoch loads; None: the planned number of them."""
+        return None if self.store is None else self.kinds.cpu().numpy()
 
     def choose(self, scores: Tensor) -> Tensor:
         """The active samples, int64, ascending, by the scores [batch] (nats, finite, of all ranks, on the host)."""
@@ -299,10 +323,12 @@ class Selection(Stateful):
 
     def weights(self, batch: DeviceBatch) -> Tensor | None:
         """Of each sample's loss, float32 [batch]. None: all 1, and nothing is recorded."""
-        return None
+        return None if self.store is None else (self.kinds[batch.indices] != REVISITED).float()
 
-    def record(self, batch: DeviceBatch, significance: Tensor, correct: Tensor, epoch: int) -> None:
-        """Learn from a training step: significance float32 [batch], nats; correct bool [batch]. On the device."""
+    def record(self, batch: DeviceBatch, visit: Visit, epoch: int) -> None:
+        """Learn from a training step what it says of its samples. On the device."""
+        if self.store is not None:
+            self.store.record(batch.indices, visit, epoch)
 
     def alike(self) -> list[float]:
         """Numbers that every process must have alike."""
@@ -389,20 +415,17 @@ class HistoryThreshold(Selection):
     A PI controller holds the share of active and explored samples at the target.
     """
 
-    STATE = (*Selection.STATE, "store", "kinds")
-    CHOOSES_BEFORE_LOADING = True
+    KEEPS_SCORES = CHOOSES_BEFORE_LOADING = True
 
     def __init__(self, config: Config, samples: int, device: torch.device, dist: Dist):
         super().__init__(config, samples, device, dist)
-        self.store = SampleStore(samples, device, dist)
-        self.kinds = torch.ones(samples, dtype=torch.uint8, device=device)  # this epoch's `Choice`, by index
         self.explored_weight = min(config.ast.explore_weight_cap, 1 / config.ast.explore) if config.ast.explore else 1.0
 
     @classmethod
     def check(cls, config: Config) -> None:
         ast = config.ast
         crowded = ast.explore >= ast.target_activation
-        too_few = ast.forget_rate + ast.target_activation > 1 + 1e-9
+        too_few = cls.fixed_rate(ast) + ast.target_activation > 1 + 1e-9
         biased = ast.explore == 0 and ast.explore_weight_cap > 1
         first_complaint(
             (crowded, f"ast.explore: {ast.explore:g} or more of all samples, and ast.target_activation is no larger"),
@@ -414,6 +437,11 @@ class HistoryThreshold(Selection):
         )
         cls.check_scoring(config)
 
+    @staticmethod
+    def fixed_rate(ast: ASTConfig) -> float:
+        """The share that is left out of each choice; with `auto` samples are left out before it."""
+        return 0.0 if ast.forget_rate == "auto" else ast.forget_rate
+
     @classmethod
     def check_scoring(cls, config: Config) -> None:
         """Raises ValueError for settings of a forward that scores, which stored scores do without."""
@@ -424,35 +452,29 @@ class HistoryThreshold(Selection):
         super().start_epoch(epoch, order)
         self.controller.epoch = float(epoch - self.config.ast.warmup_epochs)
         uniforms = np.random.default_rng((self.config.training.seed, epoch, 1)).random(len(order), dtype=np.float32)
-        scores, ast, world = self.store.scores(order), self.config.ast, self.dist.world
-        choice = self.choose_epoch(scores, uniforms)
-        self.activations, self.thresholds = [int(np.count_nonzero(choice.kinds)) / len(order)], [choice.threshold]
+        believed = self.believed.numpy()
+        kept = believed[order] == ACTIVE  # the target is a share of these
+        scores, ast, world = self.store.scores(order)[kept], self.config.ast, self.dist.world
+        choice = self.choose_epoch(scores, uniforms[kept])
+        self.activations, self.thresholds = [int(np.count_nonzero(choice.kinds)) / len(scores)], [choice.threshold]
         floor = ast.min_active if world == 1 else min(1, ast.min_active) * max(ast.min_active, 2 * world)
-        choice.kinds[top_up(choice.kinds, scores, floor, ast.forget_rate)] = ACTIVE
-        kinds = np.zeros(len(self.kinds), dtype=np.uint8)
-        kinds[order] = choice.kinds
+        choice.kinds[top_up(choice.kinds, scores, floor, self.fixed_rate(ast))] = ACTIVE
+        kinds = np.where(believed == REVISITED, REVISITED, LEFT_OUT)
+        kinds[order[kept]] = choice.kinds
         self.kinds.copy_(torch.from_numpy(kinds))
 
     def choose_epoch(self, scores: np.ndarray, uniforms: np.ndarray) -> Choice:
         """scores: float32 [n], nats, in the order of the epoch. uniforms: float32 [n], a random number of each."""
         ast, batch = self.config.ast, self.config.training.batch_size
+        if ast.target_activation == 1:
+            return Choice(np.full(len(scores), ACTIVE), ast.min_threshold)
         in_iqr = ast.threshold_unit == "iqr"
         rest = (uniforms - ast.explore) / (1 - ast.explore) if ast.kp or ast.ki else None  # of those not explored
         drawn = uniforms < ast.explore
-        return choose_by_threshold(scores, drawn, self.controller, batch, in_iqr, ast.forget_rate, rest)
-
-    def start_dense_epoch(self) -> None:
-        super().start_dense_epoch()
-        self.kinds.fill_(ACTIVE)
-
-    def mask(self) -> np.ndarray:
-        return self.kinds.cpu().numpy()
+        return choose_by_threshold(scores, drawn, self.controller, batch, in_iqr, self.fixed_rate(ast), rest)
 
     def weights(self, batch: DeviceBatch) -> Tensor:
-        return torch.where(self.kinds[batch.indices] == EXPLORED, self.explored_weight, 1.0)
-
-    def record(self, batch: DeviceBatch, significance: Tensor, correct: Tensor, epoch: int) -> None:
-        self.store.record(batch.indices, significance, epoch)
+        return torch.where(self.kinds[batch.indices] == EXPLORED, self.explored_weight, super().weights(batch))
 
 
 class InfoBatch(HistoryThreshold):
@@ -583,7 +605,7 @@ class Trainer(Stateful):
     `optimizer_step` corrects that to the count of the whole window, on all processes.
     """
 
-    STATE = ("lr", "scheduled", "unscheduled", "window_forwards", "optimizer", "scaler")
+    STATE = ("lr", "scheduled", "unscheduled", "window_forwards", "optimizer", "scaler", "loss")
     OWN = ("window_samples", "window_divisor")
 
     def __init__(
@@ -591,7 +613,7 @@ class Trainer(Stateful):
     ):
         """planned_steps: loop steps of the whole run."""
         training = config.training
-        self.network, self.training, self.planned_steps = network, training, planned_steps
+        self.network, self.training, self.planned_steps, self.loss = network, training, planned_steps, network.loss
         self.clock, self.metrics, self.dist, self.device = clock, metrics, dist, network.device
         self.parameters = [p for p in network.model.parameters() if p.requires_grad]
         # CUDA graphs write gradients where the last replay wrote them: what accumulates must lie elsewhere
@@ -625,12 +647,13 @@ class Trainer(Stateful):
         if n == 0 and not network.synced:  # synchronised BatchNorm needs every rank, even one without samples
             return 0
         statistics_before = [buffer.clone() for buffer in self.statistics]
-        weights = selection.weights(batch)
-        if weights is None:
-            objective, correct, loss = network.forward(batch.images, batch.labels)
-        else:
-            objective, correct, loss, significances = network.forward(batch.images, batch.labels, weights)
-            selection.record(batch, significances, correct, self.metrics.epoch)
+        weights, rows = selection.weights(batch), self.loss.recall(batch.indices)
+        given = {name: each for name, each in (("weights", weights), ("rows", rows)) if each is not None}
+        objective, correct, loss, *seen = network.forward(batch.images, batch.labels, **given)
+        if weights is not None:
+            selection.record(batch, seen.pop(0), self.metrics.epoch)
+        if rows is not None:
+            self.loss.remember(batch.indices, seen.pop())
         # synchronised, a sample's loss reaches the gradients of other ranks: all must divide alike
         self.change_divisor(network.local_batch if network.synced else self.window_divisor or max(1, n))
         self.scaler.scale(objective / self.window_divisor).backward()
@@ -820,7 +843,7 @@ HISTORY_KEYS = (
     *("epoch", "train_acc", "val_acc", "activation_rate", "threshold", "energy_savings"),
     *("step_time_ms", "est_energy_kj", "est_flops_g"),
     *("lr", "train_loss", "samples_loaded", "samples_scored", "samples_trained", "optimizer_steps"),
-    *("train_seconds", "energy_kj", "total_flops_g"),
+    *("train_seconds", "energy_kj", "total_flops_g", "forgotten"),
 )
 
 
@@ -923,6 +946,7 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: floa
         "train_seconds": clock.train_seconds,
         "energy_kj": clock.energy_kj,
         "total_flops_g": run.network.base_flop * ledger.dense_equivalents(scoring_cost) / 1e9,
+        "forgotten": run.selection.forgotten,
     }
     metrics.close_epoch(row)
     run.selection.told = run.selection.told or out_of_reach(run.config.ast, activations, thresholds)
@@ -952,13 +976,13 @@ class Run:
     @classmethod
     def build(
         cls, config: Config, model: nn.Module, device: torch.device, planned_steps: int, samples: int = 0,
-        dist: Dist | None = None, stop: Stop | None = None, started: float | None = None
+        dist: Dist | None = None, stop: Stop | None = None, started: float | None = None, classes: int = 0
     ) -> Run:  # fmt: skip
         """planned_steps: loop steps of the whole run; samples: how many indices the training set has; started:
         time.monotonic() seconds, by default now."""
         dist, started = dist or Dist(), time.monotonic() if started is None else started
         measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
-        network = Network(model, config, measure, device, dist)
+        network = Network(model, config, measure, device, dist, samples, classes)
         selection = selection_class(config)(config, samples, device, dist)
         scorer = selection.scorer(network)
         clock = Clock(config, device, dist, stop or Stop(), started)
@@ -980,6 +1004,8 @@ class Run:
     def start_epoch(self, epoch: int, order: np.ndarray) -> None:
         """Begin an epoch; a rule that chooses before loading does so now. order: see `Selection.start_epoch`."""
         self.metrics.start_epoch(epoch)
+        self.trainer.loss.merge()
+        self.selection.forget(epoch, order, self.trainer.progress())
         if self.config.is_sparse(epoch):
             self.selection.start_epoch(epoch, order)
         else:
@@ -1060,8 +1086,7 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
     plan.start_epoch(epoch, run.metrics.step)
     if run.metrics.step == 0:
         run.start_epoch(epoch, plan.permutation())
-    if run.config.is_sparse(epoch):
-        plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
+    plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
     run.trainer.pace = plan.planned_steps(epoch) / max(1, len(plan))
     if not len(plan):  # nobody was chosen: the schedule goes on all the same
         run.trainer.unscheduled += plan.planned_steps(epoch)
@@ -1153,7 +1178,7 @@ def _train(
     model = get_model(config.model, num_classes, config.dataset.image_size)
     check_start(config, model, plan, selection_class(config).scores_batches())
     planned = sum(plan.planned_steps(epoch) for epoch in range(config.training.epochs))
-    run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started)
+    run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started, num_classes)
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)
     if device.type == "cuda" or config.training.compile != "off":

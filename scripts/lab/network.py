@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,29 +11,35 @@ from torch import Tensor, nn
 
 from lab.config import Config
 from lab.data.images import axis_weights
+from lab.losses import LOSSES, Loss
 from lab.models import count_flops, eval_view, synchronised
 from lab.runtime.devices import IMAGENET_MOMENTS, Normalise, compiled, resolve_amp_dtype
 from lab.runtime.distributed import Dist
+from lab.runtime.sample_store import Visit
 
 
-def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, smoothing: float) -> Callable:
+def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, loss: Loss) -> Callable:
     """What a training step computes, one function to compile: uint8 images, labels -> (objective, correct [batch],
-    summed loss). The objective is the sum that is minimised: of smoothed losses, weighted where there are weights.
+    summed loss). The objective is the sum of `loss` that is minimised, weighted where there are weights; the summed
+    loss is the plain cross-entropy.
 
-    With weights [batch] of the samples the significance [batch] comes last.
+    With weights [batch] of the samples a `Visit` follows, with `rows` (see `Loss`) the new rows come last.
     """
 
-    def forward(images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        images: Tensor, labels: Tensor, weights: Tensor | None = None, rows: Tensor | None = None
+    ) -> tuple[Any, ...]:
         with normalise.autocast():
             logits = model(normalise(images))
         correct, known = logits.argmax(-1) == labels, logits.detach().float()
+        losses, rows = loss(logits.float(), labels, rows)
+        plain = losses.detach() if loss.is_plain else F.cross_entropy(known, labels, reduction="none")
+        kept = () if rows is None else (rows,)
         if weights is None:
-            objective = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-            loss = F.cross_entropy(known, labels, reduction="sum") if smoothing else objective.detach()
-            return objective, correct, loss
-        losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-        loss = F.cross_entropy(known, labels, reduction="none") if smoothing else losses.detach()
-        return (losses * weights).sum(), correct, loss.sum(), measure(logits.detach(), labels)
+            return losses.sum(), correct, plain.sum(), *kept
+        confidence, predicted = known.softmax(-1).max(-1)
+        visit = Visit(measure(logits.detach(), labels), plain, confidence, predicted, labels)
+        return (losses * weights).sum(), correct, plain.sum(), visit, *kept
 
     return forward
 
@@ -57,8 +64,12 @@ def scoring_forward(model: nn.Module, normalise: Normalise, measure: Callable, s
 class Network:
     """The model on its device, and the functions over whole batches that are compiled: to train, score and validate."""
 
-    def __init__(self, model: nn.Module, config: Config, measure: Callable, device: torch.device, dist: Dist):
-        """measure: logits [batch, classes], labels [batch] -> significance [batch], nats."""
+    def __init__(
+        self, model: nn.Module, config: Config, measure: Callable, device: torch.device, dist: Dist, samples: int = 0,
+        classes: int = 0
+    ):  # fmt: skip
+        """measure: logits [batch, classes], labels [batch] -> significance [batch], nats. samples: how many indices the
+        training set has."""
         training = config.training
         self.config, self.device = config, device
         self.local_batch = training.batch_size // dist.world  # samples of a batch on this process
@@ -72,9 +83,8 @@ class Network:
         moments = (published.get(name, usual) for name, usual in IMAGENET_MOMENTS.items())
         self.normalise = Normalise(*moments, device, layout, self.amp_dtype)
         self.measure = measure
-        self.forward = compiled(
-            training_forward(self.model, self.normalise, self.measure, training.label_smoothing), training.compile
-        )
+        self.loss = LOSSES[training.loss](training, samples, classes, device, dist)
+        self.forward = compiled(training_forward(self.model, self.normalise, self.measure, self.loss), training.compile)
         self.evaluator = self.scoring_forward()
 
     def scoring_forward(self, resolution: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -81,11 +81,11 @@ class ASTConfig(Section):
         "share of each batch; infobatch (with history): those over the mean, and half of the others, which "
         "the schedule plans as 0.75 of the set, whatever target_activation says",
     )
-    forget_rate: float = Field(
+    forget_rate: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         0.0,
-        ge=0,
-        lt=1,
-        description="history: share of the samples, of highest significance, that is not trained on: wrong labels",
+        description="share of the samples that is not trained on, because their labels may be wrong; history: so much "
+        "of highest significance; auto: from half of the schedule on those whose label is not believed, so many as "
+        "there are",
     )
     explore: float = Field(
         0.1, ge=0, lt=1, description="history: chance of a sample below the threshold to be trained on all the same"
@@ -143,6 +143,10 @@ class TrainingConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     nesterov: bool = Field(False, description="SGD: Nesterov's form of momentum")
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (sgd) or decoupled decay (adamw)")
+    loss: Literal["cross_entropy", "generalised_cross_entropy", "early_learning"] = Field(
+        "cross_entropy", description="that is minimised; the other two suffer less from wrong labels"
+    )
+    loss_weight: float = Field(3.0, ge=0, description="early_learning: weight of what it adds to the cross-entropy")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss, not of the significance")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     grad_accum_steps: int = Field(1, ge=1, description="forward passes an optimizer step")
