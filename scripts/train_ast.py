@@ -69,9 +69,10 @@ from lab.runtime.optimizer import build_optimizer, lr_at
 from lab.runtime.outputs import Outputs, build_result, live_figures, open_tensorboard, prepare_outputs
 from lab.runtime.sample_store import SampleStore, Visit
 from lab.runtime.stateful import Stateful
+from lab.runtime.suspects import Suspects
 from lab.runtime.workers import WorkerLoader, ending_workers
 from lab.sections import ASTConfig, DatasetConfig
-from lab.selecting import draw_ties, out_of_reach, plateau, top_up, with_ties
+from lab.selecting import draw_ties, highest, out_of_reach, plateau, top_up, with_ties
 from lab.state import reduce_to_rank0, resume_run, run_state, warm_up
 
 # ---------------------------------------------------------------------------------------------- PI controller
@@ -297,7 +298,10 @@ class Selection(Stateful):
         A few of them, drawn by the seed, the epoch and the index, are looked at again, with weight 0. A sample comes
         back once the network predicts its label. progress: of the schedule, 0 to 1.
         """
-        if self.forgotten is None or self.config.ast.forget_rate != "auto" or progress < FORGET_FROM:
+        if self.forgotten is None:
+            return
+        self.forgotten = 0.0
+        if self.config.ast.forget_rate != "auto" or progress < FORGET_FROM:
             return
         out = doubted(self.store.on_host(), self.believed.numpy() != ACTIVE)
         again = np.random.default_rng((self.config.training.seed, epoch, 2)).random(len(out)) < REVISIT
@@ -329,6 +333,14 @@ class Selection(Stateful):
         """Learn from a training step what it says of its samples. On the device."""
         if self.store is not None:
             self.store.record(batch.indices, visit, epoch)
+
+    def suspects(self, dataset: ImageDataset) -> Suspects | None:
+        """The samples whose labels may be wrong, where `ast.forget_rate` asks for them. Collective."""
+        if self.forgotten is None:
+            return None
+        columns, rate = self.store.on_host(), self.config.ast.forget_rate
+        out = self.believed.numpy() != ACTIVE if rate == "auto" else highest(columns["significance"], rate)
+        return Suspects(dataset, columns, out)
 
     def alike(self) -> list[float]:
         """Numbers that every process must have alike."""
@@ -457,6 +469,8 @@ class HistoryThreshold(Selection):
         scores, ast, world = self.store.scores(order)[kept], self.config.ast, self.dist.world
         choice = self.choose_epoch(scores, uniforms[kept])
         self.activations, self.thresholds = [int(np.count_nonzero(choice.kinds)) / len(scores)], [choice.threshold]
+        if rate := self.fixed_rate(ast):
+            self.forgotten = float((highest(scores, rate) & (choice.kinds == LEFT_OUT)).mean())
         floor = ast.min_active if world == 1 else min(1, ast.min_active) * max(ast.min_active, 2 * world)
         choice.kinds[top_up(choice.kinds, scores, floor, self.fixed_rate(ast))] = ACTIVE
         kinds = np.where(believed == REVISITED, REVISITED, LEFT_OUT)
@@ -1187,11 +1201,12 @@ def _train(
         resume_run(run, path, state)
     copies = 2 if config.training.optimizer == "adamw" else int(config.training.momentum > 0)
     run.outputs.open(board, state_bytes(run.network.model, copies))
-    outcome, stop.training = {"status": "failed"}, True
+    outcome, stop.training, suspects = {"status": "failed"}, True, None
     try:
         with ending_workers():
             outcome = {"status": run_epochs(run, train_loader, val_loader, plan)}
         run.outputs.finish()
+        suspects = run.selection.suspects(train_loader.dataset) if outcome["status"] != "interrupted" else None
     except Exception as error:
         known = explained(error, config)
         outcome = {"status": "failed", "error": one_line(known)}
@@ -1201,6 +1216,8 @@ def _train(
     finally:
         result = build_result(run, outcome)
         results_path = run.outputs.close(result)
+        if suspects is not None and results_path is not None:
+            suspects.write(results_path)
     return dist.broadcast((result, results_path))
 
 

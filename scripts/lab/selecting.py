@@ -23,6 +23,12 @@ def top_up(chosen: np.ndarray, scores: np.ndarray, floor: int, forget_rate: floa
     return order[chosen[order] == 0][:lacking]
 
 
+def highest(scores: np.ndarray, share: float) -> np.ndarray:
+    """Which samples have the highest finite scores, so many that they are a `share` of all, bool [n]."""
+    known = scores[np.isfinite(scores)]
+    return np.isfinite(scores) & (scores > np.quantile(known, 1 - share)) if len(known) else np.zeros(len(scores), bool)
+
+
 def plateau(scores: np.ndarray, share: float) -> float | None:
     """The score in which the top `share` ends, where more than a tenth of all samples have it; else None.
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from lab.analysis.figures import FIGURES, LINES, choose_styles, draw, inline_svg
 from lab.analysis.study import Study
+from lab.analysis.suspects import suspects
 from lab.analysis.tables import frontier_lines, several, text_table, verdict
 from lab.results import ACTIVATION_BAND
 
@@ -70,6 +71,7 @@ def section(study: Study, number: int) -> dict[str, Any]:
         "figures": [
             (title, inline_svg(draw(study, name, legend=False), name + tail)) for name, (title, _) in FIGURES.items()
         ],
+        "suspects": suspects(study),
         "differences": {setting: differences(study, setting) for setting in study.table.index},
         "environments": [(count, dict(each)) for each, count in study.environments.items() if each],
     }

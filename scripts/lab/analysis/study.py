@@ -38,6 +38,7 @@ class Study:
     frontiers: dict[str, np.ndarray]
     baseline: str | None
     left_out: dict[str, str]  # by path: why; of all groups together
+    newest: dict[str, ResultsFile]  # by setting: its run that was finished last
     warnings: list[str] = field(default_factory=list)
 
 
@@ -173,8 +174,9 @@ def compare_group(runs: Sequence[ResultsFile], title: str, left_out: Mapping[str
     environments = Counter(tuple(run.environment.items()) for run in runs)
     settings = {label: first[key].settings for key, label in label_of.items()}
     frontiers = dense_frontiers(table, "train_seconds_mean")
+    newest = {label_of[run.key]: run for run in sorted(runs, key=lambda run: run.age)}
     study = Study(
-        title, comparable, frame, table, settings, histories, environments, frontiers, baseline, dict(left_out)
+        title, comparable, frame, table, settings, histories, environments, frontiers, baseline, dict(left_out), newest
     )
     study.warnings.extend(find_warnings(study))
     return study

@@ -100,7 +100,7 @@ class ResidentLoader:
         picture beyond `dataset.max_bad_images`.
         """
         batch_size = batch_size or config.training.batch_size
-        self.plan, self.indices, self.batch_size = plan, indices, batch_size
+        self.dataset, self.plan, self.indices, self.batch_size = dataset, plan, indices, batch_size
         self.dist = plan.dist if plan else Dist()
         self.edges = self.dist.shard_edges(len(indices))
         self.augmentation, self.side = dataset.augmentation, cached_side(config.dataset)

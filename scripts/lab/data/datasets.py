@@ -141,6 +141,12 @@ class ImageDataset(Dataset):
                 unreadable.append(f"{name}: {one_line(error)}")
         return Sample(None, -1, index, unreadable)
 
+    def name_of(self, index: int) -> str:
+        """The path of a sample's file, or its number in the data set where it is no file."""
+        at = index % len(self)
+        source = self.samples[at][0] if isinstance(self.samples, list) else None
+        return str(source) if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
+
     def noisy_labels(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
         """The labels of the samples at `indices` after `dataset.label_noise`, int64 [n]."""
         labels = np.asarray(labels, dtype=np.int64)
