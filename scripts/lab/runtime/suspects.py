@@ -17,6 +17,7 @@ from lab.errors import TrainingFailed, one_line
 from lab.files import no_formula, replace_file
 
 SHOWN = 24  # pictures on the sheet
+CERTAIN = 0.9  # probability of a label, over the last visits, from which on the sample is not listed
 HEADER = ("index", "sample", "given", "predicted", "score", "left_out")
 
 
@@ -24,13 +25,13 @@ class Suspects:
     """The samples of a training set by how unlikely the network finds their labels, the least likely first.
 
     Listed are those that are left out, those whose label was not predicted at the last visit, and those whose label has
-    on average a probability below one half. The score is the mean loss over some four visits, nats.
+    on average a probability below CERTAIN. The score is the mean loss over some four visits, nats.
     """
 
     def __init__(self, dataset: ImageDataset, columns: Mapping[str, np.ndarray], out: np.ndarray):
         """columns: of `SampleStore.on_host`, with labels. out: bool [samples], which are left out."""
         self.dataset, self.columns, self.out = dataset, columns, out
-        listed = out | (columns["streak"] > 0) | (columns["loss"] > math.log(2))
+        listed = out | (columns["streak"] > 0) | (columns["loss"] > -math.log(CERTAIN))
         listed = np.flatnonzero(listed & (columns["given"] >= 0))
         self.order = listed[np.argsort(-columns["loss"][listed], kind="stable")]
 
