@@ -24,7 +24,7 @@ import pandas as pd
 from lab.analysis.study import Study, compare
 from lab.analysis.tables import follow, frontier_lines, several, text_table, to_latex, to_markdown, verdict
 from lab.cli import command_parser, run_cli
-from lab.files import write_outputs
+from lab.files import no_formula, write_outputs
 from lab.launch import forget_launch
 from lab.plotting import import_matplotlib
 from lab.results import load_runs
@@ -75,13 +75,8 @@ def all_digits(studies: Sequence[Study]) -> str:
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """As CSV. Text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    formula = ("=", "+", "-", "@", "\t", "\r", "\n")
-
-    def safe(value: object) -> object:
-        return f"'{value}" if isinstance(value, str) and value.startswith(formula) else value
-
-    return table.map(safe).rename(index=safe).to_csv()
+    """As CSV; see `no_formula`."""
+    return table.map(no_formula).rename(index=no_formula).to_csv()
 
 
 def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dict[Path, tuple[str, bytes]]:

@@ -42,16 +42,7 @@ from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import Config, checkpoint_folder, first_complaint, require_known
 from lab.console import epoch_line, print_rank0, step_bar
 from lab.data.cache import Split, cached_loaders, prepare_caches
-from lab.data.datasets import (
-    DigitsDataset,
-    FolderDataset,
-    ImageDataset,
-    ReadErrors,
-    find_column,
-    load_hub_split,
-    measure_moments,
-    read_classes,
-)
+from lab.data.datasets import DigitsDataset, FolderDataset, HFDataset, ImageDataset, ReadErrors, measure_moments
 from lab.data.images import Augmentation
 from lab.data.loading import (
     DeviceBatch,
@@ -66,6 +57,7 @@ from lab.data.loading import (
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
 from lab.errors import RequestError, one_line
+from lab.labels import FORGET_FROM, REVISIT, doubted
 from lab.models import check_resolution, get_model
 from lab.network import Network
 from lab.proxy import Proxy
@@ -76,12 +68,28 @@ from lab.runtime.distributed import Dist, average_running_statistics, meet, merg
 from lab.runtime.meters import ClassCounts, Ledger, Meter
 from lab.runtime.optimizer import build_optimizer, copies_of_weights, lr_at
 from lab.runtime.outputs import Outputs, build_result, count_diet, live_figures, open_tensorboard, prepare_outputs
-from lab.runtime.sample_store import SampleStore
+from lab.runtime.sample_store import SampleStore, Visit
 from lab.runtime.stateful import Stateful
+from lab.runtime.suspects import Suspects
 from lab.runtime.times_trained import TimesTrained
 from lab.runtime.workers import WorkerLoader, ending_workers
 from lab.sections import ASTConfig, DatasetConfig
-from lab.selecting import draw_ties, out_of_reach, plateau, top_up, with_ties
+from lab.selecting import (
+    ACTIVE,
+    EXPLORED,
+    LEFT_OUT,
+    REVISITED,
+    Choice,
+    auto_target,
+    choose_by_mean,
+    choose_by_threshold,
+    first_target,
+    highest,
+    out_of_reach,
+    plateau,
+    top_up,
+    with_ties,
+)
 from lab.state import reduce_to_rank0, resume_run, run_state, warm_up
 
 # ---------------------------------------------------------------------------------------------- PI controller
@@ -147,26 +155,6 @@ class PIController(Stateful):
         return self.threshold
 
 
-LEAST_SHARE, WRONG_SHARE = 0.5, 1 / 3
-
-
-def first_target(ast: ASTConfig) -> float:
-    """The target activation that a run begins with. With auto it is 1: nothing is learned yet."""
-    return 1.0 if ast.target_activation == "auto" else ast.target_activation
-
-
-def auto_target(wrong: float, scoring_cost: float) -> float:
-    """The target activation that suits the state of learning, for `ast.target_activation: auto`.
-
-    wrong: the share of the samples that the network predicts wrongly. scoring_cost: see `Scorer`. At most WRONG_SHARE
-    of the active samples are wrongly predicted ones: a network that has far to go cannot learn from the hardest
-    samples alone. No fewer than LEAST_SHARE are active. Where that and the scoring cost more than training on all
-    samples, it is 1.
-    """
-    target = max(LEAST_SHARE, wrong / WRONG_SHARE)
-    return target if target + scoring_cost < 1 else 1.0
-
-
 # ------------------------------------------------------------------------------------------------ Significance
 
 
@@ -205,70 +193,6 @@ def select_active(scores: Tensor, threshold: float, min_active: int = 0) -> Acti
     return Active(order[:k].sort().values, count / n, upper - lower)
 
 
-class Choice(NamedTuple):
-    """What an epoch does with each of its samples, where that is decided before loading."""
-
-    kinds: np.ndarray  # uint8 [n]: LEFT_OUT, ACTIVE or EXPLORED
-    threshold: float  # mean over the epoch, nats
-
-
-LEFT_OUT, ACTIVE, EXPLORED = np.uint8(0), np.uint8(1), np.uint8(2)
-
-
-def choose_by_threshold(
-    scores: np.ndarray, drawn: np.ndarray, controller: PIController, chunk: int, in_iqr: bool, forget_rate: float = 0.0,
-    uniforms: np.ndarray | None = None
-) -> Choice:  # fmt: skip
-    """Which samples an epoch trains on: those above the threshold or never seen, and those drawn to be explored.
-
-    scores: float32 [n], nats, in the order of the epoch, infinite for never seen. drawn: bool [n], who is explored if
-    not active. forget_rate: the share of the samples, of the highest scores, that does not count as above. uniforms:
-    float32 [n], a random number of each, by which samples at the threshold are taken; None takes none of them.
-
-    Walks the order in chunks. After each the controller is updated by the share that was taken, as after a batch. A
-    sample comes once an epoch, so its stored score is the same now as at its turn: nothing has to be loaded for this.
-    """
-    some = scores[: 2**16]  # the order is random, so any part of it is a fair sample
-    some = some[np.isfinite(some)]
-    some = some if len(some) else np.zeros(1, dtype=np.float32)
-    lower, upper, ceiling = np.quantile(some, [0.25, 0.75, 1 - forget_rate])
-    spread = float(upper - lower) if in_iqr else 1.0
-    explored = float(drawn.mean())  # explored samples are part of the target: the threshold takes what they leave
-    share = min(1.0, max(0.0, forget_rate + (controller.target - explored) / max(1e-9, 1 - explored)))
-    shared = None if uniforms is None else plateau(some, share)
-    if shared is not None and controller.threshold != shared:
-        controller.start(shared)
-    if controller.threshold is None:
-        controller.start(float(np.quantile(some, 1 - share)))
-    if forget_rate:
-        scores = np.where((scores > ceiling) & np.isfinite(scores), -math.inf, scores)
-    kinds = drawn.astype(np.uint8) * EXPLORED
-    before, thresholds = controller.epoch, []
-    for start in range(0, len(scores), chunk):
-        here = slice(start, start + chunk)
-        part = kinds[here]
-        part[scores[here] > controller.threshold] = ACTIVE
-        thresholds.append(controller.threshold)
-        activation = int(np.count_nonzero(part)) / len(part)
-        if shared is not None:
-            ties = draw_ties(scores[here], part > 0, controller.threshold, controller.target, uniforms[here])
-            part[ties.taken], activation = ACTIVE, ties.expected
-        controller.epoch = before + start / len(scores)
-        controller.update(activation, spread)
-    return Choice(kinds, statistics.fmean(thresholds))
-
-
-def choose_by_mean(scores: np.ndarray, drawn: np.ndarray) -> Choice:
-    """InfoBatch (Qin et al. 2024, "InfoBatch: lossless training speed up by unbiased dynamic data pruning", section 3):
-    a sample below the mean of the stored losses stays with probability 1/2, and then counts twice.
-
-    scores: float32 [n], nats. drawn: bool [n], true for one in two.
-    """
-    known = scores[np.isfinite(scores)]
-    mean = float(known.mean(dtype=np.float64)) if len(known) else 0.0
-    return Choice(np.where(scores < mean, drawn.astype(np.uint8) * EXPLORED, ACTIVE), mean)
-
-
 # --------------------------------------------------------------------------------------------------- Selection
 
 
@@ -289,7 +213,8 @@ class Selection(Stateful):
     counting, the learning rate's pace and scores that are not finite are no rule's business.
     """
 
-    STATE = ("activations", "thresholds", "controller", "target")
+    STATE = ("activations", "thresholds", "controller", "target", "store", "kinds", "believed", "forgotten")
+    KEEPS_SCORES: ClassVar[bool] = False  # whether it chooses by stored scores
     CHOOSES_BEFORE_LOADING: ClassVar[bool] = False  # whether a sparse epoch loads a share alone
     PLANNED_SHARE: ClassVar[float | None] = None  # that share, as the schedule expects it; None: the target activation
 
@@ -301,6 +226,13 @@ class Selection(Stateful):
         self.activations: list[float] = []  # of this epoch's sparse steps: shares of 0 to 1
         self.thresholds: list[float | Tensor] = []  # likewise, nats; a tensor is read at the end of the epoch
         self.told = False  # that the target is out of reach
+        rate = config.ast.forget_rate if config.ast.mode == "ast" else 0.0
+        doubts = rate == "auto" or (rate > 0 and self.KEEPS_SCORES)
+        self.forgotten = 0.0 if doubts else None  # share of the samples that this epoch leaves out for their labels
+        self.store = SampleStore(samples, device, dist, doubts) if doubts or self.KEEPS_SCORES else None
+        kept = samples if self.store else 0
+        self.kinds = torch.ones(kept, dtype=torch.uint8, device=device)  # what this epoch does with each, by index
+        self.believed = torch.ones(kept, dtype=torch.uint8)  # before a choice: ACTIVE, LEFT_OUT or REVISITED
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -319,13 +251,31 @@ class Selection(Stateful):
         """Whether `epoch` trains on a selection: as the config says, and with a target of auto where that pays."""
         return self.config.is_sparse(epoch) and not (self.config.ast.target_activation == "auto" and self.target == 1)
 
+    def forget(self, epoch: int, order: np.ndarray, progress: float) -> None:
+        """Before an epoch of any kind, leave out the samples whose label is not believed (`ast.forget_rate: auto`).
+
+        A few of them, drawn by the seed, the epoch and the index, are looked at again, with weight 0. A sample comes
+        back once the network predicts its label. progress: of the schedule, 0 to 1.
+        """
+        if self.forgotten is None:
+            return
+        self.forgotten = 0.0
+        if self.config.ast.forget_rate != "auto" or progress < FORGET_FROM:
+            return
+        out = doubted(self.store.on_host(), self.believed.numpy() != ACTIVE)
+        again = np.random.default_rng((self.config.training.seed, epoch, 2)).random(len(out)) < REVISIT
+        self.believed.copy_(torch.from_numpy(np.where(out, again * REVISITED, ACTIVE)))
+        self.forgotten = float(out[order].mean())
+
     def start_epoch(self, epoch: int, order: np.ndarray) -> None:
         """Begin a sparse epoch. order: int64, all indices in the order of the epoch."""
         self.activations, self.thresholds, self.controller.frozen = [], [], False
         self.controller.target = self.target
+        self.kinds.copy_(self.believed)
 
     def start_dense_epoch(self) -> None:
         self.activations, self.thresholds, self.controller.frozen = [], [], True
+        self.kinds.copy_(self.believed)
 
     def end_epoch(self, train_acc: float | None, scorer: Scorer | None) -> None:
         """With a target of auto, set the next epoch's by how many predictions of this one were right. Collective.
@@ -341,8 +291,8 @@ class Selection(Stateful):
         self.target = self.dist.broadcast(self.target)
 
     def mask(self) -> np.ndarray | None:
-        """uint8 by index, nonzero for the samples that this sparse epoch loads; None: the planned number of them."""
-        return None
+        """uint8 by index, nonzero for the samples that this epoch loads; None: the planned number of them."""
+        return None if self.store is None else self.kinds.cpu().numpy()
 
     def choose(self, scores: Tensor) -> Tensor:
         """The active samples, int64, ascending, by the scores [batch] (nats, finite, of all ranks, on the host)."""
@@ -356,10 +306,20 @@ class Selection(Stateful):
 
     def weights(self, batch: DeviceBatch) -> Tensor | None:
         """Of each sample's loss, float32 [batch]. None: all 1, and nothing is recorded."""
-        return None
+        return None if self.store is None else (self.kinds[batch.indices] != REVISITED).float()
 
-    def record(self, batch: DeviceBatch, significance: Tensor, correct: Tensor, epoch: int) -> None:
-        """Learn from a training step: significance float32 [batch], nats; correct bool [batch]. On the device."""
+    def record(self, batch: DeviceBatch, visit: Visit, epoch: int) -> None:
+        """Learn from a training step what it says of its samples. On the device."""
+        if self.store is not None:
+            self.store.record(batch.indices, visit, epoch)
+
+    def suspects(self, dataset: ImageDataset) -> Suspects | None:
+        """The samples whose labels may be wrong, where `ast.forget_rate` asks for them. Collective."""
+        if self.forgotten is None:
+            return None
+        columns, rate = self.store.on_host(), self.config.ast.forget_rate
+        out = self.believed.numpy() != ACTIVE if rate == "auto" else highest(columns["significance"], rate)
+        return Suspects(dataset, columns, out)
 
     def alike(self) -> list[float]:
         """Numbers that every process must have alike."""
@@ -481,20 +441,17 @@ class HistoryThreshold(Selection):
     A PI controller holds the share of active and explored samples at the target.
     """
 
-    STATE = (*Selection.STATE, "store", "kinds")
-    CHOOSES_BEFORE_LOADING = True
+    KEEPS_SCORES = CHOOSES_BEFORE_LOADING = True
 
     def __init__(self, config: Config, samples: int, device: torch.device, dist: Dist):
         super().__init__(config, samples, device, dist)
-        self.store = SampleStore(samples, device, dist)
-        self.kinds = torch.ones(samples, dtype=torch.uint8, device=device)  # this epoch's `Choice`, by index
         self.explored_weight = min(config.ast.explore_weight_cap, 1 / config.ast.explore) if config.ast.explore else 1.0
 
     @classmethod
     def check(cls, config: Config) -> None:
         ast = config.ast
         crowded = ast.explore >= ast.target_activation
-        too_few = ast.forget_rate + ast.target_activation > 1 + 1e-9
+        too_few = cls.fixed_rate(ast) + ast.target_activation > 1 + 1e-9
         biased = ast.explore == 0 and ast.explore_weight_cap > 1
         first_complaint(
             (crowded, f"ast.explore: {ast.explore:g} or more of all samples, and ast.target_activation is no larger"),
@@ -506,6 +463,11 @@ class HistoryThreshold(Selection):
         )
         cls.check_scoring(config)
 
+    @staticmethod
+    def fixed_rate(ast: ASTConfig) -> float:
+        """The share that is left out of each choice; with `auto` samples are left out before it."""
+        return 0.0 if ast.forget_rate == "auto" else ast.forget_rate
+
     @classmethod
     def check_scoring(cls, config: Config) -> None:
         """Raises ValueError for settings of a forward that scores, which stored scores do without."""
@@ -516,35 +478,31 @@ class HistoryThreshold(Selection):
         super().start_epoch(epoch, order)
         self.controller.epoch = float(epoch - self.config.ast.warmup_epochs)
         uniforms = np.random.default_rng((self.config.training.seed, epoch, 1)).random(len(order), dtype=np.float32)
-        scores, ast, world = self.store.scores(order), self.config.ast, self.dist.world
-        choice = self.choose_epoch(scores, uniforms)
-        self.activations, self.thresholds = [int(np.count_nonzero(choice.kinds)) / len(order)], [choice.threshold]
+        believed = self.believed.numpy()
+        kept = believed[order] == ACTIVE  # the target is a share of these
+        scores, ast, world = self.store.scores(order)[kept], self.config.ast, self.dist.world
+        choice = self.choose_epoch(scores, uniforms[kept])
+        self.activations, self.thresholds = [int(np.count_nonzero(choice.kinds)) / len(scores)], [choice.threshold]
+        if rate := self.fixed_rate(ast):
+            self.forgotten = float((highest(scores, rate) & (choice.kinds == LEFT_OUT)).mean())
         floor = ast.min_active if world == 1 else min(1, ast.min_active) * max(ast.min_active, 2 * world)
-        choice.kinds[top_up(choice.kinds, scores, floor, ast.forget_rate)] = ACTIVE
-        kinds = np.zeros(len(self.kinds), dtype=np.uint8)
-        kinds[order] = choice.kinds
+        choice.kinds[top_up(choice.kinds, scores, floor, self.fixed_rate(ast))] = ACTIVE
+        kinds = np.where(believed == REVISITED, REVISITED, LEFT_OUT)
+        kinds[order[kept]] = choice.kinds
         self.kinds.copy_(torch.from_numpy(kinds))
 
     def choose_epoch(self, scores: np.ndarray, uniforms: np.ndarray) -> Choice:
         """scores: float32 [n], nats, in the order of the epoch. uniforms: float32 [n], a random number of each."""
         ast, batch = self.config.ast, self.config.training.batch_size
+        if ast.target_activation == 1:
+            return Choice(np.full(len(scores), ACTIVE), ast.min_threshold)
         in_iqr = ast.threshold_unit == "iqr"
         rest = (uniforms - ast.explore) / (1 - ast.explore) if ast.kp or ast.ki else None  # of those not explored
         drawn = uniforms < ast.explore
-        return choose_by_threshold(scores, drawn, self.controller, batch, in_iqr, ast.forget_rate, rest)
-
-    def start_dense_epoch(self) -> None:
-        super().start_dense_epoch()
-        self.kinds.fill_(ACTIVE)
-
-    def mask(self) -> np.ndarray:
-        return self.kinds.cpu().numpy()
+        return choose_by_threshold(scores, drawn, self.controller, batch, in_iqr, self.fixed_rate(ast), rest)
 
     def weights(self, batch: DeviceBatch) -> Tensor:
-        return torch.where(self.kinds[batch.indices] == EXPLORED, self.explored_weight, 1.0)
-
-    def record(self, batch: DeviceBatch, significance: Tensor, correct: Tensor, epoch: int) -> None:
-        self.store.record(batch.indices, significance, epoch)
+        return torch.where(self.kinds[batch.indices] == EXPLORED, self.explored_weight, super().weights(batch))
 
 
 class InfoBatch(HistoryThreshold):
@@ -625,10 +583,12 @@ def check_config(config: Config) -> None:
     first_complaint((unscored, "ast.target_activation: auto needs ast.mode=ast and scored batches (ast.scoring=batch)"))
     varying = config.training.compile != "off" and rule.scores_batches() and not ast.pack
     mixing = next((key for key in ("mixup", "cutmix") if getattr(config.training, key)), None)
-    records = rule.record is not Selection.record
+    keeper = "ast.scoring=history" if rule.KEEPS_SCORES else "ast.forget_rate=auto"
+    keeps = rule.KEEPS_SCORES or (ast.mode == "ast" and ast.forget_rate == "auto")
+    keeper, keeps = ("training.loss", True) if config.training.loss == "early_learning" else (keeper, keeps)
     first_complaint(
         (varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"),
-        (mixing and records, f"training.{mixing}: ast.scoring=history records losses, and a mixture has no one label"),
+        (mixing and keeps, f"training.{mixing}: {keeper} remembers each sample, and a mixture has no one label"),
     )
     rule.check(config)
 
@@ -692,7 +652,7 @@ class Trainer(Stateful):
     `optimizer_step` corrects that to the count of the whole window, on all processes.
     """
 
-    STATE = ("lr", "scheduled", "unscheduled", "pace", "window_forwards", "optimizer", "scaler")
+    STATE = ("lr", "scheduled", "unscheduled", "pace", "window_forwards", "optimizer", "scaler", "loss")
     OWN = ("window_samples", "window_divisor")
 
     def __init__(
@@ -700,7 +660,7 @@ class Trainer(Stateful):
     ):
         """planned_steps: optimizer steps of the whole run, times training.grad_accum_steps."""
         training = config.training
-        self.network, self.training, self.planned_steps = network, training, planned_steps
+        self.network, self.training, self.planned_steps, self.loss = network, training, planned_steps, network.loss
         self.clock, self.metrics, self.dist, self.device = clock, metrics, dist, network.device
         self.parameters = [p for p in network.model.parameters() if p.requires_grad]
         # CUDA graphs write gradients where the last replay wrote them: what accumulates must lie elsewhere
@@ -736,13 +696,15 @@ class Trainer(Stateful):
         if n == 0 and not network.synced:  # synchronised BatchNorm needs every rank, even one without samples
             return 0
         statistics_before = [buffer.clone() for buffer in self.statistics]
-        weights = selection.weights(batch)
-        if weights is None:
-            inputs = network.mixed(batch.images, batch.labels, self.metrics.epoch, self.metrics.step)
-            objective, correct, loss = network.forward(*inputs)
-        else:
-            objective, correct, loss, significances = network.forward(batch.images, batch.labels, weights)
-            selection.record(batch, significances, correct, self.metrics.epoch)
+        weights, rows = selection.weights(batch), self.loss.recall(batch.indices)
+        given = {name: each for name, each in (("weights", weights), ("rows", rows)) if each is not None}
+        inputs = batch.images, batch.labels
+        inputs = network.mixed(*inputs, self.metrics.epoch, self.metrics.step) if weights is None else inputs
+        objective, correct, loss, *seen = network.forward(*inputs, **given)
+        if weights is not None:
+            selection.record(batch, seen.pop(0), self.metrics.epoch)
+        if rows is not None:
+            self.loss.remember(batch.indices, seen.pop())
         # synchronised, a sample's loss reaches the gradients of other ranks: all must divide alike
         self.change_divisor(network.local_batch if network.synced else self.window_divisor or max(1, n))
         self.scaler.scale(objective / self.window_divisor).backward()
@@ -835,46 +797,6 @@ class Trainer(Stateful):
 # -------------------------------------------------------------------------------------------------------- Data
 
 
-class HFDataset(ImageDataset):
-    """A split of a Hugging Face dataset; its image and label columns are found from the features.
-
-    key: split_train or split_val. classes: those of the training split, for validation; see `read_classes`.
-    """
-
-    @classmethod
-    def check(cls, config: DatasetConfig) -> None:
-        first_complaint((not config.name, "dataset.name: dataset.type=hf needs a hub id or a local folder"))
-
-    @classmethod
-    def splits(cls, config: DatasetConfig) -> tuple[HFDataset, HFDataset]:
-        train = cls(load_hub_split(config, "split_train"), config, "split_train")
-        return train, cls(load_hub_split(config, "split_val"), config, "split_val", train.classes)
-
-    def __init__(self, rows: Any, config: DatasetConfig, key: str, classes: list[str] | None = None):
-        import datasets
-
-        self.image_key = find_column("image_key", config.image_key, rows.features, datasets.Image)
-        self.label_key = find_column("label_key", config.label_key, rows.features, datasets.ClassLabel)
-        classes, self.label_of = read_classes(rows, self.label_key, f"dataset.{key}", classes)
-        if isinstance(rows.features[self.image_key], datasets.Image):
-            rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
-        super().__init__(rows.select_columns([self.image_key, self.label_key]), classes)
-        self.name_prefix = f"{config.name} [{rows.split}] "
-
-    def labels(self) -> Iterable[int]:
-        known = dict(enumerate(self.label_of))
-        return (known.get(number, -1) for number in self.samples[self.label_key])
-
-    def read(self, index: int) -> tuple[Path | bytes, int]:
-        row = self.samples[index]
-        image, number = row[self.image_key], row[self.label_key]
-        if not isinstance(number, int) or not 0 <= number < len(self.label_of):
-            raise ValueError(f"label {number!r} is no class")
-        if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
-            raise ValueError(f"no image in column {self.image_key!r}")
-        return image.get("bytes") or Path(image["path"]), self.label_of[number]
-
-
 DATASETS: dict[str, type[ImageDataset]] = {"digits": DigitsDataset, "folder": FolderDataset, "hf": HFDataset}
 
 
@@ -942,7 +864,7 @@ HISTORY_KEYS = (
     *("epoch", "train_acc", "val_acc", "activation_rate", "threshold", "energy_savings"),
     *("step_time_ms", "est_energy_kj", "est_flops_g"),
     *("target", "lr", "train_loss", "samples_loaded", "samples_scored", "samples_trained", "optimizer_steps"),
-    *("train_seconds", "energy_kj", "total_flops_g"),
+    *("train_seconds", "energy_kj", "total_flops_g", "forgotten"),
 )
 
 
@@ -1049,6 +971,7 @@ def close_epoch(run: Run, val_acc: float, dense_samples: float, considered: floa
         "train_seconds": clock.train_seconds,
         "energy_kj": clock.energy_kj,
         "total_flops_g": run.network.base_flop * ledger.dense_equivalents(scoring_cost) / 1e9,
+        "forgotten": run.selection.forgotten,
     }
     metrics.close_epoch(row)
     run.selection.told = run.selection.told or out_of_reach(run.config.ast, row["target"], activations, thresholds)
@@ -1079,13 +1002,13 @@ class Run:
     @classmethod
     def build(
         cls, config: Config, model: nn.Module, device: torch.device, planned_steps: int, samples: int = 0,
-        dist: Dist | None = None, stop: Stop | None = None, started: float | None = None
+        dist: Dist | None = None, stop: Stop | None = None, started: float | None = None, classes: int = 0
     ) -> Run:  # fmt: skip
         """planned_steps: see `Trainer`; samples: how many indices the training set has; started:
         time.monotonic() seconds, by default now."""
         dist, started = dist or Dist(), time.monotonic() if started is None else started
         measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
-        network = Network(model, config, measure, device, dist)
+        network = Network(model, config, measure, device, dist, samples, classes)
         selection = selection_class(config)(config, samples, device, dist)
         scorer = selection.scorer(network)
         clock = Clock(config, device, dist, stop or Stop(), started)
@@ -1107,6 +1030,8 @@ class Run:
     def start_epoch(self, epoch: int, order: np.ndarray) -> None:
         """Begin an epoch; a rule that chooses before loading does so now. order: see `Selection.start_epoch`."""
         self.metrics.start_epoch(epoch)
+        self.trainer.loss.merge()
+        self.selection.forget(epoch, order, self.trainer.progress())
         if self.selection.is_sparse(epoch):
             self.selection.start_epoch(epoch, order)
         else:
@@ -1191,8 +1116,7 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
     plan.start_epoch(epoch, run.metrics.step)
     if run.metrics.step == 0:
         run.start_epoch(epoch, plan.permutation())
-    if run.config.is_sparse(epoch):
-        plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
+    plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
     if run.metrics.step == 0:
         run.trainer.pace = pace(run, plan)
     if not len(plan):  # nobody was chosen: the schedule goes on all the same
@@ -1300,7 +1224,7 @@ def _train(
     check_start(config, model, plan, selection_class(config).scores_batches())
     target = first_target(config.ast)
     planned = sum(plan.planned_steps(e) * step_share(config, e, target) for e in range(config.training.epochs))
-    run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started)
+    run = Run.build(config, model, device, planned, int(plan.indices.max()) + 1, dist, stop, started, num_classes)
     dataset = train_loader.dataset
     if config.dataset.normalise == "measured":
         run.network.normalise_by(measure_moments(dataset, plan.indices))
@@ -1312,11 +1236,12 @@ def _train(
         resume_run(run, path, state)
     copies = copies_of_weights(config.training)
     run.outputs.open(board, run.network.model, copies, run.network.describe(dataset.classes))
-    outcome, stop.training = {"status": "failed"}, True
+    outcome, stop.training, suspects = {"status": "failed"}, True, None
     try:
         with ending_workers():
             outcome = {"status": run_epochs(run, train_loader, val_loader, plan)}
         run.outputs.finish()
+        suspects = run.selection.suspects(train_loader.dataset) if outcome["status"] != "interrupted" else None
     except Exception as error:
         known = explained(error, config)
         outcome = {"status": "failed", "error": one_line(known)}
@@ -1327,6 +1252,8 @@ def _train(
         diet = count_diet(run, dataset, plan.indices)
         result = build_result(run, outcome, diet)
         results_path = run.outputs.close(result, diet)
+        if suspects is not None and results_path is not None:
+            suspects.write(results_path)
     return dist.broadcast((result, results_path))
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conftest import LayerNormNet, as_batch, loaded, make_batch, make_config, make_run, trained_on
 from helpers import run_digits
 from lab.data.loading import EpochPlan, device_batches
-from lab.runtime.sample_store import SampleStore
+from lab.runtime.sample_store import SampleStore, Visit
 from train_ast import (
     PIController,
     Run,
@@ -157,7 +157,7 @@ def test_a_step_records_the_significance_of_its_own_forward():
 
 def test_a_loss_that_is_not_finite_leaves_its_sample_as_never_seen():
     store = SampleStore(4, CPU)
-    store.record(torch.tensor([0, 1, 2]), torch.tensor([math.nan, 2.0, math.inf]), 0)
+    store.record(torch.tensor([0, 1, 2]), Visit(torch.tensor([math.nan, 2.0, math.inf]), *4 * [None]), 0)
     assert store.significance.tolist() == [math.inf, 2.0, math.inf, math.inf]
 
 
@@ -178,7 +178,7 @@ def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
     images, labels = make_batch(64)
     with torch.no_grad():
         scores = significance(run.network.model(run.network.normalise(images)), labels, 1.0)
-    run.selection.store.record(torch.arange(64), scores, 0)
+    run.selection.store.record(torch.arange(64), Visit(scores, *4 * [None]), 0)
     run.selection.controller.start(float(scores.median()))
     parameter = run.network.model.head.weight
 
@@ -204,7 +204,7 @@ def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
 
 def test_a_store_survives_saving_and_loading():
     one, two = history_run(16), history_run(16)
-    one.selection.store.record(torch.arange(8), torch.rand(8), 4)
+    one.selection.store.record(torch.arange(8), Visit(torch.rand(8), *4 * [None]), 4)
     one.selection.kinds[3] = 2
     two.selection.load_state_dict(one.selection.state_dict())
     for name, tensor in one.selection.store.state_dict().items():

@@ -57,7 +57,8 @@ def notes(config: Config, plan: EpochPlan) -> Iterator[str]:
             f"note: {len(plan.indices):,} training samples are {steps:,} batches of {batch:,}: each epoch leaves out "
             f"another {left_out:,} of them"
         )
-    if ast.mode != "ast" or ast.rule != "pi" or ast.threshold_unit != "iqr" or not ast.kp:
+    steady = not ast.kp or ast.target_activation == 1
+    if ast.mode != "ast" or ast.rule != "pi" or ast.threshold_unit != "iqr" or steady:
         return
     gain = min(1.0, max(ast.kp, round(SETTLING / steps, 2)))
     if ast.kp < gain:

@@ -77,6 +77,10 @@ class Config(Section):
             (t.lr_decay == "time" and not t.max_minutes, "training.max_minutes: needed with training.lr_decay=time"),
             (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
             (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
+            (
+                t.label_smoothing and t.loss == "generalised_cross_entropy",
+                "training.label_smoothing: not with training.loss=generalised_cross_entropy",
+            ),
             (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
             (t.min_lr and t.lr_schedule == "constant", "training.min_lr: lr_schedule=constant never falls to it"),
             (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),

@@ -20,6 +20,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how text begins that a spreadsheet takes for a formula
+
 
 def require_folder(folder: Path, key: str, path: str | Path) -> None:
     """Make `folder`. Raises RequestError naming `key` and `path` where it cannot be made or written to."""
@@ -130,6 +132,11 @@ def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """`replace_files` for one."""
     replace_files({path: write})
+
+
+def no_formula(value: Any) -> Any:
+    """A cell of a CSV. Text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def replace_text(path: Path, text: str) -> None:

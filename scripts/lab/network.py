@@ -12,33 +12,39 @@ from torch import Tensor, nn
 from lab.config import Config
 from lab.data.images import axis_weights
 from lab.data.mixing import Mixing
+from lab.losses import LOSSES, Loss
 from lab.models import count_flops, eval_view, forward_shapes, size_argument, synchronised
 from lab.runtime.average import WeightAverage
 from lab.runtime.devices import Normalise, compiled, resolve_amp_dtype
 from lab.runtime.distributed import Dist
+from lab.runtime.sample_store import Visit
 from lab.weights import describe, input_moments
 
 
-def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, smoothing: float) -> Callable:
+def training_forward(model: nn.Module, normalise: Normalise, measure: Callable, loss: Loss) -> Callable:
     """What a training step computes, one function to compile: images, labels -> (objective, correct [batch], summed
-    loss). The objective is the sum that is minimised: of smoothed losses, weighted where there are weights.
+    loss). The objective is the sum of `loss` that is minimised, weighted where there are weights; the summed loss is
+    the plain cross-entropy.
 
     Mixed labels are float [batch, classes], and the one of the largest share counts for `correct`. With weights [batch]
-    of the samples the significance [batch] comes last.
+    of the samples a `Visit` follows, with `rows` (see `Loss`) the new rows come last.
     """
 
-    def forward(images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        images: Tensor, labels: Tensor, weights: Tensor | None = None, rows: Tensor | None = None
+    ) -> tuple[Any, ...]:
         with normalise.autocast():
             logits = model(normalise(images))
         correct = logits.argmax(-1) == (labels if labels.ndim == 1 else labels.argmax(-1))
         known = logits.detach().float()
+        losses, rows = loss(logits.float(), labels, rows)
+        plain = losses.detach() if loss.is_plain else F.cross_entropy(known, labels, reduction="none")
+        kept = () if rows is None else (rows,)
         if weights is None:
-            objective = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-            loss = F.cross_entropy(known, labels, reduction="sum") if smoothing else objective.detach()
-            return objective, correct, loss
-        losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-        loss = F.cross_entropy(known, labels, reduction="none") if smoothing else losses.detach()
-        return (losses * weights).sum(), correct, loss.sum(), measure(logits.detach(), labels)
+            return losses.sum(), correct, plain.sum(), *kept
+        confidence, predicted = known.softmax(-1).max(-1)
+        visit = Visit(measure(logits.detach(), labels), plain, confidence, predicted, labels)
+        return (losses * weights).sum(), correct, plain.sum(), visit, *kept
 
     return forward
 
@@ -63,8 +69,12 @@ def scoring_forward(model: nn.Module, normalise: Normalise, measure: Callable, s
 class Network:
     """The model on its device, and the functions over whole batches that are compiled: to train, score and validate."""
 
-    def __init__(self, model: nn.Module, config: Config, measure: Callable, device: torch.device, dist: Dist):
-        """measure: logits [batch, classes], labels [batch] -> significance [batch], nats."""
+    def __init__(
+        self, model: nn.Module, config: Config, measure: Callable, device: torch.device, dist: Dist, samples: int = 0,
+        classes: int = 0
+    ):  # fmt: skip
+        """measure: logits [batch, classes], labels [batch] -> significance [batch], nats. samples: how many indices the
+        training set has."""
         training = config.training
         self.config, self.device = config, device
         self.local_batch = training.batch_size // dist.world  # samples of a batch on this process
@@ -77,9 +87,8 @@ class Network:
         self.moments = input_moments(config.model, config.dataset, model)
         self.normalise = Normalise(*self.moments.values(), device, layout, self.amp_dtype)
         self.measure = measure
-        self.forward = compiled(
-            training_forward(self.model, self.normalise, self.measure, training.label_smoothing), training.compile
-        )
+        self.loss = LOSSES[training.loss](training, samples, classes, device, dist)
+        self.forward = compiled(training_forward(self.model, self.normalise, self.measure, self.loss), training.compile)
         self.scorer = self.scoring_forward()
         self.average = WeightAverage(self.model, training.weight_average) if training.weight_average else None
         self.evaluator = self.scorer if self.average is None else self.scoring_forward(of=self.exported)
@@ -112,6 +121,7 @@ class Network:
 
     @property
     def classes(self) -> int:
+        """How many classes the network tells apart, found by a forward of shapes alone."""
         return forward_shapes(self.model, self.config.dataset.image_size, training=False)[-1]
 
     def shrink(self, resolution: int | None) -> Tensor | None:

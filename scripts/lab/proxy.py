@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lab.data.loading import DeviceBatch
 from lab.errors import RequestError
+from lab.losses import Loss
 from lab.models import count_flops, get_model
 from lab.network import Network, training_forward
 from lab.runtime.devices import compiled
@@ -43,7 +44,8 @@ class Proxy(Stateful):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, fused=network.device.type == "cuda" or None)
         self.shrink = network.shrink(resolution)
         self.scores = network.scoring_forward(resolution, of=self.model, batch_statistics=True)
-        step = training_forward(self.model, network.normalise, network.measure, config.training.label_smoothing)
+        loss = Loss(config.training, 0, network.classes, network.device, dist)
+        step = training_forward(self.model, network.normalise, network.measure, loss)
         self.forward = compiled(step, config.training.compile_scoring or config.training.compile)
         # of a scored sample, its part of the proxy's own training included, as a share of the network's training step
         self.cost = flop / network.base_flop * (1 / 3 + 1 / self.every)

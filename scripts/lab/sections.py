@@ -114,11 +114,11 @@ class ASTConfig(Section):
         "share of each batch; infobatch (with history): those over the mean, and half of the others, which "
         "the schedule plans as 0.75 of the set, whatever target_activation says",
     )
-    forget_rate: float = Field(
+    forget_rate: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         0.0,
-        ge=0,
-        lt=1,
-        description="history: share of the samples, of highest significance, that is not trained on: wrong labels",
+        description="share of the samples that is not trained on, because their labels may be wrong; history: so much "
+        "of highest significance; auto: from half of the schedule on those whose label is not believed, so many as "
+        "there are",
     )
     explore: float = Field(
         0.1, ge=0, lt=1, description="history: chance of a sample below the threshold to be trained on all the same"
@@ -205,6 +205,10 @@ class TrainingConfig(Section):
     cutmix: float = Field(
         0.0, ge=0, description="alpha of CutMix, likewise; with both, each step takes one of them at random; 0: none"
     )
+    loss: Literal["cross_entropy", "generalised_cross_entropy", "early_learning"] = Field(
+        "cross_entropy", description="that is minimised; the other two suffer less from wrong labels"
+    )
+    loss_weight: float = Field(3.0, ge=0, description="early_learning: weight of what it adds to the cross-entropy")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss, not of the significance")
     grad_clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     grad_accum_steps: int = Field(1, ge=1, description="forward passes an optimizer step")

@@ -1,9 +1,11 @@
-"""What every rule of selection shares: a floor under the number of samples, equal scores, a target out of reach."""
+"""What rules of selection share: targets, choices before loading, a floor, equal scores, a target out of reach."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +23,12 @@ def top_up(chosen: np.ndarray, scores: np.ndarray, floor: int, forget_rate: floa
         return np.zeros(0, dtype=np.int64)
     order = np.roll(np.argsort(-scores, kind="stable"), -round(forget_rate * len(scores)))
     return order[chosen[order] == 0][:lacking]
+
+
+def highest(scores: np.ndarray, share: float) -> np.ndarray:
+    """Which samples have the highest finite scores, so many that they are a `share` of all, bool [n]."""
+    known = scores[np.isfinite(scores)]
+    return np.isfinite(scores) & (scores > np.quantile(known, 1 - share)) if len(known) else np.zeros(len(scores), bool)
 
 
 def plateau(scores: np.ndarray, share: float) -> float | None:
@@ -88,3 +96,88 @@ def out_of_reach(
         f"above ast.min_threshold={ast.min_threshold:g}"
     )
     return True
+
+
+LEAST_SHARE, WRONG_SHARE = 0.5, 1 / 3
+
+
+def first_target(ast: ASTConfig) -> float:
+    """The target activation that a run begins with. With auto it is 1: nothing is learned yet."""
+    return 1.0 if ast.target_activation == "auto" else ast.target_activation
+
+
+def auto_target(wrong: float, scoring_cost: float) -> float:
+    """The target activation that suits the state of learning, for `ast.target_activation: auto`.
+
+    wrong: the share of the samples that the network predicts wrongly. scoring_cost: see `Scorer`. At most WRONG_SHARE
+    of the active samples are wrongly predicted ones: a network that has far to go cannot learn from the hardest
+    samples alone. No fewer than LEAST_SHARE are active. Where that and the scoring cost more than training on all
+    samples, it is 1.
+    """
+    target = max(LEAST_SHARE, wrong / WRONG_SHARE)
+    return target if target + scoring_cost < 1 else 1.0
+
+
+class Choice(NamedTuple):
+    """What an epoch does with each of its samples, where that is decided before loading."""
+
+    kinds: np.ndarray  # uint8 [n]: LEFT_OUT, ACTIVE or EXPLORED
+    threshold: float  # mean over the epoch, nats
+
+
+LEFT_OUT, ACTIVE, EXPLORED, REVISITED = map(np.uint8, range(4))  # revisited: looked at, not trained on
+
+
+def choose_by_threshold(
+    scores: np.ndarray, drawn: np.ndarray, controller: Any, chunk: int, in_iqr: bool, forget_rate: float = 0.0,
+    uniforms: np.ndarray | None = None
+) -> Choice:  # fmt: skip
+    """Which samples an epoch trains on: those above the threshold or never seen, and those drawn to be explored.
+
+    scores: float32 [n], nats, in the order of the epoch, infinite for never seen. drawn: bool [n], who is explored if
+    not active. forget_rate: the share of the samples, of the highest scores, that does not count as above. uniforms:
+    float32 [n], a random number of each, by which samples at the threshold are taken; None takes none of them.
+
+    Walks the order in chunks. After each, the controller (a `PIController`) is updated by the share that was taken, as
+    after a batch. A sample comes once an epoch, so its stored score is the same now as at its turn: nothing has to be
+    loaded for this.
+    """
+    some = scores[: 2**16]  # the order is random, so any part of it is a fair sample
+    some = some[np.isfinite(some)]
+    some = some if len(some) else np.zeros(1, dtype=np.float32)
+    lower, upper, ceiling = np.quantile(some, [0.25, 0.75, 1 - forget_rate])
+    spread = float(upper - lower) if in_iqr else 1.0
+    explored = float(drawn.mean())  # explored samples are part of the target: the threshold takes what they leave
+    share = min(1.0, max(0.0, forget_rate + (controller.target - explored) / max(1e-9, 1 - explored)))
+    shared = None if uniforms is None else plateau(some, share)
+    if shared is not None and controller.threshold != shared:
+        controller.start(shared)
+    if controller.threshold is None:
+        controller.start(float(np.quantile(some, 1 - share)))
+    if forget_rate:
+        scores = np.where((scores > ceiling) & np.isfinite(scores), -math.inf, scores)
+    kinds = drawn.astype(np.uint8) * EXPLORED
+    before, thresholds = controller.epoch, []
+    for start in range(0, len(scores), chunk):
+        here = slice(start, start + chunk)
+        part = kinds[here]
+        part[scores[here] > controller.threshold] = ACTIVE
+        thresholds.append(controller.threshold)
+        activation = int(np.count_nonzero(part)) / len(part)
+        if shared is not None:
+            ties = draw_ties(scores[here], part > 0, controller.threshold, controller.target, uniforms[here])
+            part[ties.taken], activation = ACTIVE, ties.expected
+        controller.epoch = before + start / len(scores)
+        controller.update(activation, spread)
+    return Choice(kinds, statistics.fmean(thresholds))
+
+
+def choose_by_mean(scores: np.ndarray, drawn: np.ndarray) -> Choice:
+    """InfoBatch (Qin et al. 2024, "InfoBatch: lossless training speed up by unbiased dynamic data pruning", section 3):
+    a sample below the mean of the stored losses stays with probability 1/2, and then counts twice.
+
+    scores: float32 [n], nats. drawn: bool [n], true for one in two.
+    """
+    known = scores[np.isfinite(scores)]
+    mean = float(known.mean(dtype=np.float64)) if len(known) else 0.0
+    return Choice(np.where(scores < mean, drawn.astype(np.uint8) * EXPLORED, ACTIVE), mean)

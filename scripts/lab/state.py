@@ -173,7 +173,9 @@ def warm_up(run: Any) -> None:
     images = torch.zeros(network.local_batch, 3, side, side, dtype=torch.uint8, device=run.device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=run.device)
     weights = run.selection.weights(DeviceBatch(images, labels, labels))
-    inputs = network.mixed(images, labels, 0, 0) if weights is None else (images, labels, weights)
+    extra = {"weights": weights, "rows": network.loss.recall(labels)}
+    extra = {name: each for name, each in extra.items() if each is not None}
+    inputs = network.mixed(images, labels, 0, 0) if weights is None else (images, labels)
     scoring = {network.evaluator, *([run.scorer.forward] if run.scorer else [])}  # one, but for score_resolution
     graphs = "reduce-overhead" in (training.compile, training.compile_scoring)
     buffers = [buffer.clone() for buffer in network.model.buffers()]
@@ -182,7 +184,7 @@ def warm_up(run: Any) -> None:
         with torch.no_grad():
             for forward in scoring:
                 forward(images, labels)
-        network.forward(*inputs)[0].backward()
+        network.forward(*inputs, **extra)[0].backward()
         run.trainer.clear_gradients()
         run.selection.warm_up(images, labels)
 

@@ -16,6 +16,7 @@ import pandas as pd
 from lab.analysis.diet import diets
 from lab.analysis.figures import FIGURES, LINES, choose_styles, draw, inline_svg
 from lab.analysis.study import Study
+from lab.analysis.suspects import suspects
 from lab.analysis.tables import frontier_lines, several, text_table, verdict
 from lab.results import ACTIVATION_BAND
 
@@ -75,6 +76,7 @@ def section(study: Study, number: int) -> dict[str, Any]:
             (setting, shown | {"figure": inline_svg(shown["figure"], f"diet-{i}{tail}")})
             for i, (setting, shown) in enumerate(diets(study))
         ],
+        "suspects": suspects(study),
         "differences": {setting: differences(study, setting) for setting in study.table.index},
         "environments": [(count, dict(each)) for each, count in study.environments.items() if each],
     }

@@ -103,6 +103,10 @@ def acts(settings: Mapping[str, str], key: str) -> bool:
     """Whether a key of the config has a say in a run of these settings."""
     section, _, leaf = key.partition(".")
     mode = settings.get("ast.mode", "")
+    if key == "ast.forget_rate" and mode == "ast" and settings.get(key) in ("0", "auto"):
+        return True  # a number is for stored scores alone
+    if key == "training.loss_weight":
+        return settings.get("training.loss") == "early_learning"
     if section == "ast":
         names = [mode] if mode != "ast" else ["ast", settings.get("ast.scoring", ""), settings.get("ast.rule", "")]
         return not any(leaf in IDLE.get(name, ()) for name in names)

@@ -142,6 +142,12 @@ class ImageDataset(Dataset):
                 unreadable.append(f"{name}: {one_line(error)}")
         return Sample(None, -1, index, unreadable)
 
+    def name_of(self, index: int) -> str:
+        """The path of a sample's file, or its number in the data set where it is no file."""
+        at = index % len(self)
+        source = self.samples[at][0] if isinstance(self.samples, list) else None
+        return str(source) if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
+
     def noisy_labels(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
         """The labels of the samples at `indices` after `dataset.label_noise`, int64 [n]."""
         labels = np.asarray(labels, dtype=np.int64)
@@ -398,3 +404,43 @@ def read_classes(rows: Any, column: str, key: str, training: list[str] | None = 
     if unknown := [name for name in names or () if name not in training]:
         raise RequestError(f"{key}: class {unknown[0]!r} is not among the training classes")
     return training, [training.index(name) for name in names] if names else list(range(count))
+
+
+class HFDataset(ImageDataset):
+    """A split of a Hugging Face dataset; its image and label columns are found from the features.
+
+    key: split_train or split_val. classes: those of the training split, for validation; see `read_classes`.
+    """
+
+    @classmethod
+    def check(cls, config: DatasetConfig) -> None:
+        first_complaint((not config.name, "dataset.name: dataset.type=hf needs a hub id or a local folder"))
+
+    @classmethod
+    def splits(cls, config: DatasetConfig) -> tuple[HFDataset, HFDataset]:
+        train = cls(load_hub_split(config, "split_train"), config, "split_train")
+        return train, cls(load_hub_split(config, "split_val"), config, "split_val", train.classes)
+
+    def __init__(self, rows: Any, config: DatasetConfig, key: str, classes: list[str] | None = None):
+        import datasets
+
+        self.image_key = find_column("image_key", config.image_key, rows.features, datasets.Image)
+        self.label_key = find_column("label_key", config.label_key, rows.features, datasets.ClassLabel)
+        classes, self.label_of = read_classes(rows, self.label_key, f"dataset.{key}", classes)
+        if isinstance(rows.features[self.image_key], datasets.Image):
+            rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
+        super().__init__(rows.select_columns([self.image_key, self.label_key]), classes)
+        self.name_prefix = f"{config.name} [{rows.split}] "
+
+    def labels(self) -> Iterable[int]:
+        known = dict(enumerate(self.label_of))
+        return (known.get(number, -1) for number in self.samples[self.label_key])
+
+    def read(self, index: int) -> tuple[Path | bytes, int]:
+        row = self.samples[index]
+        image, number = row[self.image_key], row[self.label_key]
+        if not isinstance(number, int) or not 0 <= number < len(self.label_of):
+            raise ValueError(f"label {number!r} is no class")
+        if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
+            raise ValueError(f"no image in column {self.image_key!r}")
+        return image.get("bytes") or Path(image["path"]), self.label_of[number]

@@ -20,7 +20,7 @@ from lab.errors import RequestError, TrainingFailed, one_line
 from lab.files import locked, replace_file, require_folder
 from lab.runtime.devices import synchronize
 
-FORMAT = 3  # of the state
+FORMAT = 3  # of the state: nested by object, with the memory of the loss
 MAY_CHANGE = ("training.epochs", "training.max_minutes", "training.num_workers", "training.early_stop_patience")
 MAGIC = b"AST-LAB checkpoint, sha256: "
 CAPPED = "capped.json"  # beside the checkpoint: the logged line of an epoch that a time cap cut short

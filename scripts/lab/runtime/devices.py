@@ -69,9 +69,9 @@ def compiled(function: Callable, mode: str) -> Callable:
         return function
     fast = torch.compile(function, dynamic=False, mode=mode)
 
-    def call(*inputs: Tensor) -> Any:
+    def call(*inputs: Tensor, **named: Tensor) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        return fast(*inputs)
+        return fast(*inputs, **named)
 
     return call if mode == "reduce-overhead" else fast
 

@@ -31,7 +31,7 @@ from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.clock import Clock, Stop
 from lab.runtime.distributed import Dist
 from lab.runtime.outputs import Outputs
-from lab.runtime.sample_store import SampleStore
+from lab.runtime.sample_store import SampleStore, Visit
 from lab.state import merged_own, own_state
 from runs import TIMED, EndedRanks, StopAfter, exit_code, final_state, ranks, running, same, untimed, wait_until
 from train_ast import Run, Trainer, execute, train
@@ -478,31 +478,35 @@ def test_a_store_in_parts_is_one_store(tmp_path):
     """Whoever records it, each significance ends with the rank that keeps it; two of three epochs, one rank idle."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(50, generator=generator)
-    values = torch.rand(2, 50, generator=generator)
+    columns = [*torch.rand(3, 2, 50, generator=generator), *torch.randint(3, (2, 2, 50), generator=generator)]
     visits = [(order[:31], (0, 11, 31, 31)), (order[20:47], (0, 0, 5, 27))]  # indices, where each rank's part begins
 
     def work(rank: int) -> Any:
-        store = SampleStore(50, torch.device("cpu"), Dist.join(torch.device("cpu")))
+        store = SampleStore(50, torch.device("cpu"), Dist.join(torch.device("cpu")), labels=True)
         for epoch, (indices, edges) in enumerate(visits):
             part = indices[edges[rank] : edges[rank + 1]]
-            store.record(part, values[epoch][part], epoch)
+            store.record(part, Visit(*(column[epoch][part] for column in columns)), epoch)
             store.merge()
         state = {name: tensor.clone() for name, tensor in store.state_dict().items()}
         whole = state if rank == 0 else None
-        again = SampleStore(50, torch.device("cpu"), store.dist)
+        again = SampleStore(50, torch.device("cpu"), store.dist, labels=True)
         again.load_state_dict(store.dist.broadcast(whole))
-        assert torch.equal(again.significance, store.significance)
-        assert torch.equal(again.seen, store.seen)
-        return state, store.scores(order.numpy()), store.significance.nbytes + store.seen.nbytes
+        assert all(torch.equal(again.columns[name], column) for name, column in store.columns.items())
+        assert {name: column.tolist() for name, column in store.on_host().items()} == columns_of(one)
+        return state, store.scores(order.numpy()), sum(column.nbytes for column in store.columns.values())
 
-    one = SampleStore(50, torch.device("cpu"))
+    def columns_of(store: SampleStore) -> dict[str, list[float]]:
+        return {name: column.tolist() for name, column in store.state_dict().items()}
+
+    one = SampleStore(50, torch.device("cpu"), labels=True)
     for epoch, (indices, _) in enumerate(visits):
-        one.record(indices, values[epoch][indices], epoch)
+        one.record(indices, Visit(*(column[epoch][indices] for column in columns)), epoch)
     (state, *_), *_ = results = ranks(3, work, tmp_path).results()
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     assert all(scores.tolist() == one.significance[order].tolist() for _, scores, _ in results)
-    assert sum(size for *_, size in results) == 6 * 50
+    assert sum(size for *_, size in results) == 23 * 50
+    assert one.columns["streak"].max() == 2
 
 
 @pytest.mark.parametrize(("cache", "world"), [("device", 2), ("device", 3), ("disk", 2)])
