@@ -47,7 +47,9 @@ def lab_steps(workload: Workload, compiled: str, at_score_resolution: bool = Fal
     """The lab's own epoch loop over the resident batch, packed, with the settings `ast`."""
     config, device = workload.config.model_copy(deep=True), workload.images.device
     resolution = workload.score_resolution if at_score_resolution else None
-    config.ast = config.ast.model_copy(update={"pack": True, "score_resolution": resolution, **ast})
+    small = min(config.dataset.image_size, 96)  # side of the pictures that a proxy sees
+    settings = {"pack": True, "score_resolution": resolution, "proxy_resolution": small, **ast}
+    config.ast = config.ast.model_copy(update=settings)
     config.training.compile = compiled
     configure_backends(config.ast.pack or not selection_class(config).scores_batches(), device)
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
@@ -77,6 +79,7 @@ STEP_ROWS = [
         needs_score_resolution=True,
     ),
     StepRow("  not scored ahead", partial(lab_steps, mode="ast", score_ahead=False)),
+    StepRow("proxy-scored loop, a={activation:g}", partial(lab_steps, mode="ast", scoring="proxy")),
     StepRow("random loop, a={activation:g}", partial(lab_steps, mode="random")),
     StepRow("stored scores, a={activation:g}", partial(hand_written_steps, stored=True), one_process=True),
     StepRow("batch-scored loop, not packed", partial(lab_steps, mode="ast", pack=False), **ALONE),

@@ -47,7 +47,7 @@ def time_matched_baseline(config: Config, train_seconds: float) -> Config:
             "lr_decay": "time",
             "max_minutes": train_seconds / 60,
             "epochs": EPOCHS_FACTOR * config.training.epochs,
-            "lr_warmup_epochs": EPOCHS_FACTOR * config.training.epochs * lr_warmup_share(config),
+            "lr_warmup_epochs": EPOCHS_FACTOR * config.training.epochs * lr_warmup_share(config, of_loaded=True),
         }
     )
     ast, outputs = config.ast.model_copy(update={"mode": "dense"}), config.logging

@@ -557,9 +557,9 @@ def step_share(config: Config, epoch: int, target: float) -> float:
     return target if packed else 1.0
 
 
-def lr_warmup_share(config: Config) -> float:
-    """Which share of the planned steps training.lr_warmup_epochs are."""
-    epochs, target = range(config.training.epochs), first_target(config.ast)
+def lr_warmup_share(config: Config, of_loaded: bool = False) -> float:
+    """Which share of the planned optimizer steps training.lr_warmup_epochs are; or of the batches loaded until then."""
+    epochs, target = range(config.training.epochs), 1.0 if of_loaded else first_target(config.ast)
     shares = (planned_share(config, epoch) * step_share(config, epoch, target) for epoch in epochs)
     before = np.cumsum([0.0, *shares])
     return float(np.interp(config.training.lr_warmup_epochs, np.arange(len(before)), before / before[-1]))

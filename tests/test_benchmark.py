@@ -20,6 +20,7 @@ LOOPS = [
     "batch-scored loop, a=0.25",
     "  scored at 16 px",
     "  not scored ahead",
+    "proxy-scored loop, a=0.25",
 ]
 LOOPS += ["random loop, a=0.25", "stored scores, a=0.25", "batch-scored loop, not packed"]
 PEERS = ["published pattern", "  in our settings", "two full forwards, masked", "two-pass top-k, a=0.25"]
@@ -76,7 +77,7 @@ def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_
     assert done.returncode == 0, done.stderr
     saved, single = (json.loads(each.read_text()) for each in (path, one_process))
     assert (saved["processes"], saved["batch_size"], single["processes"]) == (2, 32, 1)
-    assert list(saved["rows"]) == LOOPS[:6]  # the peers of one process are left out
+    assert list(saved["rows"]) == LOOPS[:7]  # the peers of one process are left out
     assert set(single["rows"]) == set(LOOPS[:2])
     for name, row in saved["rows"].items():
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
@@ -94,7 +95,7 @@ def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_
         assert saved["rows"][name]["speed_up"] == pytest.approx(speed_up)
     config = Config(model={"name": "test_resnet"})
     weights = sum(p.numel() for p in get_model(config.model, 10, 32).parameters())
-    dense, scored, ahead, _, drawn = [saved["rows"][name]["collectives"] for name in LOOPS[1:6]]
+    dense, scored, ahead, _, _, drawn = [saved["rows"][name]["collectives"] for name in LOOPS[1:7]]
     assert set(dense) == {"gradients", "agreement"}
     assert dense["gradients"]["calls"] == 1
     assert dense["gradients"]["bytes"] == 4 * weights + 8  # float32, and how many samples, and whether one was bad

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_ast
 from conftest import LayerNormNet, as_batch, loaded, make_batch, make_config, make_run, trained_on
 from helpers import run_digits
 from lab.data.loading import EpochPlan, device_batches
@@ -234,13 +235,14 @@ def test_no_unchosen_sample_is_loaded(image_folder, workers):
 
 def test_no_file_of_an_unchosen_sample_is_opened(image_folder, tmp_path, monkeypatch):
     """A whole run: as many files are opened as the ledger says samples were loaded."""
-    opened, read = [], Path.read_bytes
+    opened, at_end, read, count_diet = [], [], Path.read_bytes, train_ast.count_diet
     monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(path), read(path))[1])
+    monkeypatch.setattr(train_ast, "count_diet", lambda *rest: (at_end.append(len(opened)), count_diet(*rest))[1])
     folders = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
     settings = [*folders, "training.num_workers=0", "training.batch_size=4", "training.epochs=5", "ast.warmup_epochs=1"]
     settings += ["model.name=test_resnet", "dataset.image_size=32", "ast.explore=0.1"]
     result, _ = train(make_config(*HISTORY, *settings, f"logging.output_dir={tmp_path / 'out'}"))
-    trained = [path for path in opened if "train" in path.parts]
+    trained = [path for path in opened[: at_end[0]] if "train" in path.parts]  # then come those that are shown
     history = result["training_history"]
     assert len(trained) == result["ledger"]["loaded"] == sum(history["samples_loaded"])
     assert history["samples_loaded"][0] == 24

@@ -7,7 +7,6 @@ architecture, the class names, and how a picture has to be prepared. There is no
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,11 +72,12 @@ def read_weights(path: Path, key: str = "model.weights") -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name in WRAPPERS:
             state = state[name] if isinstance(state.get(name), dict) else state
-    except pickle.UnpicklingError:
-        raise RequestError(f"{key}: {path}: damaged, or it holds more than tensors, which is not loaded") from None
     except OSError as error:
         raise RequestError(f"{key}: {path}: cannot read it: {error.strerror or one_line(error)}") from None
     except Exception as error:  # torch's and safetensors' readers raise almost anything on what is none of theirs
+        if type(error).__name__ == "UnpicklingError":
+            why = "damaged, or it holds more than tensors, which is not loaded"
+            raise RequestError(f"{key}: {path}: {why}") from None
         kind = "safetensors" if isinstance(error, SafetensorError) else "state_dict"
         raise RequestError(f"{key}: {path}: damaged, or no {kind} file ({one_line(error, 150)})") from None
     for prefix in PREFIXES:

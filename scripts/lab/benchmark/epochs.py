@@ -20,6 +20,7 @@ from lab.config import Config
 from lab.console import Columns, progress_bar, table_line
 from lab.data.loading import DeviceBatch, device_batches
 from lab.runtime.devices import configure_backends, environment, resolve_device, synchronize
+from lab.runtime.sample_store import Visit
 from lab.runtime.workers import end_workers
 from lab.state import warm_up
 
@@ -127,7 +128,8 @@ def remember_scores(run: Any, indices: np.ndarray) -> None:
     store = getattr(run.selection, "store", None)
     if store is not None:
         scores = torch.rand(len(indices), device=run.device, generator=torch.Generator(run.device).manual_seed(0))
-        store.record(torch.from_numpy(indices).to(run.device), scores, 0)
+        known = Visit(scores, scores, scores, torch.zeros_like(scores), torch.zeros_like(scores))
+        store.record(torch.from_numpy(indices).to(run.device), known, 0)
 
 
 def time_way(args: argparse.Namespace, lab: Lab, ast: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

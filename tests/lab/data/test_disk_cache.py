@@ -108,12 +108,13 @@ def test_histories_are_those_of_the_device(kind, photos, tmp_path):
     state = final_state(config("device", 0))
     assert train(config("disk", 1), StopAfter(4))[0]["status"] == "interrupted"
     result, _ = train(config("disk", 1), resume="auto")
-    assert untimed(result) == untimed(resident)
+    where = {"weights": None}  # its folder is named after the run
+    assert untimed(result) | where == untimed(resident) | where
     assert same(final_state(config("disk", 1)), state)
     pairs = [ranks(2, lambda _, at=at: untimed(train(config(*at))[0]), tmp_path / at[0]) for at in
              (("device", 2), ("disk", 3))]  # fmt: skip
     (device, _), (disk, _) = (pair.results() for pair in pairs)
-    assert disk == device
+    assert disk | where == device | where
 
 
 def test_an_epoch_of_a_choice_reads_that_choice_alone(photos, monkeypatch):

@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 
 from conftest import save_picture
 from helpers import folder_config
-from lab.benchmark.timing import pil_float_loader
+from lab.benchmark.inputs import pil_float_loader
 from lab.data.datasets import folder_dataset
 from lab.data.folders import MAX_FILE_BYTES, scan_folder
 from lab.data.loading import EpochPlan, device_batches

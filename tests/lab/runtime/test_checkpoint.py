@@ -396,7 +396,7 @@ def test_the_ledger_of_an_unfinished_epoch_leaves_out_what_changed_no_weight():
         run.metrics.step += 1
     state = host_copy(run_state(run))
     for _ in range(2):
-        result = build_result(run, {"status": "interrupted"})
+        result = build_result(run, {"status": "interrupted"}, None)
         assert result["ledger"] == {"loaded": 80, "scored": 0, "trained": 48, "steps": 3}
         assert result["nonfinite_steps"] == 2
     resumed = make_run(BatchNormNet(), "ast.mode=dense", "training.max_nonfinite_steps=3")
@@ -404,7 +404,7 @@ def test_the_ledger_of_an_unfinished_epoch_leaves_out_what_changed_no_weight():
     resumed.clock.epoch_seconds = 1.0
     row = close_epoch(resumed, 10.0, 80)
     assert (row["samples_trained"], row["optimizer_steps"], resumed.metrics.nonfinite_steps) == (48, 3, 2)
-    assert build_result(resumed, {"status": "completed"})["ledger"] == result["ledger"]
+    assert build_result(resumed, {"status": "completed"}, None)["ledger"] == result["ledger"]
 
 
 def test_non_finite_steps_that_do_not_end_leave_the_last_good_checkpoint(tmp_path):

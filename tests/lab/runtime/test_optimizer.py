@@ -126,8 +126,8 @@ def test_the_average_is_torchs_and_is_what_is_validated():
     with torch.no_grad():
         logits = copy.deepcopy(run.network.exported).eval()(run.network.normalise(images))
         own = copy.deepcopy(model).eval()(run.network.normalise(images))
-    accuracy = evaluate(run.network, [as_batch(images, labels)], run.clock)
-    assert accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    counts = evaluate(run.network, [as_batch(images, labels)], run.clock)
+    assert counts.accuracy() == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
     scores = scores_of(run, images, labels).read()[0].numpy()
     entropy = torch.distributions.Categorical(logits=own).entropy()
     assert np.allclose(scores, (F.cross_entropy(own, labels, reduction="none") + entropy).numpy(), atol=1e-5)
