@@ -63,9 +63,9 @@ class Config(Section):
         start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
         two_starts = self.model.weights is not None and self.model.pretrained
         trained = self.model.weights is not None or self.model.pretrained
-        refitted = trained and d.normalise != "model"
+        refitted = trained and d.normalise == "measured"
         first_complaint(
-            (refitted, "dataset.normalise: model is the only choice with weights that were trained before"),
+            (refitted, "dataset.normalise: measured is for random weights; trained ones keep their own"),
             (two_starts, "model.weights: with model.pretrained=true there are two weights to start from"),
             (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
             (scored_at > d.image_size, f"ast.score_resolution: larger than dataset.image_size={d.image_size}"),

@@ -84,7 +84,7 @@ class Network:
         model = synchronised(model) if self.synced else model
         self.model = model.to(device, memory_format=layout).train()
         self.amp_dtype = resolve_amp_dtype(training, device)
-        self.moments = input_moments(config.model, config.dataset, model)
+        self.moments = input_moments(config.model, model)
         self.normalise = Normalise(*self.moments.values(), device, layout, self.amp_dtype)
         self.measure = measure
         self.loss = LOSSES[training.loss](training, samples, classes, device, dist)

@@ -60,10 +60,10 @@ class DatasetConfig(Section):
     random_erasing: float = Field(
         0.0, ge=0, le=1, description="chance that 2 to 33 % of a training picture are covered by a grey rectangle"
     )
-    normalise: Literal["model", "imagenet", "measured"] = Field(
-        "model",
-        description="mean and deviation of the pixels; model: those of the weights that are loaded, of random weights "
-        "those published with the model's name, else ImageNet's; measured: those of the training pictures",
+    normalise: Literal["imagenet", "measured"] = Field(
+        "imagenet",
+        description="mean and deviation of the pixels where the weights start at random; measured: those of the training "
+        "pictures. Weights that were trained before keep their own",
     )
     padding: Literal["black", "reflect"] = Field("black", description="pad_crop: what lies beyond the picture's edge")
     cache: Literal["none", "device", "disk"] = Field(

@@ -122,15 +122,15 @@ def load_weights(model: nn.Module, config: ModelConfig, key: str = "model.weight
     return f"{key}: {len(rest)} tensors of {source.path}{left}"
 
 
-def input_moments(config: ModelConfig, dataset: DatasetConfig, model: nn.Module) -> dict[str, Sequence[float]]:
+def input_moments(config: ModelConfig, model: nn.Module) -> dict[str, Sequence[float]]:
     """By `mean` and `std`, the normalisation of the pixels (of values from 0 to 1), three numbers each.
 
     Weights that are loaded keep the one that they were trained with: that of the config.json beside them, or the one
-    published for the model. For random weights `dataset.normalise` decides. Its `measured` is known later, once there
-    are pictures: until then it is ImageNet's.
+    published for the model. Random weights take ImageNet's, or those of `dataset.normalise: measured`, which are known
+    later, once there are pictures.
     """
     facts = find_weights(config.weights).facts.get("pretrained_cfg") if config.weights is not None else None
-    known = facts or (getattr(model, "pretrained_cfg", None) if dataset.normalise == "model" else None) or {}
+    known = facts or (getattr(model, "pretrained_cfg", None) if config.pretrained else None) or {}
     return {name: tuple(known.get(name) or usual) for name, usual in IMAGENET_MOMENTS.items()}
 
 
