@@ -62,7 +62,7 @@ class DatasetConfig(Section):
     )
     normalise: Literal["imagenet", "measured"] = Field(
         "imagenet",
-        description="mean and deviation of the pixels where the weights start at random; measured: those of the training "
+        description="mean and deviation of the pixels for weights that start at random; measured: of the training "
         "pictures. Weights that were trained before keep their own",
     )
     padding: Literal["black", "reflect"] = Field("black", description="pad_crop: what lies beyond the picture's edge")
