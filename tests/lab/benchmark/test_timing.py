@@ -28,9 +28,7 @@ def test_every_input_pipeline_is_measured(tmp_path, capsys, image_folder):
     files = ["--json", str(tmp_path / "input.json"), "--plot", str(tmp_path / "input.svg")]
     assert benchmark.main(["input", "--folder", str(image_folder / "train"), *sizes, *files]) == 0
     saved = json.loads((tmp_path / "input.json").read_text())
-    cached = [
-        name for threads in (1, 3) for name in (f"dataset.cache=disk, {threads} threads", f"  cold, {threads} threads")
-    ]
+    cached = [f"{title}, {threads} threads" for title in ("dataset.cache=disk", "  cold") for threads in (1, 3)]
     assert list(saved["rows"]) == ["Pillow, float32", "streaming, uint8", *cached, "dataset.cache=device"]
     assert saved["bytes_per_picture"] == 3 * 40 * 48  # smaller than 57 px: kept as they are
     assert saved["disk_bytes_per_second"] > 0
