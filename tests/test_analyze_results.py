@@ -44,6 +44,16 @@ from lab.errors import RequestError
             "--csv: cannot write to /proc/x/table.csv",
         ),
         (lambda folder: write_run(folder, "1"), ["--csv", "."], "--csv: cannot write to .: it is a folder"),
+        (
+            lambda folder: write_run(folder, "1"),
+            ["--frontier", "frontier.pdf"],
+            "--frontier: expected a file that ends in .png or .svg, got frontier.pdf",
+        ),
+        (
+            lambda folder: [write_run(folder, n, dataset__label_noise=0.2 * int(n)) for n in "12"],
+            ["--frontier", "frontier.png"],
+            "--frontier: these runs are of 2 groups",
+        ),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(prepare, args, message, tmp_path, capsys):
