@@ -22,7 +22,7 @@ from lab.data.loading import DeviceBatch, Scores
 from train_ast import Run, ast_forward, load_config, score, train
 
 REPO = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)  # two test processes side by side, each with a core
+torch.set_num_threads(1)  # three test processes side by side on two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes they start
 settings.register_profile("lab", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 settings.load_profile("lab")

@@ -229,6 +229,7 @@ def test_the_backend_of_a_notebook_is_no_matter(backend, tmp_path, monkeypatch):
     figures_in(tmp_path, monkeypatch, MPLBACKEND=backend)
 
 
+@pytest.mark.long
 def test_the_settings_of_a_user_change_nothing(tmp_path, monkeypatch):
     """Neither those of the working directory nor those that a variable names; and no glyph is missed aloud."""
     plain = figures_in(tmp_path / "plain", monkeypatch)

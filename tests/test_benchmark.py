@@ -70,6 +70,7 @@ def one_process(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_process):
     path, options = tmp_path / "steps.json", ["--no-compile", "--device", "cpu", "--score-resolution", "16"]
     files = ["--json", path, "--plot", tmp_path / "steps.png", "--single", one_process]
@@ -118,6 +119,7 @@ def test_one_process_shows_neither_collectives_nor_speed_up(one_process):
     assert not any("collectives" in row or "speed_up" in row for row in result["rows"].values())
 
 
+@pytest.mark.long
 def test_what_goes_wrong_in_the_processes_is_said_once():
     done = command(["scripts/benchmark.py", "steps", *SMALL, "--device", "cpu", "--nproc", "2", "--model", "resnt50"])
     assert (done.returncode, done.stdout) == (2, "")

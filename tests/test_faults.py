@@ -240,6 +240,7 @@ def test_a_full_disk_under_the_printed_lines_ends_no_run(small_disk, tmp_path, w
     assert json.loads(path.read_text())["status"] == "completed"
 
 
+@pytest.mark.long
 def test_a_sweep_on_a_full_disk_lists_what_failed(small_disk, tmp_path):
     disk = small_disk()
     args = ["--configs", str(SMOKE), "--output-dir", str(disk / "out"), *KEYS, "training.epochs=100000"]

@@ -73,6 +73,7 @@ def test_wrong_labels_are_found_left_out_and_listed(tmp_path, monkeypatch):
     assert "data:image/png;base64,iVBOR" in page.read_text()
 
 
+@pytest.mark.long
 def test_sound_labels_are_left_in(tmp_path):
     few = ["training.epochs=8", "dataset.max_train_samples=1000"]
     result, _ = train(make_config(*AUTO, *DIGITS, *few, f"logging.output_dir={tmp_path}"))

@@ -115,7 +115,7 @@ def kill_test(tmp_path: Path, ways: list[str], numbers: Iterable[int], kills: in
 
 @pytest.mark.parametrize(
     ("processes", "ways", "runs"),
-    [(1, ["packed, accumulated", "two workers", "resident crops"], 5), (2, PAIRED[1:3], 2)],
+    [(1, ["packed, accumulated", "two workers", "resident crops"], 6), (2, PAIRED[1:2], 1)],
 )
 def test_killed_runs_end_as_the_uninterrupted_one(processes, ways, runs, tmp_path):
     kill_test(tmp_path, ways, range(runs), kills=3, processes=processes)

@@ -39,6 +39,7 @@ def test_a_log_may_be_a_device(tmp_path):
     assert sorted(os.listdir("/dev")) == before
 
 
+@pytest.mark.long
 def test_a_log_may_be_a_pipe_that_is_read(tmp_path):
     command = [sys.executable, "scripts/run_experiment.py", "--config", DIGITS, "--output-dir", str(tmp_path), *QUICK]
     line = f"{' '.join(command)} logging.jsonl_path=/dev/fd/3 3>&1 >/dev/null | cat"

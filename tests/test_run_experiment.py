@@ -77,7 +77,11 @@ def test_a_dataset_that_needs_the_network_says_what_to_do(script, monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    "more", [["dataset.type=hf", "dataset.name=nobody/nothing"], ["model.name=resnet10t", "model.pretrained=true"]]
+    "more",
+    [
+        pytest.param(["dataset.type=hf", "dataset.name=nobody/nothing"], marks=pytest.mark.long),
+        ["model.name=resnet10t", "model.pretrained=true"],
+    ],
 )
 def test_a_hub_that_does_not_answer_is_one_line_within_seconds(more, script, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -111,7 +115,7 @@ def test_secrets_of_the_environment_stay_out_of_the_results(monkeypatch, tmp_pat
 SMALL = ["dataset.max_train_samples=512", "training.epochs=4", "ast.warmup_epochs=1", "training.lr_warmup_epochs=1"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processes, tmp_path):
     options = ["--output-dir", tmp_path, f"logging.jsonl_path={tmp_path}/log.jsonl", "training.device=cpu"]
     done = command([SCRIPT, "--config", CONFIG, "--nproc", processes, "--dense-twin", *SMALL, *options])

@@ -164,6 +164,7 @@ def test_variants_are_sets_of_overrides_that_go_together(tmp_path, capsys):
         main(["--configs", DIGITS, "--variants", "ast.mod=dense"])
 
 
+@pytest.mark.long
 def test_runs_in_one_process_end_as_those_in_their_own(tmp_path):
     """Resident data, a failing run among them; the same summary lines but for times and places."""
     common = ["--configs", DIGITS, *QUICK, "dataset.cache=device", "training.num_workers=0"]
@@ -203,7 +204,7 @@ def sweep_from_stdin(text, *args):
     return command(["scripts/run_sweep.py", "--configs", "/dev/stdin", *args], text=text)
 
 
-@pytest.mark.parametrize("flags", [[], ["--one-process"]])
+@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.long), ["--one-process"]])
 def test_a_config_that_can_be_read_only_once_reaches_every_run(flags, tmp_path):
     text = "model: {name: test_resnet}\ntraining: {epochs: 1, device: cpu}\nast: {mode: dense}  # and so on\n"
     text += "dataset: {max_train_samples: 64}\n"
@@ -224,6 +225,7 @@ def test_an_empty_config_of_a_sweep_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_second_sweep_into_the_same_folder_is_refused_and_disturbs_nothing(tmp_path, capsys):
     args = ["--configs", DIGITS, "--output-dir", str(tmp_path), *ENDLESS]
     first = subprocess.Popen(

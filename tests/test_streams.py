@@ -29,7 +29,13 @@ LONG = pytest.mark.long  # one more process a case
 
 
 @pytest.mark.parametrize(
-    "redirection", [pytest.param("2>&-", marks=LONG), BOTH_CLOSED, BOTH_FULL, pytest.param("| true", marks=LONG)]
+    "redirection",
+    [
+        pytest.param("2>&-", marks=LONG),
+        BOTH_CLOSED,
+        pytest.param(BOTH_FULL, marks=LONG),
+        pytest.param("| true", marks=LONG),
+    ],
 )
 def test_a_run_ends_as_it_would_have(redirection, tmp_path):
     done = shell(f"run_experiment.py --config configs/digits_smoke.yaml {QUICK}", redirection, tmp_path)
@@ -46,6 +52,7 @@ def test_a_run_ends_as_it_would_have(redirection, tmp_path):
         pytest.param("| true", "--one-process", marks=LONG),
     ],
 )
+@pytest.mark.long
 def test_a_sweep_ends_as_it_would_have(redirection, flag, tmp_path):
     """One of its two runs is refused: the exit code says so."""
     seeds = "--seeds 0 99999999999999999999"
@@ -83,6 +90,7 @@ def test_help_into_a_closed_pipe_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.long
 def test_streams_without_unicode_get_question_marks(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     write_run(tmp_path, "1", ast__threshold_unit="表±")

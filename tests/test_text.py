@@ -176,6 +176,7 @@ def test_every_process_of_a_run_gets_the_text_as_it_is(tmp_path):
     assert len(log.read_text().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_sweep_passes_text_on_as_it_is(tmp_path, monkeypatch, capsys):
     """Two runs whose texts differ behind a # only, each with its own log; a config file with = in its name."""
     path, folder = tmp_path / "lr=1.yaml", tmp_path / "exp #3\u2028x"

@@ -100,6 +100,7 @@ def test_the_json_replaces_files_and_no_devices(tmp_path):
     os.close(reader)
 
 
+@pytest.mark.long
 def test_whole_epochs_are_timed_by_kind_of_cache(tmp_path, capsys, image_folder):
     options = ["--model", "test_resnet", "--image-size", "32", "--batch-size", "8", "--steps", "2", "--compile", "off"]
     options += ["--activations", "0.5", "--kinds", "disk", "none", "--workers", "1", "--stream-steps", "1"]

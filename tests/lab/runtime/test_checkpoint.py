@@ -38,7 +38,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("way", WAYS)
+OVERLAP = ["layers, Adam", "ast, scored on the spot", "resident", "accumulated"]  # others hold what is in them
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.long] * (way in OVERLAP)) for way in WAYS])
 def test_a_run_interrupted_anywhere_ends_as_the_uninterrupted_one(way, tmp_path):
     def config(folder):
         return make_config(*SMALL, *WAYS[way], f"logging.output_dir={tmp_path / folder}")
@@ -332,7 +335,7 @@ def cap_test(tmp_path: Path, minutes: float, validation: float, sessions: int) -
     assert bool(epochs) == (validation < 1)
 
 
-@pytest.mark.parametrize("validation", [0.4, 3.0])
+@pytest.mark.parametrize("validation", [0.4, pytest.param(3.0, marks=pytest.mark.long)])
 def test_a_cap_holds_however_long_the_validation_takes(validation, tmp_path):
     cap_test(tmp_path, 0.1, validation, sessions=1)
 

@@ -84,13 +84,17 @@ def last(config: Config) -> dict[str, Any]:
     return load_checkpoint(checkpoint_folder(config) / "last.pt", config)
 
 
-IN_TWO = ["ast", "packed, accumulated", "history", "resident", "steps left out"]  # the others in two: the long form
+IN_TWO = ["packed, accumulated", "history", "resident", "steps left out"]
+IN_THREE = ["dense", "ast", "ast, few active", "accumulated", "top-k", "infobatch", "target auto, packed"]
 
 
 @pytest.mark.parametrize(
     ("way", "world"),
-    [(way, 3) for way in WAYS]
-    + [pytest.param(way, 2, marks=[] if way in IN_TWO else pytest.mark.long) for way in WAYS],
+    [
+        pytest.param(way, world, marks=[] if way in short else pytest.mark.long)  # each once; the rest is the long form
+        for world, short in ((2, IN_TWO), (3, IN_THREE))
+        for way in WAYS
+    ],
 )
 def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_path, monkeypatch):
     layer_norm_net(monkeypatch)
@@ -325,6 +329,7 @@ def children(parent: int) -> dict[int, int]:
     return found
 
 
+@pytest.mark.long
 def test_a_killed_rank_ends_the_run_which_restarts_and_ends_as_if_undisturbed(tmp_path, monkeypatch):
     keys = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.epochs=12"]
     keys += ["dataset.max_train_samples=320", "dataset.max_val_samples=65", "ast.pack=true", "ast.warmup_epochs=1"]
