@@ -25,7 +25,7 @@ import pandas as pd
 from lab.analysis.study import Study, compare
 from lab.analysis.tables import follow, frontier_lines, several, text_table, to_latex, to_markdown, verdict
 from lab.cli import command_parser, run_cli
-from lab.errors import RequestError
+from lab.errors import one_line
 from lab.files import no_formula, write_outputs
 from lab.launch import forget_launch
 from lab.plotting import import_matplotlib
@@ -44,6 +44,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--latex", type=Path, metavar="FILE", help="write the table as LaTeX (booktabs)")
     parser.add_argument("--plot", action="store_true", help="write each figure as PNG and SVG")
     parser.add_argument("--save-dir", type=Path, metavar="DIR", help="for the figures (default: RESULTS_DIR/plots)")
+    parser.add_argument("--title", metavar="TEXT", help="of figures and report, instead of the names of data and model")
     parser.add_argument("--frontier", type=Path, metavar="FILE",
                         help="draw final accuracy against training time; FILE ends in .png or .svg")  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="FILE", help="write one self-contained HTML page")
@@ -99,9 +100,11 @@ def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dic
     if args.plot or args.report is not None or args.frontier is not None:
         import_matplotlib()
     if args.frontier is not None:
+        from lab.analysis.figures import draw_frontier  # matplotlib takes a second that a table need not
+
         outputs[args.frontier] = "--frontier", draw_frontier(args.frontier, studies)
     if args.plot:
-        from lab.analysis.figures import draw_groups  # matplotlib takes a second that a table need not
+        from lab.analysis.figures import draw_groups
 
         folder = args.save_dir or args.results_dir[0] / "plots"
         outputs |= {folder / name: ("--save-dir", content) for name, content in draw_groups(studies).items()}
@@ -112,26 +115,14 @@ def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dic
     return outputs
 
 
-def draw_frontier(path: Path, studies: Sequence[Study]) -> bytes:
-    """The figure `frontier_time`, in the format that the path's ending names.
-
-    Raises RequestError for another ending, and where the runs are of several groups.
-    """
-    from lab.analysis.figures import draw_all  # matplotlib takes a second that a table need not
-
-    if path.suffix not in (".png", ".svg"):
-        raise RequestError(f"--frontier: expected a file that ends in .png or .svg, got {path}")
-    if len(studies) > 1:
-        raise RequestError(f"--frontier: these runs are of {len(studies)} groups; --dataset keeps one data set")
-    return draw_all(studies[0])[f"frontier_time{path.suffix}"]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     forget_launch()
     if args.follow is not None:
         follow(args.follow)
     studies = compare(*load_runs(args.results_dir, args.dataset), args.baseline)
+    if args.title is not None and len(studies) == 1:
+        studies[0].title = one_line(args.title, 200)
     files = (args.csv, args.markdown, args.latex, args.report, args.frontier)
     to_files = args.plot or any(path is not None for path in files)
     print_studies(studies, print_progress if to_files else print)

@@ -97,10 +97,9 @@ def test_command_prints_the_table_and_writes_tables_and_figures(results, tmp_pat
     names = ["accuracy", "accuracy_by_time", "activation", "energy", "frontier_energy", "frontier_time", "samples"]
     names += ["threshold"]
     assert len(list(plots.iterdir())) == 2  # a folder a group
-    for folder in plots.iterdir():
-        assert sorted(path.name for path in folder.iterdir()) == sorted(
-            f"{name}.{kind}" for name in names for kind in ("png", "svg")
-        )
+    folders = [{path.name for path in folder.iterdir()} for folder in plots.iterdir()]
+    assert {f"{name}.{kind}" for name in names for kind in ("png", "svg")} in folders
+    assert min(map(len, folders)) < 16  # what the documented keys alone do not say is not drawn
     for path in plots.glob("*/*.png"):
         with Image.open(path) as image:
             assert image.size[0] >= 800
@@ -147,7 +146,7 @@ def test_what_is_missing_is_a_dash(spoil, tmp_path, capsys):
     assert err == ""
     said = "No run has an accuracy." if spoil == "no accuracy" else "listed, not compared"
     assert said in out
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 8
+    assert len(list((tmp_path / "plots").glob("*.png"))) == (4 if spoil == "no accuracy" else 8)
     head, row = out.splitlines()[:2]
     assert head.split()[:4] == ["setting", "n", "final", "%"]
     assert row.split()[1:3] == (["0", "-"] if spoil == "no accuracy" else ["1", "70.00"])

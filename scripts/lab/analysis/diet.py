@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lab.analysis.figures import MODES, PAPER, RC
 from lab.analysis.study import Study
 from lab.plotting import plain_style
 from lab.results import ResultsFile
@@ -21,10 +22,10 @@ SHEETS = {"most_trained": "The 24 most often trained on", "least_trained": "The 
 
 def draw_histogram(histogram: np.ndarray) -> Figure:
     """How many pictures were trained on 0, 1, 2 times and so on."""
-    with plain_style({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with plain_style(RC | {"axes.grid.axis": "y"}):
         figure = Figure(figsize=(5, 2.6), layout="constrained")
         axes = figure.subplots()
-        axes.bar(np.arange(len(histogram)), histogram, width=1.0, color="#0072B2", edgecolor="white", linewidth=0.3)
+        axes.bar(np.arange(len(histogram)), histogram, width=1.0, color=MODES["ast"], edgecolor=PAPER, linewidth=0.3)
         axes.set(xlabel="times trained on", ylabel="pictures")
         axes.xaxis.get_major_locator().set_params(integer=True)
     return figure

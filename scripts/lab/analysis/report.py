@@ -14,10 +14,20 @@ import jinja2
 import pandas as pd
 
 from lab.analysis.diet import diets
-from lab.analysis.figures import FIGURES, LINES, choose_styles, draw, inline_svg
+from lab.analysis.figures import (
+    COLOURS,
+    FIGURES,
+    LINES,
+    choose_styles,
+    draw,
+    inline_svg,
+    legend_entries,
+    mode_of,
+    notes_on_bars,
+)
 from lab.analysis.study import Study
 from lab.analysis.suspects import suspects
-from lab.analysis.tables import frontier_lines, several, text_table, verdict
+from lab.analysis.tables import frontier_lines, several, text_table, verdict_sentences
 from lab.results import ACTIVATION_BAND
 
 
@@ -49,29 +59,77 @@ def runs_table(study: Study) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def legend_keys(study: Study) -> dict[str, dict[str, str]]:
-    """By setting, how the page draws the key of its colour, line and marker."""
-    keys = {}
-    for setting, style in choose_styles(study).items():
-        _, dash, glyph = LINES[style["linestyle"]]
-        keys[setting] = {"color": style["color"], "dash": dash, "glyph": glyph}
-    return keys
+MAIN = "setting|n|final %|± 95 %|difference|at equal time|time to match|train s|kJ".split("|")  # of a first table
+WORDS = {
+    "ast": "adaptive selection",
+    "random": "random selection",
+    "dense": "dense training",
+    "dense twin": "dense twins",
+}
+
+
+def heading(study: Study) -> str:
+    """What was compared, on which data with which model."""
+    modes = {mode_of(study, setting) for setting in study.table.index}
+    words = [word for mode, word in WORDS.items() if mode in modes]
+    if not words or len(study.table) == 1:
+        return study.title
+    sparse = [word for word in words if word.endswith("selection")]
+    dense = " and ".join(word for word in words if word not in sparse)
+    text = " against ".join(filter(None, [" and ".join(sparse), dense]))
+    return f"{text[0].upper()}{text[1:]}: {study.title}"
+
+
+def split_table(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The columns that a first look needs, and the others, both with the settings."""
+    main = [name for name in table.columns if name in MAIN]
+    if "kJ" not in main and "kJ (estimate)" in table.columns:
+        main.append("kJ (estimate)")
+    return table[main], table[["setting", *(name for name in table.columns if name not in main)]]
+
+
+def key_of(look: dict[str, Any]) -> dict[str, str]:
+    """How the page draws the key of a colour, line and marker."""
+    colour = COLOURS.get(look["color"])
+    glyphs = {marker: glyph for marker, _, glyph in LINES.values()}
+    line = look.get("linestyle", "")
+    return {
+        "color": look["color"] if colour is None else f"var({colour})",
+        "dash": LINES[line][1] if line else "0 99",
+        "glyph": glyphs.get(look.get("marker", ""), ""),
+    }
+
+
+def figures_of(study: Study, tail: str) -> list[dict[str, Any]]:
+    """The figures that have something to show, each with its title, its SVG and its legend."""
+    styles, found = choose_styles(study), []
+    for name, (title, _) in FIGURES.items():
+        figure = draw(study, name, legend=False)
+        if figure is not None:
+            entries = [(label, key_of(look)) for label, look in legend_entries(study, styles, name)]
+            legend = entries if name in ("frontier_time", "accuracy") else []
+            found.append({"name": name, "title": title, "svg": inline_svg(figure, name + tail), "legend": legend})
+    return found
 
 
 def section(study: Study, number: int) -> dict[str, Any]:
     """What the page shows of a group. `number`: from 1; it keeps the ids of several groups apart."""
     tail = "" if number == 1 else f"-{number}"
+    table, details = split_table(text_table(study))
+    figures = figures_of(study, tail)
     return {
         "study": study,
+        "heading": heading(study),
         "tail": tail,
-        "table": text_table(study),
+        "table": table,
+        "details": details,
         "runs": runs_table(study),
-        "verdict": verdict(study),
+        "verdict": verdict_sentences(study),
         "frontiers": frontier_lines(study),
-        "styles": legend_keys(study),
-        "figures": [
-            (title, inline_svg(draw(study, name, legend=False), name + tail)) for name, (title, _) in FIGURES.items()
-        ],
+        "styles": {setting: key_of(style) for setting, style in choose_styles(study).items()},
+        "frontier": next((each for each in figures if each["name"] == "frontier_time"), None),
+        "figures": [each for each in figures if each["name"] != "frontier_time"],
+        "bars": "; ".join(notes_on_bars(study)),
         "diets": [
             (setting, shown | {"figure": inline_svg(shown["figure"], f"diet-{i}{tail}")})
             for i, (setting, shown) in enumerate(diets(study))
@@ -88,8 +146,6 @@ def render(studies: Sequence[Study]) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html").render(
         groups=[section(study, number) for number, study in enumerate(studies, 1)],
-        settings=sum(len(study.table) for study in studies),
-        count=sum(len(study.runs) for study in studies),
         several=several(studies),
         left_out=studies[0].left_out,
         band=ACTIVATION_BAND,

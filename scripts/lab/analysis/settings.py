@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 
 from lab.errors import one_line
 from lab.results import DEFAULTS, ResultsFile, is_whole
@@ -181,3 +182,17 @@ def label_settings(settings: Sequence[Mapping[str, str]], names: Sequence[str]) 
         also = [key for key in every if len({other.get(key) for other in twins}) > 1]
         labels.append(fitted(words(each, also)) if each else one_line(name, LABEL_CHARACTERS))
     return distinct(labels, [one_line(name, 60) for name in names])
+
+
+def short_labels(labels: Sequence[str]) -> list[str]:
+    """For each label its mode, and the fewest further words that no other label holds as well: the first word, then a
+    first one and one or two others; the whole label where these do not tell it apart."""
+    sets = [set(label.split(" ")) for label in labels]
+    short = []
+    for number, label in enumerate(labels):
+        mode, *words = label.split(" ")
+        mine = [(), *(words[:1] + list(more) for count in (0, 1, 2) for more in combinations(words[1:], count))]
+        others = sets[:number] + sets[number + 1 :]
+        found = next((each for each in mine if not any({mode, *each} <= other for other in others)), words)
+        short.append(" ".join([mode, *found]))
+    return short

@@ -28,6 +28,15 @@ def half_width(sd: Any, n: Any) -> Any:
     return stdtrit(np.subtract(n, 1), (1 + CONFIDENCE) / 2) * sd / np.sqrt(n)
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The ends of the 95 % confidence interval of the mean of `values` [n]; of two values their range, for Student's t
+    would be 12.7 times as wide; NaN for one."""
+    if len(values) < 3:
+        return (float(values.min()), float(values.max())) if len(values) == 2 else (float("nan"), float("nan"))
+    half = half_width(values.std(ddof=1), len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
 def difference_half_width(sd: Any, n: Any, base_sd: Any, base_n: Any) -> Any:
     """Half the 95 % confidence interval of the difference of two means; NaN where one has a single value.
 

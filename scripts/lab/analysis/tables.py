@@ -33,6 +33,14 @@ def match_text(row: Any) -> str:
     return f"{text} ({'< ' * row.time_to_match_low_cut}{low} to {'> ' * row.time_to_match_high_cut}{high})"
 
 
+def interval_text(study: Study, row: Any) -> str:
+    """Half the 95 % interval of a row's mean accuracy; of two seeds their range."""
+    if row.n == 2:
+        own = study.runs.loc[study.runs["setting"] == row.Index, "final_accuracy"]
+        return f"{own.min():.2f} to {own.max():.2f}"
+    return "-" if pd.isna(row.final_ci95) else f"{row.final_ci95:.2f}"
+
+
 def text_table(study: Study) -> pd.DataFrame:
     """The table of settings, text throughout: the terminal, Markdown, LaTeX and the page show these same figures."""
     table = study.table
@@ -48,7 +56,7 @@ def text_table(study: Study) -> pd.DataFrame:
         "n": show("n", "d"),
         "final %": show("final_mean", ".2f"),
         "sd": show("final_sd", ".2f"),
-        "± 95 %": show("final_ci95", ".2f"),
+        "± 95 %": [interval_text(study, row) for row in table.itertuples()],
         "best %": show("best_mean", ".2f"),
         "difference": gaps("difference"),
         "at equal time": gaps("equal_time"),
@@ -57,7 +65,7 @@ def text_table(study: Study) -> pd.DataFrame:
         "train s": show("train_seconds_mean", ".1f"),
         "s sd": show("train_seconds_sd", ".1f"),
         "kJ": show("energy_kj_mean", ".4g"),
-        "est kJ": show("est_energy_kj_mean", ".4g"),
+        "kJ (estimate)": show("est_energy_kj_mean", ".4g"),
         "TFLOP": show("tflop", ".4g"),
         "epochs": show("epochs", ".4g"),
         "activation": show("activation", ".3f"),
@@ -73,13 +81,13 @@ Sentence = tuple[str, str]  # its subject, and the rest
 
 
 def gap_sentence(name: str, other: str, difference: float, half: float) -> Sentence:
-    """That one beats or loses to the other, or is not told apart from it."""
+    """That one beats or loses to the other, or that their difference is within its interval."""
     size = points(abs(difference), half).removeprefix("+")
     if pd.isna(half):
         where = "above" if difference > 0 else "below"
-        return name, f"is {size} points {where} {other}, without an interval: that takes two seeds of each."
+        return name, f"is {size} points {where} {other}; an interval needs two seeds of each."
     if abs(difference) <= half:
-        return name, f"is not told apart from {other} by these seeds: {points(difference, half)} points."
+        return name, f"shows no significant difference to {other}: {points(difference, half)} points."
     return name, f"{'beats' if difference > 0 else 'loses to'} {other} by {size} points."
 
 
@@ -88,12 +96,9 @@ def match_sentence(study: Study, name: str) -> Sentence:
     row = next(study.table.loc[[name]].itertuples())
     text, dense = match_text(row), study.table[study.table["dense"]]
     if row.time_to_match_bound == "not resolved":
-        return (
-            name,
-            "has no resolved time to match: how long dense training needs for its accuracy, these seeds do not say.",
-        )
+        return f"Whether {name}", "saves training time is not resolved: it needs more seeds or dense lengths."
     if row.time_to_match_bound == "<":
-        return name, f"beats dense training of every length that was run: its time to match is {text}."
+        return name, f"beats dense training of every length: its time to match is {text}."
     if row.time_to_match_bound == ">":
         return name, f"is less accurate than the shortest dense setting: its time to match is {text}."
     epochs = dense.loc[row.time_to_match_against, "epochs"]
@@ -119,17 +124,34 @@ def against_dense(study: Study, sparse: Sequence[str]) -> list[Sentence]:
     return found
 
 
+def in_words(sentences: Sequence[Sentence]) -> list[str]:
+    """The sentences as texts; a subject that comes again is "it"."""
+    words, before = [], None
+    for subject, rest in sentences:
+        again = before is not None and subject.removeprefix("Whether ") == before
+        said = ("Whether it" if subject.startswith("Whether ") else "It") if again else subject
+        words.append(f"{said} {rest}")
+        before = subject.removeprefix("Whether ")
+    return words
+
+
 def verdict(study: Study) -> str:
+    """The sentences of the verdict as one text."""
+    return " ".join(verdict_sentences(study))
+
+
+def verdict_sentences(study: Study) -> list[str]:
     """Which setting wins, by how much, what it is worth against dense training, and the controller's error."""
     table = study.table
     ranked = table.index[table["final_mean"].notna()]
     if not study.comparable:
-        return "The files do not say which data and model they are of: they are listed, not compared."
+        return ["The files do not say which data and model they are of: they are listed, not compared."]
     if not len(ranked):
-        return "No run has an accuracy."
+        return ["No run has an accuracy."]
     figures, best, base = text_table(study).set_index("setting").to_dict("index"), ranked[0], study.baseline
-    spread = f", 95 % interval ± {figures[best]['± 95 %']}" if figures[best].get("± 95 %", "-") != "-" else ""
-    accuracy = f"{figures[best]['final %']} % (n = {figures[best]['n']}{spread})"
+    spread, count = figures[best].get("± 95 %", "-"), int(table.loc[best, "n"])
+    half, ends = ("", f", {spread}") if count == 2 else (f" ± {spread}" if spread != "-" else "", "")
+    accuracy = f"{figures[best]['final %']}{half} % ({count} seed{'s' * (count > 1)}{ends})"
     sentences: list[Sentence] = [(best, f"has the highest final accuracy: {accuracy}.")]
     sparse = [name for name in ranked if not table.loc[name, "dense"]]
     other = best if base != best else next((name for name in [*sparse, *ranked] if name != base), None)
@@ -144,11 +166,7 @@ def verdict(study: Study) -> str:
         where = f" ({worst})." if errors.max() > ACTIVATION_BAND else "."
         off = f"was at most {figures[worst]['off target']} off its target after the first sparse epoch{where}"
         sentences.append(("Activation", off))
-    subjects = [None, *(subject for subject, _ in sentences)]
-    return " ".join(
-        f"{'It' if subject == before else subject} {rest}"
-        for before, (subject, rest) in zip(subjects, sentences, strict=False)
-    )
+    return in_words(sentences)
 
 
 def frontier_lines(study: Study) -> list[str]:

@@ -39,7 +39,7 @@ def test_the_page_shows_what_sparse_runs_have_left(results, tmp_path):
     assert shown["summary"] in page
     assert f"{sum(told['times_trained']['histogram'])} pictures, trained on " in shown["summary"]
     assert set(class_table(run)["class"]) == set(told["classes"]["name"])
-    assert page.count("<table id=") == 3 + 1
+    assert page.count("<table id=") == 4 + 1
     for path in tmp_path.glob("*.png"):
         path.unlink()
     page = page_of(tmp_path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from helpers import study_of, write_run, write_sweep
-from lab.analysis.figures import choose_styles, draw, mean_curve
+from lab.analysis.figures import MODES, OTHER, choose_styles, draw, draw_file, mean_curve
 from lab.analysis.report import render
 
 
@@ -13,29 +13,58 @@ def folder(tmp_path_factory):
     return write_sweep(tmp_path_factory.mktemp("sweep"))
 
 
-def test_thirty_settings_are_told_apart_and_look_alike_in_every_figure(tmp_path):
-    for number in range(31):
-        write_run(tmp_path, f"{number:02}", (1.0, 2.0, 90 - number), ast__kp=float(number))
+def test_a_handful_of_settings_is_labelled_and_looks_alike_in_every_figure(tmp_path):
+    """The most accurate of each mode, the baseline, then the most accurate sparse ones; the others are grey."""
+    for number in range(12):
+        write_run(tmp_path, f"a{number:02}", (1.0, 2.0, 90 - number), ast__kp=float(number))
+        write_run(tmp_path, f"r{number:02}", (1.0, 2.0, 70 - number), ast__mode="random", training__epochs=number + 3)
+        write_run(tmp_path, f"d{number:02}", (1.0, 2.0, 80 - number), ast__mode="dense", training__epochs=number + 3)
     study = study_of(tmp_path)
     styles = choose_styles(study)
-    assert len({tuple(style.values()) for style in styles.values()}) == len(styles) == 30
-    accuracy, threshold = (draw(study, name, legend=True) for name in ("accuracy", "threshold"))
-    lines = [{label: style["color"] for label, style in styles.items()}]
-    for figure in (accuracy, threshold):
+    assert len({tuple(style.values()) for style in styles.values()}) == len(styles) == 6
+    assert list(styles) == [*(f"ast kp={number} epochs=3" for number in range(4)), "dense epochs=3",
+                            "random epochs=3"]  # fmt: skip
+    assert len({style["color"] for style in styles.values()}) == 3
+    for name in ("accuracy", "threshold"):
+        figure = draw(study, name, legend=True)
         (legend,) = figure.legends
-        drawn = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
-        assert len(drawn) == len(legend.get_texts()) == 30
-        lines.append(dict(zip(lines[0], [line.get_color() for line in drawn], strict=True)))
-        lines.append(
-            {text.get_text(): line.get_color() for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
-        )
+        drawn = [line for line in figure.axes[0].get_lines() if line.get_color() != OTHER]
+        own = [style["color"] for style in styles.values() if name == "accuracy" or style["color"] != MODES["dense"]]
+        assert [line.get_color() for line in drawn] == own
+        texts = [" ".join(text.get_text().split()) for text in legend.get_texts()]
+        assert texts == [*(f"ast kp={number}" for number in range(4)), "dense epochs=3", "random epochs=3",
+                         "30 other settings"]  # fmt: skip
         figure.draw_without_rendering()
         box = legend.get_window_extent()
-        assert box.y0 >= 0  # the legend's thirty lines fit
+        assert box.y0 >= 0
         assert box.x0 >= figure.axes[0].get_window_extent().x1  # outside
-    assert all(each == lines[0] for each in lines)
-    assert "the 30 most accurate of 31 settings" in accuracy.get_suptitle()
-    assert "Drawn are the 30 most accurate of 31 settings" in render([study])
+    assert "6 of 36 settings are labelled" in " ".join(render([study]).split())
+
+
+def test_bars_are_intervals_within_the_possible_and_the_file_is_byte_stable(tmp_path):
+    for seed, (many, two, close) in enumerate(
+        zip((1.0, 2.0, 9.0), (40.0, 42.0, None), (99.0, 99.5, 100.0), strict=True)
+    ):
+        write_run(tmp_path, f"a{seed}", (1.0, many), 10.0 + 9 * seed, training__seed=seed)
+        write_run(tmp_path, f"c{seed}", (1.0, close), 30.0, training__seed=seed, ast__mode="random")
+        if two is not None:
+            write_run(tmp_path, f"b{seed}", (1.0, two), 20.0 + seed, training__seed=seed, ast__mode="dense")
+    study = study_of(tmp_path)
+    (axes,) = draw(study, "frontier_time", legend=False).axes
+    ends = [path.vertices for lines in axes.collections for path in lines.get_paths()]
+    assert min(end.min() for end in ends) == 0.0
+    assert max(end[:, 1].max() for end in ends) == 100.0
+    assert any(np.allclose(end[:, 1], [40.0, 42.0]) for end in ends)  # of two seeds, their range
+    for kind in ("png", "svg"):
+        assert draw_file(study, "frontier_time", kind) == draw_file(study_of(tmp_path), "frontier_time", kind)
+
+
+def test_a_panel_that_says_nothing_is_left_out(tmp_path):
+    write_run(tmp_path, "1", ast__mode="dense")
+    write_run(tmp_path, "2", seconds=60.0, ast__mode="dense", training__epochs=6)
+    study = study_of(tmp_path)
+    assert draw(study, "activation", legend=False) is draw(study, "threshold", legend=False) is None
+    assert "Threshold" not in render([study])
 
 
 def test_curves_are_means_over_the_epochs_all_seeds_reached():
@@ -53,7 +82,7 @@ def test_curves_are_means_over_the_epochs_all_seeds_reached():
 def test_a_figure_says_what_was_not_recorded(folder):
     study = study_of(folder)
     (axes,) = draw(study, "threshold", legend=False).axes
-    assert axes.get_xlabel() == "epoch   (1 settings without it)"  # dense
+    assert axes.get_xlabel() == "epoch   (1 setting without it)"  # dense
     (axes,) = draw(study, "energy", legend=False).axes  # nothing measured on this CPU: one panel
     assert axes.get_ylabel() == "estimated, time x TDP (kJ)"
     (axes,) = draw(study, "frontier_time", legend=False).axes

@@ -6,12 +6,13 @@ import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from helpers import analyze, study_of, write_sweep
 from lab.analysis.report import render
-from lab.analysis.tables import text_table, verdict
+from lab.analysis.tables import text_table, verdict, verdict_sentences
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROBE = """<script>
@@ -36,6 +37,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
+        self.text = text
         self.tables, self.tags, self.attributes, self.cell, self.paragraphs = {}, [], [], None, []
         self.feed(text)
 
@@ -73,8 +75,13 @@ def folder(tmp_path_factory):
 def test_every_number_is_the_tables(folder):
     study = study_of(folder)
     table, page = text_table(study), Page(render([study]))
-    assert page.tables["settings"] == [list(table.columns), *table.to_numpy().tolist()]
-    assert page.paragraphs[0].startswith(verdict(study))
+    first, more = (
+        pd.DataFrame(page.tables[name][1:], columns=page.tables[name][0]) for name in ("settings", "details")
+    )
+    assert len(first.columns) <= 9  # they fit 1280 px
+    pd.testing.assert_frame_equal(first.merge(more, on="setting")[list(table.columns)], table.reset_index(drop=True))
+    assert any(" ".join(text.split()).startswith(verdict(study)) for text in page.paragraphs)
+    assert page.text.index("Final accuracy against training time") < page.text.index(verdict_sentences(study)[0])
     assert set(re.findall(r"\d+\.\d\d", verdict(study))) <= set(
         re.findall(r"\d+\.\d\d", " ".join(table.to_numpy().ravel()))
     )
