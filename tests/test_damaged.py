@@ -200,18 +200,21 @@ def foreign(dice: random.Random, known: dict[bytes, Known], kind: str) -> bytes:
     return data
 
 
+SPOILT: dict[str, Callable[[bytes, random.Random], bytes]] = {  # what may become of the bytes of any file
+    "flip": flipped,
+    "cut": lambda data, dice: data[: dice.randrange(len(data))],
+    "empty": lambda data, dice: b"",
+}
+
+
 # ----------------------------------------------------------------------------------------- Folders
 
 
 def damage_picture(path: Path, dice: random.Random, known: dict[bytes, Known]) -> str:
     """Spoil one picture, and say how."""
     data, how = path.read_bytes(), dice.choice("flip flip cut empty foreign foreign rename link type mode huge".split())
-    if how == "flip":
-        path.write_bytes(flipped(data, dice))
-    elif how == "cut":
-        path.write_bytes(data[: dice.randrange(len(data))])
-    elif how == "empty":
-        path.write_bytes(b"")
+    if how in SPOILT:
+        path.write_bytes(SPOILT[how](data, dice))
     elif how == "foreign":
         path.write_bytes(foreign(dice, known, path.parent.name))
     elif how == "rename":
@@ -423,12 +426,8 @@ def damage_file(path: Path, dice: random.Random, known: dict[bytes, Known]) -> s
     how = dice.choice([*hows.split(), *["write"] * 12])
     if how == "write":
         return rewritten(path, dice, known)
-    if how == "flip":
-        path.write_bytes(flipped(data, dice))
-    elif how == "cut":
-        path.write_bytes(data[: dice.randrange(len(data))])
-    elif how == "empty":
-        path.write_bytes(b"")
+    if how in SPOILT:
+        path.write_bytes(SPOILT[how](data, dice))
     elif how == "foreign":
         texts = [
             b"a,b\n1,2\n",

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lab.errors import RequestError, TrainingFailed
+from lab.errors import RequestError, TrainingFailed, one_line
 
 try:
     import fcntl
@@ -132,6 +132,17 @@ def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """`replace_files` for one."""
     replace_files({path: write})
+
+
+@contextlib.contextmanager
+def beside_results() -> Iterator[None]:
+    """Write what belongs to a results file that is there already. Raises TrainingFailed where the disk does not take
+    it."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise TrainingFailed(f"{error.filename}: cannot write, the results beside it are whole: {why}") from None
 
 
 def no_formula(value: Any) -> Any:

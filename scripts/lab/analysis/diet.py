@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lab.analysis.figures import MODES, PAPER, RC
+from lab.analysis.sheets import MOST_SETTINGS, sheet
 from lab.analysis.study import Study
 from lab.plotting import plain_style
 from lab.results import ResultsFile
 
-MOST_SETTINGS = 6  # that are shown, the most accurate ones: the sheets of each take some 300 kB
 MOST_CLASSES = 20  # of a table, those with the lowest accuracy
-MOST_BYTES = 4 * 2**20  # of a sheet; the lab's are far smaller
 SHEETS = {"most_trained": "The 24 most often trained on", "least_trained": "The 24 least often trained on"}
 
 
@@ -29,16 +27,6 @@ def draw_histogram(histogram: np.ndarray) -> Figure:
         axes.set(xlabel="times trained on", ylabel="pictures")
         axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
-
-
-def sheet(run: ResultsFile, name: str) -> str | None:
-    """The pictures that a run has left beside its results file, as an image's address; None where they are gone."""
-    path = run.path.with_suffix(f".{name}.png")
-    try:
-        data = path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_BYTES else b""
-    except OSError:
-        return None
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}" if data.startswith(b"\x89PNG") else None
 
 
 def class_table(run: ResultsFile) -> pd.DataFrame:

@@ -137,7 +137,7 @@ class ImageDataset(Dataset):
             except (OSError, ValueError) as error:
                 if getattr(error, "errno", None) in EXHAUSTED:
                     raise
-                name = str(source) if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
+                name = self._named(source, at)
                 name = name if name.isprintable() else one_line(name)
                 unreadable.append(f"{name}: {one_line(error)}")
         return Sample(None, -1, index, unreadable)
@@ -146,6 +146,9 @@ class ImageDataset(Dataset):
         """The path of a sample's file, or its number in the data set where it is no file."""
         at = index % len(self)
         source = self.samples[at][0] if isinstance(self.samples, list) else None
+        return self._named(source, at)
+
+    def _named(self, source: Any, at: int) -> str:
         return str(source) if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
 
     def noisy_labels(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:

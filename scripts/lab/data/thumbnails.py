@@ -9,13 +9,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lab.data.datasets import ImageDataset
 from lab.errors import one_line
 from lab.files import replace_file
 
+SHOWN = 24  # pictures on a sheet of a run
 SIDE = 80  # pixels of a tile
 COLUMNS = 8
 LINE = 12  # pixels of a line of a caption
 LINES = 2  # of a caption, at most
+
+
+def own_picture(dataset: ImageDataset, index: int) -> Tensor | None:
+    """A sample's picture, uint8 [3, H, W]; None where it cannot be read, and no other one in its place."""
+    sample = dataset.load(index)
+    return None if sample.unreadable else sample.image
 
 
 def contact_sheet(path: Path, samples: Sequence[tuple[Tensor | None, str]]) -> None:

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from lab.data.datasets import ImageDataset
-from lab.data.thumbnails import contact_sheet
-from lab.errors import TrainingFailed, one_line
-from lab.files import replace_file
+from lab.data.thumbnails import SHOWN, contact_sheet, own_picture
+from lab.files import beside_results, replace_file
 
-SHOWN = 24  # pictures on a sheet
 SHEETS = {"most_trained": -1, "least_trained": 1}  # by name, the sign of the times that come first
 
 
@@ -66,21 +64,17 @@ class Diet:
 
         Raises TrainingFailed where the disk does not take them.
         """
-        try:
+        with beside_results():
             replace_file(results.with_suffix(".samples.npz"), self._save)
             for name, rows in extremes.items():
                 contact_sheet(results.with_suffix(f".{name}.png"), [self._tile(row) for row in rows])
-        except OSError as error:
-            why = error.strerror or one_line(error)
-            raise TrainingFailed(f"{error.filename}: cannot write, the results beside it are whole: {why}") from None
 
     def _save(self, part: Path) -> None:
         with part.open("wb") as file:
             np.savez_compressed(file, times=self.times, labels=self.labels)
 
     def _tile(self, row: dict[str, Any]) -> tuple[Any, str]:
-        sample = self.dataset.load(row["index"])
-        picture = None if sample.unreadable else sample.image  # not another one in its place
+        picture = own_picture(self.dataset, row["index"])
         return picture, f"{row['class']}\n{row['times']} x" + (" (gone)" if picture is None else "")
 
 

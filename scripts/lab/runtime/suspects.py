@@ -12,11 +12,9 @@ import numpy as np
 
 from lab.console import print_rank0
 from lab.data.datasets import ImageDataset
-from lab.data.thumbnails import contact_sheet
-from lab.errors import TrainingFailed, one_line
-from lab.files import no_formula, replace_file
+from lab.data.thumbnails import SHOWN, contact_sheet, own_picture
+from lab.files import beside_results, no_formula, replace_file
 
-SHOWN = 24  # pictures on the sheet
 CERTAIN = 0.9  # probability of a label, over the last visits, from which on the sample is not listed
 HEADER = ("index", "sample", "given", "predicted", "score", "left_out")
 
@@ -49,13 +47,12 @@ class Suspects:
         Returns the list's path. Raises TrainingFailed where the disk does not take them.
         """
         path = results.with_name(results.name.replace("final_results", "suspected_labels", 1)).with_suffix(".csv")
-        try:
+        with beside_results():
             replace_file(path, self._save)
             first = [(row[0], f"given {row[2]}\nseen {row[3]}") for row, _ in zip(self.rows(), range(SHOWN))]  # noqa: B905
-            contact_sheet(results.with_suffix(".suspected.png"), [(self._picture(i), text) for i, text in first])
-        except OSError as error:
-            why = error.strerror or one_line(error)
-            raise TrainingFailed(f"{error.filename}: cannot write, the results beside it are whole: {why}") from None
+            contact_sheet(
+                results.with_suffix(".suspected.png"), [(own_picture(self.dataset, i), text) for i, text in first]
+            )
         left_out = f", {int(self.out.sum()):,} of them left out" if self.out.any() else ""
         print_rank0(f"suspected labels: {path} ({len(self.order):,} samples{left_out})")
         return path
@@ -65,7 +62,3 @@ class Suspects:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(HEADER)
             writer.writerows(map(no_formula, row) for row in self.rows())
-
-    def _picture(self, index: int) -> Any:
-        sample = self.dataset.load(index)
-        return None if sample.unreadable else sample.image  # not another one in its place

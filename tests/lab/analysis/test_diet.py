@@ -11,7 +11,8 @@ from PIL import Image
 
 from conftest import MINIMAL
 from helpers import analyze, study_of, write_run
-from lab.analysis.diet import MOST_BYTES, class_table, diets, summary
+from lab.analysis.diet import class_table, diets, summary
+from lab.analysis.sheets import MOST_BYTES
 from lab.results import read_run
 
 TIMES = {"histogram": [10, 30, 60], "most_trained": [], "least_trained": []}
