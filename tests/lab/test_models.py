@@ -37,6 +37,13 @@ def test_small_stem_keeps_the_resolution():
     [
         ({"name": "resnt50"}, 32, "model.name: no model 'resnt50'; did you mean"),
         ({"name": "vit_b_16"}, 30, "model.name: vit_b_16 does not take dataset.image_size=30: "),
+        ({"name": "small_conv"}, 4, "model.name: small_conv does not take dataset.image_size=4: "),
+        (
+            {"name": "small_conv", "pretrained": True},
+            32,
+            "model.pretrained: there are no published weights of small_conv",
+        ),
+        ({"name": "small_conv", "weights": "nowhere"}, 32, "model.weights: nowhere: no such file"),
         ({"name": "test_resnet", "small_stem": True}, 32, "model.small_stem: only for resnet18 and resnet50"),
     ],
 )
