@@ -58,7 +58,7 @@ from train_ast import build_splits, build_val_loader, load_config
 def evaluate(trained: Trained, config: Config) -> dict[str, Any]:
     """Every figure of the weights on the validation set of `config`: see `lab.evaluation.measure`."""
     device = trained.network.device
-    _, val = build_splits(config.dataset)
+    val = build_splits(config.dataset)["val"]
     numbers = class_numbers(trained, val.dataset.classes)
     errors = ReadErrors(config.dataset.max_bad_images)
     with ending_workers():

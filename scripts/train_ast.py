@@ -483,10 +483,11 @@ class HistoryThreshold(Selection):
         scores, ast, world = self.store.scores(order)[kept], self.config.ast, self.dist.world
         choice = self.choose_epoch(scores, uniforms[kept])
         self.activations, self.thresholds = [int(np.count_nonzero(choice.kinds)) / len(scores)], [choice.threshold]
-        if rate := self.fixed_rate(ast):
+        rate = self.fixed_rate(ast)
+        if rate:
             self.forgotten = float((highest(scores, rate) & (choice.kinds == LEFT_OUT)).mean())
         floor = ast.min_active if world == 1 else min(1, ast.min_active) * max(ast.min_active, 2 * world)
-        choice.kinds[top_up(choice.kinds, scores, floor, self.fixed_rate(ast))] = ACTIVE
+        choice.kinds[top_up(choice.kinds, scores, floor, rate)] = ACTIVE
         kinds = np.where(believed == REVISITED, REVISITED, LEFT_OUT)
         kinds[order[kept]] = choice.kinds
         self.kinds.copy_(torch.from_numpy(kinds))
@@ -672,9 +673,7 @@ class Trainer(Stateful):
         self.optimizer = build_optimizer(network.model, training, self.device)
         self.lr_warmup = lr_warmup_share(config)
         self.lr = lr_at(0.0, training, self.lr_warmup)
-        self.scheduled = self.unscheduled = (
-            0  # planned steps whose gradient was applied (they drive the rate), and since
-        )
+        self.scheduled = self.unscheduled = 0  # planned steps whose gradient was applied: the rate's; and those since
         self.pace = 1.0  # planned steps a loop step of this epoch: see `pace`
         self.window_samples = self.window_divisor = self.window_forwards = 0
         self.window_bad: Tensor | None = None  # whether a loss of the window is not finite, on the device
@@ -817,12 +816,12 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
     return train, val
 
 
-def build_splits(dataset: DatasetConfig) -> tuple[Split, Split]:
-    """The training and the validation set with the samples of them that are used."""
+def build_splits(dataset: DatasetConfig) -> dict[str, Split]:
+    """The training and the validation set, train and val, with the samples of them that are used."""
     train, val = build_datasets(dataset)
     indices = random_subset(len(train), dataset.max_train_samples)
     indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
-    return Split(train, indices), Split(val, random_subset(len(val), dataset.max_val_samples))
+    return {"train": Split(train, indices), "val": Split(val, random_subset(len(val), dataset.max_val_samples))}
 
 
 def build_dataloaders(
@@ -833,7 +832,8 @@ def build_dataloaders(
     Of several processes each has its part of every training batch, and of the validation set, in batches of its share.
     """
     dataset, training, dist = config.dataset, config.training, dist or Dist()
-    splits = (train, indices), (val, _) = build_splits(dataset)
+    splits = build_splits(dataset)
+    (train, indices), val = splits["train"], splits["val"].dataset
     if dist.world > 1:
         dist.require_same("dataset: the processes see different data", [train.fingerprint(), val.fingerprint()])
     train.label_shifts = label_shifts(len(train), len(train.classes), dataset.label_noise, training.seed)
@@ -841,11 +841,10 @@ def build_dataloaders(
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
     plan = EpochPlan(indices, training.batch_size, training.seed, partial(planned_share, config), dist)
     options = loader_options(config, device, train)
-    if config.dataset.cache != "none":
-        splits = {"train": splits[0], "val": splits[1]}
+    if dataset.cache != "none":
         return *cached_loaders(splits, plan, config, device, dist, options), plan, len(train.classes)
     train_loader = WorkerLoader(train, batch_sampler=plan, **options)
-    return train_loader, build_val_loader(splits[1], config, device, dist), plan, len(train.classes)
+    return train_loader, build_val_loader(splits["val"], config, device, dist), plan, len(train.classes)
 
 
 def build_val_loader(split: Split, config: Config, device: torch.device, dist: Dist) -> Loader:
@@ -1241,7 +1240,7 @@ def _train(
         with ending_workers():
             outcome = {"status": run_epochs(run, train_loader, val_loader, plan)}
         run.outputs.finish()
-        suspects = run.selection.suspects(train_loader.dataset) if outcome["status"] != "interrupted" else None
+        suspects = run.selection.suspects(dataset) if outcome["status"] != "interrupted" else None
     except Exception as error:
         known = explained(error, config)
         outcome = {"status": "failed", "error": one_line(known)}
@@ -1272,8 +1271,8 @@ def prepare(config: Config) -> int:
     """Build the files of `dataset.cache: disk`, check every picture in them, and train nothing."""
     if config.dataset.cache == "none":
         raise RequestError("--prepare-only: needs dataset.cache=disk")
-    train, val = build_splits(config.dataset)
-    prepare_caches({"train": train, "val": val}, config, loader_processes(config.training, train.dataset.IN_MEMORY))
+    splits = build_splits(config.dataset)
+    prepare_caches(splits, config, loader_processes(config.training, splits["train"].dataset.IN_MEMORY))
     return 0
 
 

@@ -213,11 +213,11 @@ def top_predictions(trained: Trained, paths: Sequence[Path], top: int) -> Iterat
     Raises RequestError naming a picture that cannot be read.
     """
     network, augmentation = trained.network, Augmentation(trained.network.config.dataset, train=False)
-    batch = min(64, network.local_batch)
+    batch, forward = min(64, network.local_batch), network.predictor()
     for start in range(0, len(paths), batch):
         part = paths[start : start + batch]
         images = augmentation([_decoded(path) for path in part], torch.zeros(len(part), UNIFORMS_PER_SAMPLE).double())
-        probabilities = _probabilities(network.predictor(), torch.stack(images).to(network.device))
+        probabilities = _probabilities(forward, torch.stack(images).to(network.device))
         for path, row in zip(part, probabilities, strict=True):
             best = row.topk(min(top, len(row)))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,14 +57,18 @@ def scoring_forward(model: nn.Module, normalise: Normalise, measure: Callable, s
     """
 
     def forward(images: Tensor, labels: Tensor) -> Tensor:
-        if shrink is not None:
-            images = shrink @ images.to(shrink.dtype) @ shrink.mT
+        images = shrunk(images, shrink)
         with normalise.autocast():
             logits = model(normalise(images))
         correct = logits.argmax(-1) == labels
         return torch.stack([measure(logits, labels), correct.float()])
 
     return forward
+
+
+def shrunk(images: Tensor, weights: Tensor | None) -> Tensor:
+    """Pictures [batch, 3, H, W] at another resolution by `Network.shrink`; as they are where that is None."""
+    return images if weights is None else weights @ images.to(weights.dtype) @ weights.mT
 
 
 class Network:
@@ -119,7 +124,7 @@ class Network:
         forward = scoring_forward(view, self.normalise, self.measure, self.shrink(resolution))
         return compiled(forward, training.compile_scoring or training.compile)
 
-    @property
+    @cached_property
     def classes(self) -> int:
         """How many classes the network tells apart, found by a forward of shapes alone."""
         return forward_shapes(self.model, self.config.dataset.image_size, training=False)[-1]

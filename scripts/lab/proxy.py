@@ -9,7 +9,7 @@ from lab.data.loading import DeviceBatch
 from lab.errors import RequestError
 from lab.losses import Loss
 from lab.models import count_flops, get_model
-from lab.network import Network, training_forward
+from lab.network import Network, shrunk, training_forward
 from lab.runtime.devices import compiled
 from lab.runtime.distributed import Dist, merge_gradients
 from lab.runtime.stateful import Stateful
@@ -53,10 +53,8 @@ class Proxy(Stateful):
     def add_gradient(self, images: Tensor, labels: Tensor) -> int:
         """Forward and backward over a batch (uint8 [batch, 3, H, W], int64 [batch]). Returns what the sum of the losses
         was divided by."""
-        if self.shrink is not None:
-            images = self.shrink @ images.to(self.shrink.dtype) @ self.shrink.mT
         samples = max(1, len(labels))
-        (self.forward(images, labels)[0] / samples).backward()
+        (self.forward(shrunk(images, self.shrink), labels)[0] / samples).backward()
         return samples
 
     def learn(self, batch: DeviceBatch, lr_share: float) -> None:

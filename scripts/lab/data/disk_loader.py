@@ -16,7 +16,7 @@ from lab.config import Config
 from lab.data.cached import CachedLoader
 from lab.data.datasets import ImageDataset, LoaderBatch
 from lab.data.disk_cache import CacheFile
-from lab.data.loading import EpochPlan
+from lab.data.loading import EpochPlan, await_copy
 from lab.data.views import FIRST, bytes_needed, cut
 
 
@@ -112,11 +112,7 @@ class DiskLoader(CachedLoader):
         self, rows: np.ndarray, flat: Tensor, table: Tensor | None, copied: torch.cuda.Event | None
     ) -> LoaderBatch:
         if copied is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(copied)
-            for tensor in (flat, table):
-                if tensor is not None:
-                    tensor.record_stream(stream)
+            await_copy((flat,) if table is None else (flat, table), copied)
         if table is not None:
             return self.labelled(cut(flat, table, self.augmentation.size), rows)
         images, boxes = flat.view(-1, 3, self.recipe.side, self.recipe.side), self.square_boxes(rows)

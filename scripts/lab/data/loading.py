@@ -136,19 +136,20 @@ def device_batches(
             batch = DeviceBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
             copied = copy_stream.record_event()
         if prefetched is not None:
-            yield _await_copy(*prefetched)
+            await_copy(*prefetched)
+            yield prefetched[0]
         prefetched = batch, copied
     if prefetched is not None:
-        yield _await_copy(*prefetched)
+        await_copy(*prefetched)
+        yield prefetched[0]
 
 
-def _await_copy(batch: DeviceBatch, copied: torch.cuda.Event) -> DeviceBatch:
-    """Let the current stream wait until the batch is copied, and keep its memory until that stream has used it."""
-    stream = torch.cuda.current_stream(batch.images.device)
-    stream.wait_event(copied)
-    for tensor in batch:
+def await_copy(tensors: Iterable[Tensor], copied: torch.cuda.Event) -> None:
+    """Let the current stream wait until tensors are copied, and keep their memory until that stream has used them."""
+    for tensor in tensors:
+        stream = torch.cuda.current_stream(tensor.device)
+        stream.wait_event(copied)
         tensor.record_stream(stream)
-    return batch
 
 
 class Scores(NamedTuple):

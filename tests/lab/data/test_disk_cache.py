@@ -254,7 +254,7 @@ def kill_builds(photos, tmp_path, kills, monkeypatch):
         if number % 7 == 0:
             for old in range(7):
                 shutil.rmtree(tmp_path / f"killed{old}", ignore_errors=True)
-        split, _ = build_splits(config.dataset)
+        split = build_splits(config.dataset)["train"]
         folder, fingerprint = place(split.dataset, split.kept, config.dataset, "train")
         for _ in range(dice.randrange(1, 3)):
             build_and_kill(config, folder, dice.uniform(0.0, 0.25))
@@ -311,5 +311,5 @@ def test_the_cache_of_a_data_set_of_the_hub_is_found_again(parquet_folder, tmp_p
     for ours, others in zip(first, batches_of(config), strict=True):
         assert torch.equal(ours.images, others.images)
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").rglob("*"))] == times
-    split, _ = build_splits(config.dataset)
+    split = build_splits(config.dataset)["train"]
     assert len(find_or_build_cache(split.dataset, split.kept, config.dataset, "train", {})) == 24
