@@ -229,7 +229,7 @@ class Selection(Stateful):
         rate = config.ast.forget_rate if config.ast.mode == "ast" else 0.0
         doubts = rate == "auto" or (rate > 0 and self.KEEPS_SCORES)
         self.forgotten = 0.0 if doubts else None  # share of the samples that this epoch leaves out for their labels
-        self.store = SampleStore(samples, device, dist, doubts) if doubts or self.KEEPS_SCORES else None
+        self.store = SampleStore(samples, device, dist, doubts) if self.remembers(config) else None
         kept = samples if self.store else 0
         self.kinds = torch.ones(kept, dtype=torch.uint8, device=device)  # what this epoch does with each, by index
         self.believed = torch.ones(kept, dtype=torch.uint8)  # before a choice: ACTIVE, LEFT_OUT or REVISITED
@@ -237,6 +237,11 @@ class Selection(Stateful):
     @classmethod
     def check(cls, config: Config) -> None:
         """Raises ValueError naming the key where the config does not suit this rule."""
+
+    @classmethod
+    def remembers(cls, config: Config) -> bool:
+        """Whether it stores what each sample was worth when it was last trained on."""
+        return cls.KEEPS_SCORES or (config.ast.mode == "ast" and config.ast.forget_rate == "auto")
 
     @classmethod
     def scores_batches(cls) -> bool:
@@ -585,8 +590,8 @@ def check_config(config: Config) -> None:
     varying = config.training.compile != "off" and rule.scores_batches() and not ast.pack
     mixing = next((key for key in ("mixup", "cutmix") if getattr(config.training, key)), None)
     keeper = "ast.scoring=history" if rule.KEEPS_SCORES else "ast.forget_rate=auto"
-    keeps = rule.KEEPS_SCORES or (ast.mode == "ast" and ast.forget_rate == "auto")
-    keeper, keeps = ("training.loss", True) if config.training.loss == "early_learning" else (keeper, keeps)
+    keeper = "training.loss" if config.training.loss == "early_learning" else keeper
+    keeps = keeper == "training.loss" or rule.remembers(config)
     first_complaint(
         (varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"),
         (mixing and keeps, f"training.{mixing}: {keeper} remembers each sample, and a mixture has no one label"),
