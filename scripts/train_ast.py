@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lab.config
+from lab.banner import announce, say_if_long
 from lab.checks import check_start
 from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import Config, checkpoint_folder, first_complaint, require_known
@@ -1170,6 +1171,7 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
         run.save(best=metrics.is_best())
         run.export()
         outputs.log(row, whole)
+        say_if_long(run)
     if status in ("interrupted", "time_capped") and outputs.saved_at != (metrics.epoch, metrics.step):
         run.save()
     return status
@@ -1234,6 +1236,7 @@ def _train(
         run.network.normalise_by(measure_moments(dataset, plan.indices))
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)
+    announce(run, plan, num_classes, val_loader)
     if device.type == "cuda" or config.training.compile != "off":
         warm_up(run)
     if resume is not None:

@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+import analyze_results
+import benchmark
+import download_imagenette
+import evaluate
 import run_experiment
+import run_sweep
+import train_ast
 from conftest import REPO
 from helpers import run_digits
 from lab.cli import run_cli
+from lab.config import Config
 from lab.errors import RequestError
 from runs import command
 from train_ast import load_config
@@ -34,12 +41,22 @@ def test_dry_run_prints_the_resolved_config(capsys):
     assert printed == expected.model_dump()
 
 
-def test_help_lists_every_flag_and_key(capsys):
+def shown_by(main, flag, capsys):
     with pytest.raises(SystemExit) as left:
-        run_experiment.main(["--help"])
+        main([flag])
     assert left.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in [*run_experiment.FLAGS, "ast.kp_warmup_epochs", "(default 0.25)", "--dry-run"])
+    return capsys.readouterr().out
+
+
+def test_help_fits_a_screen_and_the_keys_have_their_own(capsys):
+    for command_ in (run_experiment, run_sweep, analyze_results, benchmark, evaluate, download_imagenette, train_ast):
+        assert len(shown_by(command_.main, "--help", capsys).splitlines()) <= 45, command_
+    assert all(word in shown_by(run_experiment.main, "--help", capsys) for word in [*run_experiment.FLAGS, "--dry-run"])
+    for command_ in (run_experiment, evaluate, train_ast):
+        lines = shown_by(command_.main, "--help-config", capsys).splitlines()
+        assert [line for line in lines if line in Config.model_fields] == list(Config.model_fields)  # the sections
+        assert "  ast.target_activation (default 0.25)" in lines
+        assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize(

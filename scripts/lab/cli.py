@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import textwrap
 from collections.abc import Callable
+from functools import partial
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -85,10 +87,8 @@ def _reports(code: int, why: str) -> bool:
     return claim_failure(code, why)
 
 
-OVERRIDES_HELP = (
-    "any config key, for example ast.pack=true. Text is taken as it is written, quotes included; null is no value, and "
-    'the word null itself goes into a config file, as "null"'
-)
+HELP_WIDTH = 110  # characters
+OVERRIDES_HELP = "any config key, as ast.pack=true. Text is taken verbatim, quotes included; null is no value"
 RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
 
 
@@ -97,18 +97,35 @@ def option(name: str, value: str) -> list[str]:
     return [f"{name}={value}"] if value.startswith("-") else [name, value]
 
 
+class ConfigHelp(argparse.Action):
+    """Print every config key and leave, as `--help` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(options_help())
+        parser.exit()
+
+
 def command_parser(description: str | None, config_help: bool = False) -> argparse.ArgumentParser:
-    """A parser that keeps the line breaks of `description`; `config_help` lists every config key below the options."""
-    return argparse.ArgumentParser(
-        description=description,
-        epilog="config keys:\n" + options_help() if config_help else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """A parser that keeps the line breaks of `description`. `config_help`: with --help-config, for all config keys."""
+    form = partial(argparse.RawDescriptionHelpFormatter, width=HELP_WIDTH, max_help_position=30)
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    if config_help:
+        text = "show all config keys with their units and defaults"
+        parser.add_argument("--help-config", nargs=0, action=ConfigHelp, help=text)
+    return parser
 
 
 def options_help() -> str:
-    """Every config key with its default and meaning, for --help."""
-    return "\n".join(
-        f"  {key} (default {'null' if default is None else str(default).lower()})\n      {description}"
-        for key, (description, default) in config_keys().items()
-    )
+    """Every config key with its default and meaning, by section, for --help-config."""
+    lines = [
+        "Config keys: by section in a YAML or JSON file, as section.key=value on the command line. There text is taken",
+        'verbatim and null is no value; the word null itself goes into a file, as "null".',
+    ]
+    section = ""
+    for key, (description, default) in config_keys().items():
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            lines.append(f"\n{section}")
+        lines.append(f"  {key} (default {'null' if default is None else str(default).lower()})")
+        lines += textwrap.wrap(description, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)

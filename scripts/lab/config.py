@@ -66,28 +66,38 @@ class Config(Section):
         refitted = trained and d.normalise == "measured"
         first_complaint(
             (refitted, "dataset.normalise: measured is for random weights; trained ones keep their own"),
-            (two_starts, "model.weights: with model.pretrained=true there are two weights to start from"),
-            (no_sparse, f"ast.warmup_epochs: with anneal_epochs it makes all of training.epochs={t.epochs} dense"),
-            (scored_at > d.image_size, f"ast.score_resolution: larger than dataset.image_size={d.image_size}"),
+            (two_starts, "model.weights: with model.pretrained=true there are two to start from; leave out one"),
+            (no_sparse, self._all_dense()),
+            (scored_at > d.image_size, f"ast.score_resolution: at most dataset.image_size={d.image_size}"),
             (d.cache_resolution and d.cache == "none", "dataset.cache_resolution: needs dataset.cache=device or disk"),
             (d.cache_resolution and not cropped, "dataset.cache_resolution: only with augment=random_resized_crop"),
             (on_host and d.cache != "none", f"dataset.augment_policy: {d.augment_policy} needs dataset.cache=none"),
             (d.cache_format == "jpeg" and d.cache != "disk", "dataset.cache_format: jpeg needs dataset.cache=disk"),
             (d.cache_format == "jpeg" and not cropped, "dataset.cache_format: jpeg needs augment=random_resized_crop"),
             (t.lr_decay == "time" and not t.max_minutes, "training.max_minutes: needed with training.lr_decay=time"),
-            (a.min_active > t.batch_size, "ast.min_active: larger than training.batch_size"),
-            (start < a.min_threshold, "ast.initial_threshold: below ast.min_threshold"),
+            (a.min_active > t.batch_size, f"ast.min_active: at most training.batch_size={t.batch_size}"),
+            (start < a.min_threshold, f"ast.initial_threshold: at least ast.min_threshold={a.min_threshold:g}"),
             (
                 t.label_smoothing and t.loss == "generalised_cross_entropy",
                 "training.label_smoothing: not with training.loss=generalised_cross_entropy",
             ),
-            (t.min_lr > t.lr, "training.min_lr: larger than training.lr"),
+            (t.min_lr > t.lr, f"training.min_lr: at most training.lr={t.lr:g}"),
             (t.min_lr and t.lr_schedule == "constant", "training.min_lr: lr_schedule=constant never falls to it"),
             (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
-            (t.lr_warmup_epochs > t.epochs, "training.lr_warmup_epochs: more than training.epochs"),
+            (t.lr_warmup_epochs > t.epochs, f"training.lr_warmup_epochs: at most training.epochs={t.epochs}"),
             (log is not None and Path(log).name in ("", ".."), f"logging.jsonl_path: expected a file, got {log!r}"),
         )
         return self
+
+    def _all_dense(self) -> str:
+        """Why no epoch is left to train on a selection, and which key to lower."""
+        warmup, epochs = self.ast.warmup_epochs, self.training.epochs
+        after = epochs - self.sparse_span().stop
+        own = "" if self.ast.rule == "infobatch" else " or ast.anneal_epochs"
+        return (
+            f"ast.warmup_epochs: with {warmup} dense epochs at the start and {after} at the end, none of "
+            f"training.epochs={epochs} is sparse; lower ast.warmup_epochs{own}"
+        )
 
     def sparse_span(self) -> range:
         """The epochs (from 0) that train on a selection rather than on everything."""

@@ -77,7 +77,12 @@ def summary(result: Mapping[str, Any]) -> str:
         "optimizer steps": f"{ledger['steps']:,}",
         "GPU energy": "not measured" if energy is None else f"{energy:.3f} kJ in training",
     }
-    return "\n".join(["", *(f"{name:<16} {value}" for name, value in rows.items())])
+    return f"\n{aligned(rows)}"
+
+
+def aligned(rows: Mapping[str, str]) -> str:
+    """A block of lines, the names in one column and what they stand for in another."""
+    return "\n".join(f"{name:<16} {value}" for name, value in rows.items())
 
 
 @contextlib.contextmanager
