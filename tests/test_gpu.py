@@ -14,7 +14,8 @@ from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.devices import configure_backends
 from lab.sections import ModelConfig
 from lab.state import warm_up
-from train_ast import Run, build_dataloaders, load_config, train_one_epoch
+from runs import untimed
+from train_ast import Run, build_dataloaders, load_config, train, train_one_epoch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
@@ -88,6 +89,26 @@ def test_views_from_a_file_are_those_of_the_device_bit_for_bit(size, image_folde
         plan.start_epoch(2)
         found.append([images.cpu() for images, _, _ in device_batches(loader, GPU)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("size", [32, 72])
+def test_histories_from_a_file_are_those_of_the_device(size, image_folder, tmp_path, monkeypatch):
+    """Three epochs by history, with kernels that repeat themselves: whole results, weights' folder and times aside."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        ended = []
+        for cache in ("disk", "device"):
+            keys = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+            keys += ["dataset.type=folder", f"dataset.image_size={size}", f"dataset.cache={cache}"]
+            keys += [f"dataset.cache_folder={tmp_path}/{cache}", f"logging.output_dir={tmp_path}/out_{cache}"]
+            keys += ["model.name=resnet18", "training.epochs=3", "training.batch_size=8", "training.device=cuda"]
+            keys += ["ast.scoring=history", "ast.target_activation=0.5", "ast.warmup_epochs=1"]
+            ended.append(untimed(train(make_config(*keys))[0]) | {"weights": None})
+        assert ended[0] == ended[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_draws_and_crops_are_the_cpus():
