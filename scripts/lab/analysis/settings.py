@@ -20,6 +20,8 @@ NOT_SEEN = {
     f"dataset.{key}"
     for key in "cache cache_dir cache_folder cache_format cache_resolution max_bad_images num_classes".split()
 }
+# What is done to training pictures alone, as training.mixup is: settings that one wants to compare.
+RECIPE = {"dataset.augment_policy", "dataset.random_erasing"}
 SOURCES = {  # by dataset.type, the keys that name the data
     "digits": (),
     "folder": ("train_dir", "val_dir"),
@@ -54,8 +56,8 @@ IDLE = {  # keys of `ast` that do nothing: by mode, by scoring, by rule
 def comparison_group(settings: Mapping[str, str]) -> Group:
     """What runs must share for their accuracies to be comparable: the training data, the model, the validation set.
 
-    These are the keys of `model` and `dataset`, but for those that do not change what is seen (NOT_SEEN) and those
-    that another kind of dataset reads. `augment: auto` counts as what it stands for. `cache_resolution` counts where
+    These are the keys of `model` and `dataset`, but for those that do not change what is seen (NOT_SEEN), those of the
+    recipe (RECIPE) and those that another kind of dataset reads. `augment: auto` counts as what it stands for. `cache_resolution` counts where
     crops are cut out of pictures of that size. () for a config that is not whole: nothing is known to be shared.
     Seconds and joules need the same GPU and number of processes besides; see `lab.analysis.study.dense_frontiers`.
     """
@@ -67,7 +69,7 @@ def comparison_group(settings: Mapping[str, str]) -> Group:
     shared = {
         key: value
         for key, value in settings.items()
-        if key.startswith(("model.", "dataset.")) and key not in NOT_SEEN | unread
+        if key.startswith(("model.", "dataset.")) and key not in NOT_SEEN | RECIPE | unread
     }
     if shared.get("dataset.augment") == "auto" and size.isdecimal():
         shared["dataset.augment"] = auto_augment(kind, int(size))

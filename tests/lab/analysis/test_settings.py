@@ -50,9 +50,10 @@ def test_other_data_or_another_model_is_another_group(key, value, words, tmp_pat
 @pytest.mark.parametrize(
     "override",
     "dataset.cache=device dataset.cache_dir=x training.num_workers=3 dataset.max_bad_images=2 "
-    "dataset.num_classes=10 dataset.augment=none dataset.train_dir=unread training.lr=0.3".split(),
+    "dataset.num_classes=10 dataset.augment=none dataset.train_dir=unread training.lr=0.3 "
+    "dataset.random_erasing=0.25 dataset.augment_policy=rand_augment".split(),
 )
-def test_what_changes_nothing_that_is_seen_makes_no_group(override):
+def test_what_changes_no_picture_of_the_data_makes_no_group(override):
     assert comparison_group(settings(override)) == comparison_group(settings())
 
 
