@@ -91,6 +91,29 @@ def test_views_from_a_file_are_those_of_the_device_bit_for_bit(size, image_folde
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(("size", "augment"), [(72, "random_resized_crop"), (32, "pad_crop"), (32, "none")])
+def test_a_slow_gpu_gets_every_batch_from_the_same_few_pieces_of_memory(size, augment, image_folder):
+    """Each batch is asked for while the GPU is behind by several: no piece is filled before it has been used."""
+    paths = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+    keys = ["dataset.type=folder", f"dataset.image_size={size}", f"dataset.augment={augment}", "training.batch_size=2"]
+    found, pieces = {}, []
+    for cache in ("device", "disk"):
+        where = [f"dataset.cache_folder={image_folder}/cache", f"dataset.cache={cache}"]
+        loader, _, plan, _ = build_dataloaders(make_config(*paths, *keys, *where), GPU)
+        found[cache] = []
+        for epoch in (0, 1, 2, 2):
+            plan.start_epoch(epoch)
+            for batch in device_batches(loader, GPU):
+                found[cache].append(batch.images)
+                torch.cuda._sleep(10**7)
+            if cache == "disk":
+                assert all(slot.host.is_pinned() and slot.device.is_cuda for slot in loader.idle[0])
+                pieces.append([(slot.host.data_ptr(), slot.device.data_ptr()) for slot in loader.idle[0]])
+    assert len(found["disk"]) == 48
+    assert all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
+    assert pieces[2] == pieces[3]  # the earlier epochs may have had smaller batches
+
+
 @pytest.mark.parametrize("size", [32, 72])
 def test_histories_from_a_file_are_those_of_the_device(size, image_folder, tmp_path, monkeypatch):
     """Three epochs by history, with kernels that repeat themselves: whole results, weights' folder and times aside."""

@@ -103,25 +103,64 @@ def time_steps(run: Any, lab: Lab, batch: DeviceBatch, count: int) -> float:
     return (time.perf_counter() - started) / count
 
 
-def time_epoch(run: Any, lab: Lab, loaders: tuple, limit: int | None, repeats: int) -> tuple[float, int, int]:
-    """(seconds, the median of the repeats; steps that were taken; steps of the whole epoch).
+class Waits:
+    """How long the device waits for each batch: from the end of the work it has until the batch is there, cutting it
+    included. On a CPU, how long the program does."""
 
-    Two steps before them start workers and threads.
+    def __init__(self, device: torch.device):
+        self.device, self.moments = device, []
+
+    def _note(self) -> None:
+        if self.device.type == "cuda":
+            self.moments.append(torch.cuda.Event(enable_timing=True))
+            self.moments[-1].record()
+        else:
+            self.moments.append(time.perf_counter())
+
+    def watch(self, batches: Iterator[DeviceBatch]) -> Iterator[DeviceBatch]:
+        while True:
+            self._note()
+            batch = next(batches, None)
+            self._note()
+            if batch is None:
+                return
+            yield batch
+
+    def seconds(self) -> float:
+        pairs = zip(self.moments[::2], self.moments[1::2], strict=True)
+        if self.device.type == "cuda":
+            return sum(before.elapsed_time(after) for before, after in pairs) / 1000
+        return sum(after - before for before, after in pairs)
+
+
+class Epoch(NamedTuple):
+    seconds: float
+    waited: float  # share of the seconds
+    steps: int  # that were taken
+    whole: int  # that a whole epoch has
+
+
+def time_epoch(run: Any, lab: Lab, loaders: tuple, limit: int | None, lead: int | None, repeats: int) -> Epoch:
+    """The median of the repeats, of an even number the faster of the two in the middle.
+
+    limit, lead: steps of each, and of one before them that starts workers and threads and reserves memory; None: all.
     """
     train, _, plan, _ = loaders
-    times = []
-    for most in (2, *[limit] * repeats):
+    found = []
+    for most in (lead, *[limit] * repeats):
         run.metrics.epoch, run.metrics.step = run.metrics.epoch + 1, 0
+        waits = Waits(run.device)
         synchronize(run.device)
         started = time.perf_counter()
         lab.begin_epoch(run, plan)
         count = len(plan) if most is None else min(most, len(plan))
         batches = device_batches(train, run.device)
-        lab.train_one_epoch(run, islice(batches, count), count)
+        lab.train_one_epoch(run, waits.watch(islice(batches, count)), count)
         synchronize(run.device)
-        times.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        found.append(Epoch(seconds, waits.seconds() / seconds, count, len(plan)))
         batches.close()
-    return statistics.median(times[1:]), count, len(plan)
+    return statistics.median_low(found[1:])
 
 
 def remember_scores(run: Any, indices: np.ndarray) -> None:
@@ -156,11 +195,11 @@ def time_way(args: argparse.Namespace, lab: Lab, ast: Mapping[str, Any]) -> Iter
             step = time_steps(run, lab, DeviceBatch(images, labels, labels), args.steps)
         if kind == "disk":
             read_in_order(loaders[0].file, max(1, args.workers))  # what is timed is a file that the kernel keeps
-        limit = args.stream_steps if kind == "none" else args.epoch_steps
-        seconds, count, whole = time_epoch(run, lab, loaders, limit, args.repeats)
+        limit, lead, repeats = (args.stream_steps, 2, 1) if kind == "none" else (args.epoch_steps, args.epoch_steps, 2)
+        seconds, waited, count, whole = time_epoch(run, lab, loaders, limit, lead, args.repeats or repeats)
         end_workers()
         row = {"seconds": seconds * whole / count, "steps": count, "epoch_steps": whole, "step_ms": 1000 * step}
-        row |= {"over_steps": seconds / (count * step), "waited": max(0.0, 1 - count * step / seconds)}
+        row |= {"over_steps": seconds / (count * step), "waited": waited}
         row |= {"images_per_second": count * args.batch_size / seconds, "host_gib": memory.end()}
         del loaders
         yield kind, row

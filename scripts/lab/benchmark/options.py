@@ -63,14 +63,14 @@ def add_epoch(kinds: Any) -> argparse.ArgumentParser:
     add("--activations", type=float, nargs="+", default=[0.5, 0.25], metavar="SHARE", help="default: 0.5 0.25")
     add("--kinds", nargs="+", choices=["none", "disk", "device"], default=["disk", "none"], help="as dataset.cache")
     add("--only", nargs="+", metavar="PATTERN", help="only ways to train whose name has a match (Python's re)")
-    add("--workers", type=int, help="as training.num_workers; of disk: the threads")
+    add("--workers", type=int, help="as training.num_workers; of disk: the threads, at most 8")
     add("--compile", choices=["off", "default", "reduce-overhead"], default="default", help="torch.compile mode")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="as training.device")
     add("--epoch-steps", type=int, metavar="N", help="end epochs from a cache after N steps")
     add("--stream-steps", type=int, metavar="N", help="end streamed epochs after N steps; seconds are of the whole")
     parser.set_defaults(threads=[1])
-    add_timed(add_folder(parser), steps=40).set_defaults(repeats=1)
-    return parser
+    repeats = "epochs, after one (streamed: two steps) that is not timed (default: 2, streamed 1)"
+    return add_timed(add_folder(parser), steps=40, repeats=None, repeated=repeats)
 
 
 def add_folder(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -81,13 +81,15 @@ def add_folder(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def add_timed(parser: argparse.ArgumentParser, steps: int) -> argparse.ArgumentParser:
+def add_timed(
+    parser: argparse.ArgumentParser, steps: int, repeats: int | None = 5, repeated: str = "default: 5"
+) -> argparse.ArgumentParser:
     """The options of what is timed."""
     add = parser.add_argument
     add("--image-size", type=int, default=224, help="pixels (default: 224)")
     add("--batch-size", type=int, default=256, help="samples, of all processes together (default: 256)")
     add("--steps", type=int, default=steps, help=f"timed batches a repeat (default: {steps})")
-    add("--repeats", type=int, default=5, help="default: 5")
+    add("--repeats", type=int, default=repeats, help=repeated)
     add("--plot", type=Path, metavar="FILE", help="draw a bar chart (png, svg, pdf)")
     return parser
 
@@ -105,7 +107,8 @@ def add_scaling(kinds: Any) -> argparse.ArgumentParser:
 
 
 def check_timed(args: argparse.Namespace) -> None:
-    if min(args.steps, args.repeats, args.batch_size, args.image_size) < 1:
+    repeats = 1 if args.repeats is None else args.repeats
+    if min(args.steps, repeats, args.batch_size, args.image_size) < 1:
         raise RequestError("--steps, --repeats, --batch-size and --image-size must be positive")
 
 

@@ -188,27 +188,34 @@ class CacheFile:
     def encoded(self, picture: int) -> np.ndarray:
         """The bytes of a picture as they are kept, uint8 [bytes]."""
         data = np.empty(self.index.lengths[picture], dtype=np.uint8)
-        self._read(int(self.offsets[picture]), data)
+        self._read(int(self.offsets[picture]), memoryview(data))
         return data
 
-    def read(self, picture: int, first: int, out: np.ndarray) -> None:
-        """Fill `out`, uint8 [bytes], with the pixels of a picture from its row `first` on. For squares `first` is 0."""
-        start = first * 3 * int(self.index.sizes[picture, 1])
-        if not self.recipe.jpeg:
-            self._read(int(self.offsets[picture]) + start, out)
-            return
-        try:
-            pixels = decode_image(self.encoded(picture).tobytes())
-        except ValueError as error:
-            raise self.damaged(self.path, f"picture {picture}: {one_line(error)}") from None
-        out[:] = pixels.permute(1, 2, 0).contiguous().view(-1).numpy()[start : start + len(out)]
+    def read(self, pictures: np.ndarray, first: np.ndarray, spans: np.ndarray, out: np.ndarray) -> None:
+        """Fill spans of `out`, uint8 [bytes], with the pixels of pictures.
 
-    def _read(self, position: int, out: np.ndarray) -> None:
+        pictures: int64 [n]. first: int64 [n], the row of each that is read first; 0 for squares. spans: int64 [n, 2],
+        where in `out` the pixels of each begin and end.
+        """
+        starts = first * 3 * self.index.sizes[pictures, 1]
+        if not self.recipe.jpeg:  # little Python for each picture: the thread that trains needs the interpreter too
+            view = memoryview(out)
+            for position, (low, high) in zip((self.offsets[pictures] + starts).tolist(), spans.tolist(), strict=True):
+                self._read(position, view[low:high])
+            return
+        for picture, start, (low, high) in zip(pictures.tolist(), starts.tolist(), spans.tolist(), strict=True):
+            try:
+                pixels = decode_image(self.encoded(picture).tobytes())
+            except ValueError as error:
+                raise self.damaged(self.path, f"picture {picture}: {one_line(error)}") from None
+            out[low:high] = pixels.permute(1, 2, 0).contiguous().view(-1).numpy()[start : start + high - low]
+
+    def _read(self, position: int, out: memoryview) -> None:
         """Other threads may read at the same time. Raises RequestError naming the file where it ends too early."""
         done = 0
         while done < len(out):
             try:
-                got = os.preadv(self.file.fileno(), [memoryview(out)[done:]], position + done)
+                got = os.preadv(self.file.fileno(), [out[done:]], position + done)
             except OSError as error:
                 raise self.damaged(self.path, error.strerror or one_line(error)) from None
             if not got:

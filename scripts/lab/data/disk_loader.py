@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,15 +20,59 @@ from lab.data.cached import CachedLoader
 from lab.data.datasets import ImageDataset, LoaderBatch
 from lab.data.disk_cache import CacheFile
 from lab.data.loading import EpochPlan, await_copy
-from lab.data.views import FIRST, bytes_needed, cut
+from lab.data.views import COLUMNS, FIRST, bytes_needed, cut
+
+
+class Slot:
+    """Memory that batches go through one after the other: a piece of the host's, and one of the GPU's where it is used.
+
+    A piece is replaced by a larger one where a batch does not fit; else an epoch allocates nothing.
+    """
+
+    def __init__(self, copy_stream: torch.cuda.Stream | None):
+        """copy_stream: on which batches are copied to the GPU; None: they stay on the host."""
+        self.stream = copy_stream
+        self.host = self.device = torch.empty(0, dtype=torch.uint8)
+        if copy_stream is not None:
+            self.copied, self.used = torch.cuda.Event(blocking=True), torch.cuda.Event()
+
+    def take(self, size: int) -> Tensor:
+        """The host's piece, uint8 [at least size], once the batch before is copied out of it."""
+        if self.stream is not None:
+            self.copied.synchronize()
+        if len(self.host) < max(1, size):
+            room = 2 ** math.ceil(math.log2(1.125 * size + 1))  # pinned memory comes in powers of two
+            self.host = torch.empty(room, dtype=torch.uint8, pin_memory=self.stream is not None)
+        return self.host
+
+    def copy(self, size: int) -> None:
+        """Begin to copy the first bytes to the GPU, after the batch before has been used there."""
+        if self.stream is None:
+            self.device = self.host
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.used)
+            if len(self.device) < len(self.host):
+                self.device = torch.empty(len(self.host), dtype=torch.uint8, device=self.stream.device)
+            self.device[:size].copy_(self.host[:size], non_blocking=True)
+            self.copied.record(self.stream)
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[Tensor]:
+        """The batch's piece on the device, for what is launched in the block."""
+        if self.stream is not None:
+            await_copy((self.device,), self.copied)
+        yield self.device
+        if self.stream is not None:
+            self.used.record(torch.cuda.current_stream(self.device.device))
 
 
 class HostBatch(NamedTuple):
     """A batch that is being read."""
 
     rows: np.ndarray  # int64 [n]
-    flat: Tensor  # uint8 [bytes], pinned where the device is a GPU
-    table: Tensor | None  # float64 [n, 8], see `table_of_views`; None for squares
+    slot: Slot  # its table, float64 [n, 8], see `table_of_views`, where there are views; then the pixels
+    size: int  # bytes of both
     reads: list[Future]
 
 
@@ -45,12 +92,15 @@ def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
 class DiskLoader(CachedLoader):
     """A CachedLoader whose pictures are read from a file for each batch (`dataset.cache: disk`).
 
-    Threads read the rows that the views of a batch need, in the order of the file, into one piece of pinned memory. It
-    is copied while the device works on the batch before. The device cuts, resizes and mirrors as for `ResidentLoader`,
-    so that batches are the same bit for bit.
+    Threads read the rows that the views of a batch need, in the order of the file, into pinned memory. That is copied
+    while the device works on the batch before. The device cuts, resizes and mirrors as for `ResidentLoader`, so that
+    batches are the same bit for bit.
+
+    Batches go through a few slots in turn. So the host is never more than these ahead of the device.
     """
 
-    AHEAD = 3  # batches that are being read while one is waited for
+    AHEAD = 2  # batches that are being read while one is waited for
+    SLOTS = AHEAD + 2  # one more batch is being copied, and one cut: whoever waits for a slot has its end in sight
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, plan: EpochPlan | None, config: Config,
                  device: torch.device, file: CacheFile, kept: np.ndarray, threads: int,
@@ -59,61 +109,59 @@ class DiskLoader(CachedLoader):
         super().__init__(dataset, indices, plan, config, device, batch_size)
         self.file, self.threads = file, threads
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.idle: list[list[Slot]] = []  # the slots of iterators that have ended
         positions = np.searchsorted(kept, indices % len(dataset))
         self.attach(dataset, file.index, file.unreadable, positions, file.index.labels[positions])
 
     def __iter__(self) -> Iterator[LoaderBatch]:
-        with ThreadPoolExecutor(1) as planner, ThreadPoolExecutor(self.threads) as readers:
+        slots = self.idle.pop() if self.idle else [Slot(self.copy_stream) for _ in range(self.SLOTS)]
+        begin = partial(torch.cuda.set_device, self.copy_stream.device) if self.copy_stream is not None else None
+        with ThreadPoolExecutor(1, initializer=begin) as planner, ThreadPoolExecutor(self.threads) as readers:
             try:
-                begun = ahead((planner.submit(self._begin, readers, part.rows) for part in self.parts()), self.AHEAD)
-                for batch, flat, table, copied in ahead((self._copy(each.result()) for each in begun), 1):
-                    yield self._finish(batch.rows, flat, table, copied)
+                work = zip(self.parts(), cycle(slots), strict=False)
+                begun = (planner.submit(self._begin, readers, part.rows, slot) for part, slot in work)
+                for batch in ahead((self._copy(each.result()) for each in ahead(begun, self.AHEAD)), 1):
+                    yield self._finish(batch)
             finally:
                 planner.shutdown(cancel_futures=True)
                 readers.shutdown(cancel_futures=True)
+                self.idle.append(slots)  # nobody writes into them any more
 
-    def _begin(self, readers: ThreadPoolExecutor, rows: np.ndarray) -> HostBatch:
-        """Begin to read what the samples of some rows, int64 [n], need."""
-        pinned, pictures = self.copy_stream is not None, self.positions[rows]
+    def _begin(self, readers: ThreadPoolExecutor, rows: np.ndarray, slot: Slot) -> HostBatch:
+        """Begin to read into a slot what the samples of some rows, int64 [n], need."""
+        pictures = self.positions[rows]
         if self.recipe.square:
-            table, first = None, np.zeros(len(rows), dtype=np.int64)
+            table, first = np.zeros((0, COLUMNS)), np.zeros(len(rows), dtype=np.int64)
             ends = 3 * self.recipe.side**2 * np.arange(len(rows) + 1)
         else:
             table, first = self.views(rows)
             ends = np.concatenate([[0], np.cumsum(bytes_needed(table))])
             table[:, FIRST] = ends[:-1]
-            table = torch.from_numpy(table)
-            table = table.pin_memory() if pinned else table
-        flat = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=pinned)
+        size = table.nbytes + int(ends[-1])
+        host = slot.take(size).numpy()
+        host[: table.nbytes] = table.reshape(-1).view(np.uint8)
+        spans = np.stack([ends[:-1], ends[1:]], 1) + table.nbytes
         order = np.argsort(pictures, kind="stable")
         parts = np.array_split(order, max(1, min(self.threads, len(order) // 8)))
-        read = partial(self._read, pictures, first, ends, flat.numpy())
-        return HostBatch(rows, flat, table, [readers.submit(read, part) for part in parts])
+        reads = [readers.submit(self.file.read, pictures[part], first[part], spans[part], host) for part in parts]
+        return HostBatch(rows, slot, size, reads)
 
-    def _read(
-        self, pictures: np.ndarray, first: np.ndarray, ends: np.ndarray, out: np.ndarray, part: np.ndarray
-    ) -> None:
-        for i in part.tolist():
-            self.file.read(int(pictures[i]), int(first[i]), out[ends[i] : ends[i + 1]])
-
-    def _copy(self, batch: HostBatch) -> tuple[HostBatch, Tensor, Tensor | None, torch.cuda.Event | None]:
-        """Wait until a batch is read, and begin to copy it: (batch, flat and table on the device, when they are)."""
+    def _copy(self, batch: HostBatch) -> HostBatch:
+        """Wait until a batch is read, and begin to copy it."""
         for read in batch.reads:
             read.result()
-        if self.copy_stream is None:
-            return batch, batch.flat, batch.table, None
-        with torch.cuda.stream(self.copy_stream):
-            flat, table = (
-                None if each is None else each.to(self.device, non_blocking=True) for each in (batch.flat, batch.table)
-            )
-            return batch, flat, table, self.copy_stream.record_event()
+        batch.slot.copy(batch.size)
+        return batch
 
-    def _finish(
-        self, rows: np.ndarray, flat: Tensor, table: Tensor | None, copied: torch.cuda.Event | None
-    ) -> LoaderBatch:
-        if copied is not None:
-            await_copy((flat,) if table is None else (flat, table), copied)
-        if table is not None:
-            return self.labelled(cut(flat, table, self.augmentation.size), rows)
-        images, boxes = flat.view(-1, 3, self.recipe.side, self.recipe.side), self.square_boxes(rows)
-        return self.labelled(self.crop(images, *boxes) if boxes and len(rows) else images, rows)
+    def _finish(self, batch: HostBatch) -> LoaderBatch:
+        """What a batch is on the device, in memory of its own."""
+        with batch.slot.using() as memory:
+            return self.labelled(self._images(memory[: batch.size], batch.rows), batch.rows)
+
+    def _images(self, memory: Tensor, rows: np.ndarray) -> Tensor:
+        if not self.recipe.square:
+            pixels = len(rows) * COLUMNS * 8
+            table = memory[:pixels].view(torch.float64).view(-1, COLUMNS)
+            return cut(memory[pixels:], table, self.augmentation.size)
+        images, boxes = memory.view(-1, 3, self.recipe.side, self.recipe.side), self.square_boxes(rows)
+        return self.crop(images, *boxes) if boxes and len(rows) else images.clone()

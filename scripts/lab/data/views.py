@@ -18,6 +18,7 @@ except ImportError:  # no package of it for this machine
     triton = None
 
 FIRST, ROWS, WIDTH, TOP, LEFT, HEIGHT, LENGTH, MIRROR = range(8)  # the columns of a table of views
+COLUMNS = 8
 
 
 def table_of_views(

@@ -139,6 +139,7 @@ def end_workers() -> None:
     """
     main = threading.current_thread() is threading.main_thread()  # elsewhere no handler can be set
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main and hasattr(signal, "SIGCHLD") else None
+    _end_pinning()
     workers = kill_workers()
     for worker in workers:
         worker.join(5)  # a worker that the kernel holds does not hold the run
@@ -150,6 +151,20 @@ def end_workers() -> None:
             thread.join(max(0.0, deadline - time.monotonic()))
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def _end_pinning() -> None:
+    """End the threads that copy batches to pinned memory. They ask the workers for each, and fail where one is dead.
+
+    A worker that hangs may keep its thread from ending: it is waited for a second at most.
+    """
+    iterators = [each for each in list(_iterators) if hasattr(each, "_pin_memory_thread") and not each._shutdown]
+    for iterator in iterators:
+        iterator._pin_memory_thread_done_event.set()
+        iterator._worker_result_queue.put((None, None))  # as torch does, so that the thread wakes up
+    deadline = time.monotonic() + 1
+    for iterator in iterators:
+        iterator._pin_memory_thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def kill_workers() -> list[multiprocessing.process.BaseProcess]:

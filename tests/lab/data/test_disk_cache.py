@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import train_ast
 from conftest import make_config
 from helpers import folder_config
 from lab.cli import run_cli
-from lab.data import datasets, disk_cache
+from lab.data import cache, datasets, disk_cache
 from lab.data.disk_cache import CacheFile, find_or_build_cache, place
 from lab.data.loading import device_batches
 from lab.errors import RequestError
@@ -119,13 +120,78 @@ def test_histories_are_those_of_the_device(kind, photos, tmp_path):
 
 def test_an_epoch_of_a_choice_reads_that_choice_alone(photos, monkeypatch):
     asked, read = [], CacheFile.read
-    monkeypatch.setattr(CacheFile, "read", lambda *args: asked.append(args[1]) or read(*args))
+    monkeypatch.setattr(CacheFile, "read", lambda *args: asked.extend(args[1].tolist()) or read(*args))
     loader, _, plan, _ = build_dataloaders(disk_config(photos, *CROPS), CPU)
     mask = np.zeros(24, dtype=np.uint8)
     mask[[3, 7, 9, 11, 13, 17, 19, 23]] = 1
     plan.start_epoch(1, 0, mask)
     (batch,) = device_batches(loader, CPU)
     assert sorted(asked) == sorted(batch.indices.tolist()) == [3, 7, 9, 11, 13, 17, 19, 23]
+
+
+def slots_of(loader):
+    return [slot.host.data_ptr() for slots in loader.idle for slot in slots]
+
+
+@pytest.mark.parametrize("augment", [CROPS, SQUARES, [*SQUARES, "dataset.augment=none"]])
+def test_epochs_use_the_same_few_pieces_of_memory_and_batches_have_their_own(augment, photos):
+    loader, _, plan, _ = build_dataloaders(disk_config(photos, *augment, "training.batch_size=2"), CPU)
+    held, copies, pieces = [], [], []
+    for epoch in range(3):
+        plan.start_epoch(epoch)
+        for batch in loader:
+            held.append(batch)
+            copies.append([tensor.clone() for tensor in batch[:3]])
+        pieces.append(slots_of(loader))
+    assert len(held) == 36
+    assert len(pieces[0]) == len(set(pieces[0])) == loader.SLOTS
+    assert pieces[0] == pieces[1] == pieces[2]
+    for batch, copy in zip(held, copies, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(batch[:3], copy, strict=True))
+
+
+def test_a_larger_batch_gets_larger_pieces(photos):
+    loader, *_ = build_dataloaders(disk_config(photos, *CROPS, "training.batch_size=2"), CPU)
+    expected = [batch.images for batch in loader]
+    for slot in loader.idle[0]:
+        slot.host = slot.host[:200].clone()
+    for ours, images in zip(loader, expected, strict=True):
+        assert torch.equal(ours.images, images)
+    assert all(200 < len(slot.host) < 2**18 for slot in loader.idle[0])
+
+
+def test_who_stops_early_leaves_no_thread_and_no_piece_behind(photos, monkeypatch):
+    loader, *_ = build_dataloaders(disk_config(photos, *CROPS, "training.batch_size=2"), CPU)
+    expected, threads = [batch.images for batch in loader], threading.active_count()
+    pieces, asked, read = slots_of(loader), [], CacheFile.read
+    monkeypatch.setattr(CacheFile, "read", lambda *args: asked.extend(args[1].tolist()) or read(*args))
+    for count in range(1, 8):
+        asked.clear()
+        batches = iter(loader)
+        for _ in range(count):
+            next(batches)
+        time.sleep(0.01)
+        assert len(asked) <= 2 * (count - 1 + loader.SLOTS)  # nobody reads further ahead than there are slots
+        batches.close()
+        assert threading.active_count() == threads
+    first, second = iter(loader), iter(loader)  # each has slots of its own
+    for one, other, images in zip(first, second, expected, strict=True):
+        assert torch.equal(one.images, images)
+        assert torch.equal(other.images, images)
+    size = loader.file.path.stat().st_size
+    os.truncate(loader.file.path, size // 2)
+    with pytest.raises(RequestError, match="it has become shorter"):
+        list(loader)
+    assert threading.active_count() == threads
+    assert set(pieces) <= set(slots_of(loader))
+
+
+def test_raw_pixels_have_few_readers_and_jpegs_as_many_as_are_asked_for(photos):
+    for kind, threads in (("raw", cache.MOST_READERS), ("jpeg", 12)):
+        file = build_dataloaders(disk_config(photos, *CROPS, f"dataset.cache_format={kind}"), CPU)[0].file
+        config = disk_config(photos, *CROPS, f"dataset.cache_format={kind}", "training.num_workers=12")
+        loader = build_dataloaders(config, CPU)[0]
+        assert (loader.threads, loader.file.folder) == (threads, file.folder)
 
 
 def test_a_changed_picture_makes_a_new_cache_and_the_old_one_stays(photos):

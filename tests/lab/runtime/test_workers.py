@@ -1,6 +1,7 @@
 """Runs with loader workers that fail: each ends, soon, with its code, one line and its results. `-m long`: many."""
 
 import ctypes
+import multiprocessing
 import os
 import random
 import re
@@ -10,11 +11,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from torch.utils.data import Dataset
 
 from conftest import REPO
 from lab.data import datasets
@@ -143,6 +147,31 @@ def test_a_cpu_without_memory_is_named(image_folder, tmp_path):
     args = arguments(image_folder, tmp_path / "1", "dataset.image_size=512", "training.batch_size=24")
     ended = forked_run(args, tmp_path / "1", limit_memory)
     assert_ended(ended, 1, "out of memory")
+
+
+class Numbers(Dataset):
+    def __len__(self) -> int:
+        return 10**5
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((40, 40), index)
+
+
+def test_workers_that_are_ended_early_let_the_pinning_thread_end_in_silence(monkeypatch):
+    """Pinned memory itself needs a GPU; here the thread receives each batch as there, and passes it on as it is."""
+    says = {"is_available": True, "current_accelerator": torch.device("cuda"), "current_device_index": 0}
+    for name, answer in {**says, "set_device_index": None}.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.utils.data._utils.pin_memory, "pin_memory", lambda batch, device: batch)
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    for _ in range(12):
+        batches = iter(workers.WorkerLoader(Numbers(), 16, num_workers=3, pin_memory=True))
+        assert [int(next(batches)[0, 0, 0]) for _ in range(3)] == [0, 16, 32]
+        workers.end_workers()
+        assert not batches._pin_memory_thread.is_alive()
+        assert not multiprocessing.active_children()
+    assert failed == []
 
 
 def test_a_worker_killed_from_outside_is_named_and_the_others_end(image_folder, tmp_path):
