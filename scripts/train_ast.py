@@ -268,7 +268,7 @@ class Selection(Stateful):
         self.forgotten = 0.0
         if self.config.ast.forget_rate != "auto" or progress < FORGET_FROM:
             return
-        out = doubted(self.store.on_host(), self.believed.numpy() != ACTIVE)
+        out = doubted(self.store.on_host(), self.believed.numpy() != ACTIVE, progress)
         again = np.random.default_rng((self.config.training.seed, epoch, 2)).random(len(out)) < REVISIT
         self.believed.copy_(torch.from_numpy(np.where(out, again * REVISITED, ACTIVE)))
         self.forgotten = float(out[order].mean())

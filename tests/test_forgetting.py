@@ -93,7 +93,7 @@ def test_a_run_that_forgets_nothing_says_so_and_lists_nothing(tmp_path):
 
 def doubting_run(monkeypatch, out: list[int], *overrides: str, samples: int = 40) -> Run:
     """A run past half of its schedule that doubts the labels of the samples `out`."""
-    monkeypatch.setattr(train_ast, "doubted", lambda columns, before: np.isin(np.arange(samples), out))
+    monkeypatch.setattr(train_ast, "doubted", lambda columns, before, progress: np.isin(np.arange(samples), out))
     config = make_config("ast.warmup_epochs=0", "training.epochs=3", "ast.anneal_epochs=1", *overrides)
     run = Run.build(config, LayerNormNet(), CPU, planned_steps=100, samples=samples)
     run.trainer.scheduled = 60

@@ -29,13 +29,19 @@ def columns(**changed: list) -> dict[str, np.ndarray]:
     ],
 )
 def test_a_label_is_doubted_for_a_streak_as_sure_as_its_class(changed, out):
-    assert doubted(columns(**changed), NOBODY).tolist() == [bool(each) for each in out]
+    assert doubted(columns(**changed), NOBODY, 0.5).tolist() == [bool(each) for each in out]
+
+
+def test_towards_the_end_the_streak_alone_decides():
+    unsure = columns(confidence=[0.1] * 4, streak=[4, 3, 200, 0])
+    assert not doubted(unsure, NOBODY, 0.74).any()
+    assert doubted(unsure, NOBODY, 0.75).tolist() == [True, False, True, False]
 
 
 def test_who_is_doubted_comes_back_with_the_first_right_prediction_and_not_with_a_higher_bar():
     before = np.array([True, True, False, False])
     later = columns(streak=[1, 0, 1, 0], confidence=[0.1] * 4)
-    assert doubted(later, before).tolist() == [True, False, False, False]
+    assert doubted(later, before, 0.5).tolist() == [True, False, False, False]
 
 
 def test_the_bar_of_a_class_is_the_mean_probability_of_its_labels():
@@ -45,4 +51,5 @@ def test_the_bar_of_a_class_is_the_mean_probability_of_its_labels():
 
 def test_a_store_without_visits_doubts_nobody():
     empty = columns(given=[-1] * 4, predicted=[-1] * 4, streak=[0] * 4, loss=[0.0] * 4)
-    assert not doubted(empty, NOBODY).any()
+    assert not doubted(empty, NOBODY, 0.5).any()
+    assert not doubted(empty, NOBODY, 0.9).any()

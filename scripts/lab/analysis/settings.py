@@ -57,8 +57,9 @@ def comparison_group(settings: Mapping[str, str]) -> Group:
     """What runs must share for their accuracies to be comparable: the training data, the model, the validation set.
 
     These are the keys of `model` and `dataset`, but for those that do not change what is seen (NOT_SEEN), those of the
-    recipe (RECIPE) and those that another kind of dataset reads. `augment: auto` counts as what it stands for. `cache_resolution` counts where
-    crops are cut out of pictures of that size. () for a config that is not whole: nothing is known to be shared.
+    recipe (RECIPE) and those that another kind of dataset reads. `augment: auto` counts as what it stands for.
+    `cache_resolution` counts where crops are cut out of pictures of that size. () for a config that is not whole:
+    nothing is known to be shared.
     Seconds and joules need the same GPU and number of processes besides; see `lab.analysis.study.dense_frontiers`.
     """
     if not is_whole(settings):

@@ -41,7 +41,7 @@ class Slot:
         if self.stream is not None:
             self.copied.synchronize()
         if len(self.host) < max(1, size):
-            room = 2 ** math.ceil(math.log2(1.125 * size + 1))  # pinned memory comes in powers of two
+            room = 2 ** math.ceil(math.log2(size + 1))  # pinned memory comes in powers of two
             self.host = torch.empty(room, dtype=torch.uint8, pin_memory=self.stream is not None)
         return self.host
 
