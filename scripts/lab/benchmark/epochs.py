@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lab.benchmark.inputs import read_in_order
+from lab.benchmark.timing import write_json
 from lab.config import Config
 from lab.console import Columns, progress_bar, table_line
 from lab.data.loading import DeviceBatch, device_batches
@@ -209,15 +210,17 @@ def benchmark_epoch(args: argparse.Namespace, lab: Lab) -> dict[str, Any]:
     """The rows of `epoch`: each way to train with each kind of cache."""
     rows: dict[str, Any] = {}
     device = resolve_device(epoch_config(args, {}).training)
+    result = {"rows": rows, "model": args.model, "batch_size": args.batch_size, **environment(device)}
     for name, ast in progress_bar(ways(args.activations, args.only).items(), unit="way"):
         for kind, row in time_way(args, lab, ast):
             rows[f"{name}, {kind}"] = row
             dense = rows.get(f"dense, {kind}")
             row["over_dense"] = dense and row["seconds"] / dense["seconds"]
+            write_json(args.json, result)  # a benchmark that is cut short keeps what it measured
         torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {"rows": rows, "model": args.model, "batch_size": args.batch_size, **environment(device)}
+    return result
 
 
 EPOCH_COLUMNS: Columns = {

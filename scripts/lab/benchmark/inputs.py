@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
+from lab.benchmark.timing import write_json
 from lab.config import Config
 from lab.console import Columns, progress_bar, table_line
 from lab.data.cache import ResidentLoader, Split
@@ -147,21 +148,17 @@ def benchmark_input(args: argparse.Namespace) -> dict[str, Any]:
     plan = EpochPlan(np.arange(count * args.batch_size) % len(dataset), args.batch_size, 0, lambda epoch: 1.0)
     cached, file = cached_pipelines(dataset, config, device, args)
     rows: dict[str, Any] = {}
+    result = {"rows": rows, "pictures": len(dataset), "workers": args.workers, **environment(device)}
     sources = input_pipelines(dataset, plan, config, device, args.workers) | cached
     for name, (source, before) in progress_bar(sources.items(), unit="pipeline"):
         speeds = list(time_source(source, before, device, lead, args))
         median = statistics.median(speeds)
         rows[name] = {"images_per_second": median, "lowest": min(speeds), "highest": max(speeds)}
         rows[name]["ratio"] = median / rows["Pillow, float32"]["images_per_second"]
+        write_json(args.json, result)  # a benchmark that is cut short keeps what it measured
     forget_pages(file)
     rate, mean = read_in_order(file, max(args.threads), MOST_READ), int(file.offsets[-1]) / len(file)
-    facts = {
-        "pictures": len(dataset),
-        "workers": args.workers,
-        "bytes_per_picture": mean,
-        "disk_bytes_per_second": rate,
-    }
-    return {"rows": rows, **facts, **environment(device)}
+    return {**result, "bytes_per_picture": mean, "disk_bytes_per_second": rate}
 
 
 def time_source(
