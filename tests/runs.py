@@ -28,7 +28,7 @@ from lab.config import Config, checkpoint_folder
 from lab.runtime.checkpoint import load_checkpoint
 from lab.runtime.clock import Stop
 
-TIMED = {"step_time_ms", "est_energy_kj", "train_seconds"}
+TIMED = {"step_time_ms", "est_energy_kj", "energy_kj", "train_seconds"}
 
 
 def cases(count: int, first: int = 0) -> Iterator[int]:
@@ -78,7 +78,7 @@ class CapAfter(StopAfter):
 def untimed(result: dict) -> dict:
     """What must repeat of a result: all but times."""
     history = {key: values for key, values in result["training_history"].items() if key not in TIMED}
-    timed = ("total_time_hours", "train_seconds", "training_history", "config", "environment")
+    timed = {"total_time_hours", "training_history", "config", "environment", *TIMED}
     return {key: value for key, value in result.items() if key not in timed} | history
 
 

@@ -103,9 +103,9 @@ def test_the_json_replaces_files_and_no_devices(tmp_path):
 def test_epochs_that_are_cut_short_keep_what_was_measured(tmp_path, image_folder):
     """The second kind of cache fails: its folder is a file."""
     options = ["--model", "test_resnet", "--image-size", "32", "--batch-size", "8", "--steps", "1", "--compile", "off"]
-    options += ["--only", "dense", "--kinds", "none", "disk", "--workers", "0", "--stream-steps", "1", "--device", "cpu"]
+    options += ["--only", "dense", "--kinds", "none", "disk", "--workers", "0", "--stream-steps", "1"]
     (tmp_path / "file").touch()
-    options += ["--json", str(tmp_path / "epoch.json"), "--cache-folder", str(tmp_path / "file")]
+    options += ["--device", "cpu", "--json", str(tmp_path / "epoch.json"), "--cache-folder", str(tmp_path / "file")]
     assert run_cli(lambda: benchmark.main(["epoch", "--folder", str(image_folder / "train"), *options])) in (1, 2)
     assert list(json.loads((tmp_path / "epoch.json").read_text())["rows"]) == ["dense, none"]
 
