@@ -162,6 +162,8 @@ def test_workers_that_are_ended_early_let_the_pinning_thread_end_in_silence(monk
     says = {"is_available": True, "current_accelerator": torch.device("cuda"), "current_device_index": 0}
     for name, answer in {**says, "set_device_index": None}.items():
         monkeypatch.setattr(torch.accelerator, name, lambda *_, answer=answer: answer)
+    for name, answer in {"is_available": True, "current_device": 0, "set_device": None}.items():  # torch 2.6 asks these
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.utils.data._utils.pin_memory, "pin_memory", lambda batch, device: batch)
     failed = []
     monkeypatch.setattr(threading, "excepthook", failed.append)
