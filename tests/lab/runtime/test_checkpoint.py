@@ -331,7 +331,9 @@ def cap_test(tmp_path: Path, minutes: float, validation: float, sessions: int) -
         print(f"{pictures} pictures to validate on, cap {60 * minutes:.0f} s: took {seconds:.1f} s, epochs {epochs}")
         assert result["status"] == json.loads(path.read_text())["status"] == "time_capped"
         assert seconds < 66 * minutes + 2
-        assert load_checkpoint(checkpoint_folder(config) / "last.pt", config)["metrics"]["history"]["epoch"] == epochs
+        saved = load_checkpoint(checkpoint_folder(config) / "last.pt", config)["metrics"]["history"]["epoch"]
+        assert saved == epochs[: result["epochs_completed"]]
+        assert len(epochs) - len(saved) in (0, 1)  # one that the cap cut short is repeated by a resumed run
     assert bool(epochs) == (validation < 1)
 
 
