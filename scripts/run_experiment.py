@@ -82,11 +82,19 @@ def execute_with_baseline(config: Config, resume: str | None = None) -> int:
 
 
 def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
-    """Which of the two has the higher final accuracy, by how many percentage points, and the training time of each."""
+    """Which of the two has the higher final accuracy, by how many percentage points, and the training time of each.
+
+    Nobody wins within 1.96 standard errors of the difference of two shares of the validation pictures.
+    """
     if twin["final_accuracy"] is None:
         return f"verdict: none: no step of the dense twin fitted into {result['train_seconds']:.2g} s of training"
     lead, mode = result["final_accuracy"] - twin["final_accuracy"], result["config"]["ast"]["mode"]
-    winner = "a draw" if lead == 0 else f"{mode if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
+    shares = [each["final_accuracy"] / 100 for each in (result, twin)]
+    pictures = sum(result["classes"]["val_samples"]) if result["classes"] else math.inf
+    noise = 196 * math.sqrt(sum(share * (1 - share) for share in shares) / pictures)
+    winner = f"{mode if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
+    if abs(lead) <= noise:
+        winner = f"level: {lead:+.2f} points, and {pictures:,} validation pictures resolve no less than {noise:.2f}"
     texts = [f"{each['final_accuracy']:.2f} % in {each['train_seconds']:.1f} s" for each in (result, twin)]
     return f"verdict: {winner}: {mode} {texts[0]}, its dense twin {texts[1]} of training"
 

@@ -24,6 +24,7 @@ RUN = "scripts/run_experiment.py --config configs"
 ADDED = {
     f"{RUN}/digits_smoke.yaml": "",
     f"{RUN}/pictures_ast.yaml": f"{FOLDER} --output-dir results/pictures",
+    f"{RUN}/pictures_ast.yaml --dense-twin": f"{FOLDER} --output-dir results/twin",
     "scripts/evaluate.py --weights results/checkpoints/RUN/weights --images photo.jpg": "--weights WEIGHTS "
     "--images IMAGES/val",
     f"{RUN}/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3": f"{FOLDER} --epochs 3",

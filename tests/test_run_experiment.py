@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -163,7 +165,10 @@ def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processe
         r"verdict: (.*): ast (\S+) % in (\S+) s, its dense twin (\S+) % in (\S+) s of training",
         printed.splitlines()[-1],
     )
-    words = f"{'ast' if lead > 0 else 'dense'} wins by {abs(lead):.2f} points" if lead else "a draw"
+    shares = [each["final_accuracy"] / 100 for each in (sparse, dense)]
+    noise = 196 * (sum(share * (1 - share) for share in shares) / 360) ** 0.5
+    words = f"level: {lead:+.2f} points, and 360 validation pictures resolve no less than {noise:.2f}"
+    words = words if abs(lead) <= noise else f"{'ast' if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
     accuracies = [f"{each['final_accuracy']:.2f}" for each in (sparse, dense)]
     seconds = [f"{each['train_seconds']:.1f}" for each in (sparse, dense)]
     assert verdict.groups() == (words, accuracies[0], seconds[0], accuracies[1], seconds[1])
@@ -247,10 +252,32 @@ def test_a_run_without_time_for_a_step_ends_in_peace(decay, tmp_path, capsys):
     assert "time_capped" in capsys.readouterr().out
 
 
+def test_without_the_environment_one_line_says_what_is_missing():
+    """An interpreter that sees no installed package."""
+    done = subprocess.run([sys.executable, "-E", "-S", SCRIPT, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: package \w+ is missing: source \.venv/bin/activate, or .*\n", done.stderr)
+
+
 def test_no_verdict_on_a_run_without_an_accuracy(tmp_path, capsys):
     assert run_digits(tmp_path, "--dense-twin", "training.max_minutes=0.0001") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "verdict: none: training.max_minutes=0.0001 left no time for an epoch"
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "pictures", "words"),
+    [
+        ((45.4545, 54.5454), 11, "level: -9.09 points, and 11 validation pictures resolve no less than 41.61"),
+        ((91.0, 90.0), 10_000, "ast wins by 1.00 points"),
+        ((90.0, 90.8), 10_000, "level: -0.80 points, and 10,000 validation pictures resolve no less than 0.82"),
+        ((100.0, 100.0), 360, "level: +0.00 points, and 360 validation pictures resolve no less than 0.00"),
+    ],
+)
+def test_a_verdict_needs_more_than_a_few_pictures(accuracies, pictures, words):
+    runs = [{"final_accuracy": each, "train_seconds": 1.0, "config": {"ast": {"mode": "ast"}}} for each in accuracies]
+    runs[0]["classes"] = {"val_samples": [1, pictures - 1]}
+    assert run_experiment.verdict(*runs).startswith(f"verdict: {words}: ast {accuracies[0]:.2f} % in 1.0 s, ")
 
 
 def test_no_verdict_on_a_twin_without_an_accuracy():

@@ -22,26 +22,27 @@ def announce(run: Any, plan: EpochPlan, classes: int, val_loader: Any) -> None:
     threads = torch.get_num_threads()
     device = run.outputs.environment["gpu"] or f"CPU, {threads} thread{'s' * (threads > 1)}"
     parameters = sum(parameter.numel() for parameter in run.network.model.parameters())
-    steps = -(-plan.dense_samples // training.batch_size)
+    batch = min(training.batch_size, len(plan.indices))
+    steps = -(-plan.dense_samples // batch)
     rows = {
         "device": device if world == 1 else f"{world} x {device}",
         "model": f"{config.model.name}, {parameters / 1e6:,.2f} M parameters, "
         f"{run.network.base_flop / 1e9:.3g} GFLOP per picture (forward and backward)",
         "data": f"{config.dataset.type}, {classes:,} classes, {len(plan.indices):,} pictures in training, "
         f"{val_pictures:,} in validation",
-        "schedule": schedule(config, steps),
+        "schedule": schedule(config, f"{steps:,} step{'s' * (steps > 1)} of {batch:,} pictures"),
         "mode": mode(config),
         "results": f"{config.logging.output_dir}, checkpoints in {checkpoint_folder(config)}",
     }
     print_rank0(f"{aligned(rows)}\n")
 
 
-def schedule(config: Config, steps: int) -> str:
-    """How long the run trains. steps: of an epoch that loads everything."""
+def schedule(config: Config, steps: str) -> str:
+    """How long the run trains. steps: of an epoch that loads everything, in words."""
     training, minutes = config.training, config.training.max_minutes
-    text = f"{training.epochs:,} epochs of {steps:,} steps of {training.batch_size:,} pictures"
+    text = f"{training.epochs:,} epoch{'s' * (training.epochs > 1)} of {steps}"
     if training.lr_decay == "time":
-        return f"{minutes:.3g} minutes of training, in {steps:,} steps of {training.batch_size:,} pictures per epoch"
+        return f"{minutes:.3g} minutes of training, in epochs of {steps}"
     return text if minutes is None else f"{text}, at most {minutes:.3g} minutes"
 
 

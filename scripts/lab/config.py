@@ -96,7 +96,7 @@ class Config(Section):
         own = "" if self.ast.rule == "infobatch" else " or ast.anneal_epochs"
         return (
             f"ast.warmup_epochs: with {warmup} dense epochs at the start and {after} at the end, none of "
-            f"training.epochs={epochs} is sparse; lower ast.warmup_epochs{own}"
+            f"training.epochs={epochs} is sparse; lower ast.warmup_epochs{own}, or raise training.epochs"
         )
 
     def sparse_span(self) -> range:

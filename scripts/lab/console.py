@@ -60,18 +60,20 @@ def epoch_line(config: Config, row: Mapping[str, Any] | None = None) -> str:
     line = f"{'epoch':>9} {'phase':>6}"
     if row is not None:
         phase = config.ast.mode if config.is_sparse(row["epoch"] - 1) else "dense"
-        line = f"{row['epoch']:>5}/{config.training.epochs:<3} {phase:>6}"
+        of = f"/{config.training.epochs}" if config.training.lr_decay == "epochs" else ""  # by time: as many as fit
+        line = f"{row['epoch']:>5}{of:<4} {phase:>6}"
     return f"{line} {table_line(EPOCH_COLUMNS, row)}"
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """The table at the end of a run."""
     ledger, energy, final = result["ledger"], result["energy_kj"], result["final_accuracy"]
+    training = result["config"]["training"]
     best = f"best {result['best_accuracy']:.2f} % in epoch {result['best_epoch']}"
     rows = {
         "status": result["status"] + (f": {result['error']}" if "error" in result else ""),
         "accuracy": "-" if final is None else f"{best}, final {final:.2f} %",
-        "epochs": f"{result['epochs_completed']} of {result['config']['training']['epochs']}",
+        "epochs": str(result["epochs_completed"]) + (f" of {training['epochs']}" * (training["lr_decay"] == "epochs")),
         "time": f"{result['train_seconds']:.1f} s training, {3600 * result['total_time_hours']:.1f} s in all",
         "samples": f"{ledger['loaded']:,} loaded, {ledger['scored']:,} scored, {ledger['trained']:,} trained",
         "optimizer steps": f"{ledger['steps']:,}",

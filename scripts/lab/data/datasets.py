@@ -145,8 +145,7 @@ class ImageDataset(Dataset):
     def name_of(self, index: int) -> str:
         """The path of a sample's file, or its number in the data set where it is no file."""
         at = index % len(self)
-        source = self.samples[at][0] if isinstance(self.samples, list) else None
-        return self._named(source, at)
+        return self._named(self.samples[at][0] if isinstance(self.samples, list) else None, at)
 
     def _named(self, source: Any, at: int) -> str:
         return str(source) if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
@@ -239,7 +238,7 @@ def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> I
     """The pictures of a folder, <folder>/<class>/<image>; `folders.scan_folder` has the rules.
 
     classes: the class names in the order of their labels; None takes those of the folder, sorted. With them, a class
-    may lack its folder. A line says what was skipped, and the data set's `skipped` counts it.
+    may lack its folder, and a line says so. Another says what was skipped, and the data set's `skipped` counts it.
 
     Raises RequestError naming the config `key` where a folder cannot be read, is none of `classes` or holds no picture.
     """
@@ -256,6 +255,8 @@ def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> I
         more = f" and in {len(empty) - 1} more" if len(empty) > 1 else ""
         endings = f"their names end in {', '.join(IMG_EXTENSIONS)}"
         raise RequestError(f"{key}: {folder}: no images in class folder {empty[0]!r}{more}; {endings}")
+    if absent := [name for name in classes if name not in pictures]:
+        print_rank0(f"note: {key}: {folder}: no folder for {len(absent)} of {len(classes)} classes, as {absent[0]!r}")
     if skipped:
         counts = ", ".join(f"{kind} {count:,}" for kind, count in sorted(skipped.items()))
         print_rank0(f"{key}: skipped: {counts}")

@@ -110,7 +110,8 @@ class Outputs:
         path = save_results(result, self.config.logging.output_dir)
         print_rank0(f"{summary(result)}\nresults: {path}")
         if result["weights"] is not None:
-            print_rank0(f"weights: {weights_folder(self.config)}")
+            of = f"of epoch {result['best_epoch']}, {result['best_accuracy']:.2f} %"
+            print_rank0(f"weights: {weights_folder(self.config)} ({of})")
         if eaten is not None and result["status"] not in ("failed", "interrupted"):
             eaten.write(path, {name: result["times_trained"][name] for name in diet.SHEETS})
         return path

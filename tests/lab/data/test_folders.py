@@ -1,6 +1,7 @@
 """Folders of pictures on a real disk: what is a class and a picture, and what is skipped and said to be."""
 
 import os
+import shutil
 import signal
 import socket
 
@@ -75,6 +76,16 @@ def test_a_class_folder_without_a_picture_is_refused(part, image_folder):
     complaint = rf"dataset.{part}_dir: .*/{part}: no images in class folder 'yellow' and in 1 more; their names end in"
     with pytest.raises(RequestError, match=complaint):
         build_datasets(folder_config(image_folder).dataset)
+
+
+def test_a_class_that_validation_lacks_is_named(image_folder, capsys):
+    shutil.rmtree(image_folder / "val" / "green")
+    shutil.rmtree(image_folder / "val" / "red")
+    _, val = build_datasets(folder_config(image_folder).dataset)
+    assert len(val) == 3
+    assert val.classes == ["blue", "green", "red"]
+    said = f"note: dataset.val_dir: {image_folder}/val: no folder for 2 of 3 classes, as 'green'\n"
+    assert said in capsys.readouterr().out
 
 
 def test_a_folder_is_read_once_however_many_links_lead_to_it(image_folder, tmp_path):
