@@ -118,7 +118,7 @@ class ASTConfig(Section):
         0.0,
         description="share of the samples that is not trained on, because their labels may be wrong; history: so much "
         "of highest significance; auto: from half of the schedule on those whose label is not believed, so many as "
-        "there are",
+        "there are; with training.loss=early_learning it lowered the accuracy",
     )
     explore: float = Field(
         0.1, ge=0, lt=1, description="history: chance of a sample below the threshold to be trained on all the same"
@@ -206,7 +206,9 @@ class TrainingConfig(Section):
         0.0, ge=0, description="alpha of CutMix, likewise; with both, each step takes one of them at random; 0: none"
     )
     loss: Literal["cross_entropy", "generalised_cross_entropy", "early_learning"] = Field(
-        "cross_entropy", description="that is minimised; the other two suffer less from wrong labels"
+        "cross_entropy",
+        description="that is minimised; the other two are made for wrong labels: on CIFAR-10 with 17 % of them "
+        "early_learning helped, most in 80 epochs, and generalised_cross_entropy did not",
     )
     loss_weight: float = Field(3.0, ge=0, description="early_learning: weight of what it adds to the cross-entropy")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss, not of the significance")
