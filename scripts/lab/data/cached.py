@@ -82,8 +82,20 @@ class CachedLoader:
         """This process's part of each batch."""
         order = self.indices if self.plan is None else self.plan.indices_to_load()
         order = np.searchsorted(self.indices, order)
-        for start in range(self.batch_size * (self.plan.first_batch if self.plan else 0), len(order), self.batch_size):
+        first = self.batch_size * (self.plan.first_batch if self.plan else 0)
+        self._draw_erasures(order[first:])
+        for start in range(first, len(order), self.batch_size):
             yield self._part(order[start : start + self.batch_size])
+
+    def _draw_erasures(self, rows: np.ndarray) -> None:
+        """The boxes that are erased in the current epoch, float64 [n, 4] by row: one batch after the other would launch
+        these many small kernels again and again. rows: int64, all that the epoch yields."""
+        if not self.augmentation.erasing:
+            return
+        self.erased = torch.zeros(len(self.indices), 4, dtype=torch.float64, device=self.device)
+        for part in np.array_split(rows, max(1, math.ceil(len(rows) / 2**16))):  # 25 MB of numbers each
+            boxes = self.augmentation.erasures(self.uniforms(part, self.device))
+            self.erased[to_device(torch.from_numpy(part), self.device)] = boxes
 
     def _part(self, batch: np.ndarray) -> BatchPart:
         """This process's part of a batch, whose samples are given as rows, int64 [batch]."""
@@ -128,7 +140,7 @@ class CachedLoader:
 
     def labelled(self, images: Tensor, rows: np.ndarray) -> LoaderBatch:
         """The batch of the samples of some rows, int64 [n]; what is to be erased of its images is erased."""
-        if self.augmentation.erasing and len(rows):
-            images = self.erase(images, self.augmentation.erasures(self.uniforms(rows, self.device)))
         rows = to_device(torch.from_numpy(rows), self.device)
+        if self.augmentation.erasing and len(images):
+            images = self.erase(images, self.erased[rows])
         return LoaderBatch(images, self.labels[rows], self.sample_indices[rows], self.read_errors.found)

@@ -6,6 +6,7 @@ import torch
 from helpers import folder_config, hf_config, smooth_pictures
 from lab.data import cache as cache_module
 from lab.data.datasets import ReadErrors
+from lab.data.images import Augmentation
 from lab.data.loading import device_batches
 from lab.errors import RequestError
 from train_ast import build_dataloaders
@@ -45,6 +46,20 @@ def test_a_sample_looks_the_same_streamed_and_resident(size, apart, image_folder
         difference = (streamed.float() - kept.float()).abs().mean()
         assert difference <= apart  # crops of down to a few pixels, their edges rounded twice
         assert (streamed.float() - kept.float().flip(-1)).abs().mean() > 20
+
+
+def test_what_is_erased_is_drawn_once_an_epoch(image_folder, monkeypatch):
+    drawn, draw = [], Augmentation.erasures
+    monkeypatch.setattr(
+        Augmentation, "erasures", lambda self, numbers: drawn.append(len(numbers)) or draw(self, numbers)
+    )
+    keys = ["dataset.cache=device", "dataset.random_erasing=0.5", "training.batch_size=4"]
+    train, _, plan, _ = build_dataloaders(folder_config(image_folder, *keys), CPU)
+    for epoch in (1, 2):
+        drawn.clear()
+        plan.start_epoch(epoch)
+        assert len(list(device_batches(train, CPU))) == 6
+        assert drawn == [24]
 
 
 def test_resident_batches_follow_the_plan_and_depend_on_the_seed_and_epoch_alone(image_folder):
