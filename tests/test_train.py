@@ -137,7 +137,7 @@ def test_time_cap_ends_inside_an_epoch_and_still_validates(tmp_path):
     started = time.monotonic()
     result, _ = run_digits(tmp_path, f"training.max_minutes={cap}", "training.epochs=100000", "ast.mode=dense")
     assert result["status"] == "time_capped"
-    assert time.monotonic() - started < 60 * cap + 5
+    assert time.monotonic() - started < 60 * cap + 10  # the machine may have other work
     assert len(result["training_history"]["val_acc"]) - result["epochs_completed"] in (0, 1)
 
 
