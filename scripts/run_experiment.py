@@ -90,7 +90,7 @@ def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
         return f"verdict: none: no step of the dense twin fitted into {result['train_seconds']:.2g} s of training"
     lead, mode = result["final_accuracy"] - twin["final_accuracy"], result["config"]["ast"]["mode"]
     shares = [each["final_accuracy"] / 100 for each in (result, twin)]
-    pictures = sum(result["classes"]["val_samples"]) if result["classes"] else math.inf
+    pictures = sum(result["classes"]["val_samples"])
     noise = 196 * math.sqrt(sum(share * (1 - share) for share in shares) / pictures)
     winner = f"{mode if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
     if abs(lead) <= noise:

@@ -41,7 +41,7 @@ from lab.banner import announce, say_if_long
 from lab.checks import check_start
 from lab.cli import RESUME_HELP, command_parser, run_cli
 from lab.config import Config, checkpoint_folder, first_complaint, require_known
-from lab.console import epoch_line, print_rank0, step_bar
+from lab.console import epoch_line, of_all, print_rank0, step_bar
 from lab.data.cache import Split, cached_loaders, prepare_caches
 from lab.data.datasets import DigitsDataset, FolderDataset, HFDataset, ImageDataset, ReadErrors, measure_moments
 from lab.data.images import Augmentation
@@ -1063,7 +1063,7 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
     """
     trainer, metrics, clock, selection = run.trainer, run.metrics, run.clock, run.selection
     any_active_in_accum, signalled = trainer.window_open(), False
-    label = f"epoch {metrics.epoch + 1}/{run.config.training.epochs}"
+    label = f"epoch {metrics.epoch + 1}{of_all(run.config)}"
     with step_bar(label, steps) as heartbeat:
         for batch, scores in run.ahead.pairs(() if clock.out_of_time() else batches, run.scoring):
             metrics.ledger.loaded += len(batch.labels)

@@ -55,13 +55,17 @@ EPOCH_COLUMNS: Columns = {
 }
 
 
+def of_all(config: Config) -> str:
+    """What follows an epoch's number, "/20"; nothing where the schedule is by time: then as many come as fit."""
+    return f"/{config.training.epochs}" if config.training.lr_decay == "epochs" else ""
+
+
 def epoch_line(config: Config, row: Mapping[str, Any] | None = None) -> str:
     """A row of the table that grows while a run goes on, or its header."""
     line = f"{'epoch':>9} {'phase':>6}"
     if row is not None:
         phase = config.ast.mode if config.is_sparse(row["epoch"] - 1) else "dense"
-        of = f"/{config.training.epochs}" if config.training.lr_decay == "epochs" else ""  # by time: as many as fit
-        line = f"{row['epoch']:>5}{of:<4} {phase:>6}"
+        line = f"{row['epoch']:>5}{of_all(config):<4} {phase:>6}"
     return f"{line} {table_line(EPOCH_COLUMNS, row)}"
 
 

@@ -286,14 +286,18 @@ def draw(study: Study, name: str, legend: bool) -> Figure | None:
     return figure
 
 
-def draw_file(study: Study, name: str, kind: str) -> bytes | None:
-    """One of FIGURES as a file, `png` or `svg`, the same bytes for the same study; None where it has no panel."""
-    figure, file = draw(study, name, legend=True), io.BytesIO()
-    if figure is None:
-        return None
+def saved(figure: Figure, name: str, kind: str) -> bytes:
+    """A figure as a file, `png` or `svg`, the same bytes for the same study."""
+    file = io.BytesIO()
     with plain_style(RC | {"svg.hashsalt": name}):
         figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return file.getvalue()
+
+
+def draw_file(study: Study, name: str, kind: str) -> bytes | None:
+    """One of FIGURES as `saved`; None where it has no panel."""
+    figure = draw(study, name, legend=True)
+    return None if figure is None else saved(figure, name, kind)
 
 
 def draw_frontier(path: Path, studies: Sequence[Study]) -> bytes:
@@ -322,8 +326,9 @@ def draw_groups(studies: Sequence[Study]) -> dict[str, bytes]:
 
 def draw_all(study: Study) -> dict[str, bytes]:
     """Every figure that has something to show, as PNG and as SVG, by file name."""
-    files = {f"{name}.{kind}": draw_file(study, name, kind) for name in FIGURES for kind in ("png", "svg")}
-    return {name: file for name, file in files.items() if file is not None}
+    drawn = {name: draw(study, name, legend=True) for name in FIGURES}
+    shown = {name: figure for name, figure in drawn.items() if figure is not None}
+    return {f"{name}.{kind}": saved(figure, name, kind) for name, figure in shown.items() for kind in ("png", "svg")}
 
 
 def inline_svg(figure: Figure, name: str) -> Markup:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lab.benchmark.scaling import read_single
 from lab.cli import command_parser
+from lab.data.cache import MOST_READERS
 from lab.errors import RequestError
 from lab.launch import launched
 
@@ -63,7 +64,7 @@ def add_epoch(kinds: Any) -> argparse.ArgumentParser:
     add("--activations", type=float, nargs="+", default=[0.5, 0.25], metavar="SHARE", help="default: 0.5 0.25")
     add("--kinds", nargs="+", choices=["none", "disk", "device"], default=["disk", "none"], help="as dataset.cache")
     add("--only", nargs="+", metavar="PATTERN", help="only ways to train whose name has a match (Python's re)")
-    add("--workers", type=int, help="as training.num_workers; of disk: the threads, at most 8")
+    add("--workers", type=int, help=f"as training.num_workers; of disk: the threads, at most {MOST_READERS}")
     add("--compile", choices=["off", "default", "reduce-overhead"], default="default", help="torch.compile mode")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="as training.device")
     add("--epoch-steps", type=int, metavar="N", help="end epochs from a cache after N steps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,11 +144,11 @@ def device_batches(
         yield prefetched[0]
 
 
-def await_copy(tensors: Iterable[Tensor], copied: torch.cuda.Event) -> None:
+def await_copy(tensors: Sequence[Tensor], copied: torch.cuda.Event) -> None:
     """Let the current stream wait until tensors are copied, and keep their memory until that stream has used them."""
+    stream = torch.cuda.current_stream(tensors[0].device)
+    stream.wait_event(copied)
     for tensor in tensors:
-        stream = torch.cuda.current_stream(tensor.device)
-        stream.wait_event(copied)
         tensor.record_stream(stream)
 
 

@@ -17,8 +17,8 @@ try:
 except ImportError:  # no package of it for this machine
     triton = None
 
-FIRST, ROWS, WIDTH, TOP, LEFT, HEIGHT, LENGTH, MIRROR = range(8)  # the columns of a table of views
-COLUMNS = 8
+COLUMNS = 8  # of a table of views
+FIRST, ROWS, WIDTH, TOP, LEFT, HEIGHT, LENGTH, MIRROR = range(COLUMNS)
 
 
 def table_of_views(
