@@ -33,7 +33,7 @@ ADDED = {
     "training.epochs=4 dataset.max_train_samples=256",
     "scripts/analyze_results.py --results-dir results/sweep --plot --save-dir results/plots "
     "--report results/report.html": "",
-    "scripts/analyze_results.py --results-dir results/published/cifar10_auto_h200/full "
+    "scripts/analyze_results.py --results-dir results/published/cifar10_erasing_h200/full "
     "--frontier results/published/frontier.png": "--results-dir results/sweep",
     "scripts/download_imagenette.py": "",  # finds the folder there; the download has a test of its own
     "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model test_resnet --classes 10 "
