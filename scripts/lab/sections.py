@@ -118,7 +118,8 @@ class ASTConfig(Section):
         0.0,
         description="share of the samples that is not trained on, because their labels may be wrong; history: so much "
         "of highest significance; auto: from half of the schedule on those whose label is not believed, so many as "
-        "there are; with training.loss=early_learning it lowered the accuracy",
+        "there are; it gained with 40 and more epochs and cost some accuracy with 20; with "
+        "training.loss=early_learning it lowered the accuracy",
     )
     explore: float = Field(
         0.1, ge=0, lt=1, description="history: chance of a sample below the threshold to be trained on all the same"
