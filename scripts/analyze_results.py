@@ -1,16 +1,19 @@
-"""Compare finished runs: a table with seeds as replicates, plots and a report; or follow a run while it goes on.
+"""Compare finished runs: a table with seeds as replicates, plots and a report; or follow a run
+while it goes on.
 
     python scripts/analyze_results.py --results-dir results
     python scripts/analyze_results.py --results-dir results --plot --save-dir results/plots
-    python scripts/analyze_results.py --results-dir monday tuesday --baseline dense --report results/report.html
+    python scripts/analyze_results.py --results-dir monday tuesday --baseline dense \\
+        --report results/report.html
     python scripts/analyze_results.py --results-dir results --frontier results/frontier.png
     python scripts/analyze_results.py --follow results/run.jsonl
 
-Reads every final_results_*.json of the folders, also those that hold only the documented keys. Runs that differ in
-nothing but their seed are one setting. Only runs on the same data with the same model are compared: where there are
-others, each such group has its own table, baseline, verdict and figures. Accuracies are in percent, activation a share
-of 0 to 1, time in seconds of training, energy in kJ: measured by NVML, or estimated as time x TDP. Exit codes: 0 done;
-2 the request was wrong.
+Reads every final_results_*.json of the folders, also those that hold only the documented keys. Runs
+that differ in nothing but their seed are one setting. Only runs on the same data with the same
+model are compared: where there are others, each such group has its own table, baseline, verdict and
+figures. Accuracies are in percent, activation a share of 0 to 1, time in seconds of training,
+energy in kJ: measured by NVML, or estimated as time x TDP. Exit codes: 0 done; 2 the request was
+wrong.
 """
 
 from __future__ import annotations
@@ -22,33 +25,69 @@ from pathlib import Path
 
 import pandas as pd
 
-from lab.analysis.study import Study, compare
-from lab.analysis.tables import follow, frontier_lines, several, text_table, to_latex, to_markdown, verdict
-from lab.cli import command_parser, run_cli
-from lab.errors import one_line
-from lab.files import no_formula, write_outputs
-from lab.launch import forget_launch
-from lab.plotting import import_matplotlib
-from lab.results import load_runs
-from lab.streams import print_progress
+from lab.base.errors import one_line
+from lab.base.files import no_formula, write_outputs
+from lab.base.launch import forget_launch
+from lab.base.plotting import import_matplotlib
+from lab.base.streams import print_progress
+from lab.study.analysis.study import Study, compare
+from lab.study.analysis.tables import (
+    follow,
+    frontier_lines,
+    several,
+    text_table,
+    to_latex,
+    to_markdown,
+    verdict,
+)
+from lab.study.cli import command_parser, run_cli
+from lab.study.results import load_runs
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("--results-dir", default=[Path("results")], type=Path, nargs="+", metavar="DIR",
-                        help="folders of final_results_*.json, default: results")  # fmt: skip
+    parser.add_argument(
+        "--results-dir",
+        default=[Path("results")],
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="folders of final_results_*.json, default: results",
+    )
     parser.add_argument("--dataset", metavar="NAME", help="leave out runs on any other")
-    parser.add_argument("--baseline", metavar="SETTING", help="compare with it; default: the most accurate dense one")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table with all digits and columns")
+    parser.add_argument(
+        "--baseline",
+        metavar="SETTING",
+        help="compare with it; default: the most accurate dense one",
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the table with all digits and columns"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
-    parser.add_argument("--latex", type=Path, metavar="FILE", help="write the table as LaTeX (booktabs)")
+    parser.add_argument(
+        "--latex", type=Path, metavar="FILE", help="write the table as LaTeX (booktabs)"
+    )
     parser.add_argument("--plot", action="store_true", help="write each figure as PNG and SVG")
-    parser.add_argument("--save-dir", type=Path, metavar="DIR", help="for the figures (default: RESULTS_DIR/plots)")
-    parser.add_argument("--title", metavar="TEXT", help="of figures and report, instead of the names of data and model")
-    parser.add_argument("--frontier", type=Path, metavar="FILE",
-                        help="draw final accuracy against training time; FILE ends in .png or .svg")  # fmt: skip
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write one self-contained HTML page")
-    parser.add_argument("--follow", type=Path, metavar="FILE", help="show a run's logging.jsonl_path as it grows")
+    parser.add_argument(
+        "--save-dir", type=Path, metavar="DIR", help="for the figures (default: RESULTS_DIR/plots)"
+    )
+    parser.add_argument(
+        "--title",
+        metavar="TEXT",
+        help="of figures and report, instead of the names of data and model",
+    )
+    parser.add_argument(
+        "--frontier",
+        type=Path,
+        metavar="FILE",
+        help="draw final accuracy against training time; FILE ends in .png or .svg",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write one self-contained HTML page"
+    )
+    parser.add_argument(
+        "--follow", type=Path, metavar="FILE", help="show a run's logging.jsonl_path as it grows"
+    )
     return parser.parse_args(argv)
 
 
@@ -84,7 +123,9 @@ def to_csv(table: pd.DataFrame) -> str:
     return table.map(no_formula).rename(index=no_formula).to_csv()
 
 
-def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dict[Path, tuple[str, bytes]]:
+def requested_outputs(
+    args: argparse.Namespace, studies: Sequence[Study]
+) -> dict[Path, tuple[str, bytes]]:
     """By path, the option that asks for a file and the file's content."""
     outputs: dict[Path, tuple[str, bytes]] = {}
 
@@ -100,16 +141,20 @@ def requested_outputs(args: argparse.Namespace, studies: Sequence[Study]) -> dic
     if args.plot or args.report is not None or args.frontier is not None:
         import_matplotlib()
     if args.frontier is not None:
-        from lab.analysis.figures import draw_frontier  # matplotlib takes a second that a table need not
+        from lab.study.analysis.figures import (
+            draw_frontier,  # matplotlib takes a second that a table need not
+        )
 
         outputs[args.frontier] = "--frontier", draw_frontier(args.frontier, studies)
     if args.plot:
-        from lab.analysis.figures import draw_groups
+        from lab.study.analysis.figures import draw_groups
 
         folder = args.save_dir or args.results_dir[0] / "plots"
-        outputs |= {folder / name: ("--save-dir", content) for name, content in draw_groups(studies).items()}
+        outputs |= {
+            folder / name: ("--save-dir", content) for name, content in draw_groups(studies).items()
+        }
     if args.report is not None:
-        from lab.analysis.report import render
+        from lab.study.analysis.report import render
 
         add("--report", args.report, render(studies))
     return outputs

@@ -1,17 +1,18 @@
 """Measure what a training step and the input cost, all in one run on one machine.
 
     python scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256
-    python scripts/benchmark.py steps --model resnet18 --small-stem --image-size 32 --compile reduce-overhead
-    python scripts/benchmark.py steps --model test_resnet --image-size 32 --batch-size 32 --steps 4   # on a CPU
-    python scripts/benchmark.py steps --model resnet50 --nproc 2 --batch-size 512 --json steps.json   # two GPUs
+    python scripts/benchmark.py steps --model resnet18 --small-stem --image-size 32 \\
+        --compile reduce-overhead
+    python scripts/benchmark.py steps --model test_resnet --image-size 32 --batch-size 32 --steps 4
+    python scripts/benchmark.py steps --model resnet50 --nproc 2 --batch-size 512
     python scripts/benchmark.py scaling --steps steps.json --gpus 8 64 512
     python scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128
     python scripts/benchmark.py epoch --folder data/imagenet/train --stream-steps 60
 
 steps    training loops over one resident batch: the lab's own, and what others write by hand
-scaling  on paper: what those steps would take on more GPUs with as many samples each
-input    images per second of each pipeline over a folder of classes
-epoch    wall time of whole epochs of a folder of classes, by kind of cache, and how long the GPU waited in them
+scaling  on paper: what those steps would take on more GPUs with as many samples each input images
+per second of each pipeline over a folder of classes epoch    wall time of whole epochs of a folder
+of classes, by kind of cache, and how long the GPU waited in them
 """
 
 from __future__ import annotations
@@ -28,24 +29,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from lab.benchmark import epochs, inputs, timing
-from lab.benchmark.options import parse
-from lab.benchmark.peers import hand_written_steps, masked_loss_steps, two_forward_steps
-from lab.benchmark.scaling import benchmark_scaling, break_even, show_scaling
-from lab.benchmark.timing import Loop, StepRow, TimedDist, Workload
-from lab.cli import run_cli
-from lab.config import Config
+from lab.base.files import require_folder
+from lab.base.launch import launch, launched
+from lab.config.loading import Config
 from lab.data.loading import DeviceBatch
-from lab.files import require_folder
-from lab.launch import launch, launched
-from lab.models import get_model
-from lab.runtime.devices import configure_backends, environment, resolve_device
-from train_ast import Run, begin_epoch, build_dataloaders, select_active, selection_class, significance, train_one_epoch
+from lab.machine.devices import configure_backends, environment, resolve_device
+from lab.models.building import get_model
+from lab.study.benchmark import epochs, inputs, timing
+from lab.study.benchmark.options import parse
+from lab.study.benchmark.peers import hand_written_steps, masked_loss_steps, two_forward_steps
+from lab.study.benchmark.scaling import benchmark_scaling, break_even, show_scaling
+from lab.study.benchmark.timing import Loop, StepRow, TimedDist, Workload
+from lab.study.cli import run_cli
+from train_ast import (
+    Run,
+    begin_epoch,
+    build_dataloaders,
+    select_active,
+    selection_class,
+    significance,
+    train_one_epoch,
+)
 
 
-def lab_steps(workload: Workload, compiled: str, at_score_resolution: bool = False, **ast: Any) -> Loop:
+def lab_steps(
+    workload: Workload, compiled: str, at_score_resolution: bool = False, **ast: Any
+) -> Loop:
     """The lab's own epoch loop over the resident batch, packed, with the settings `ast`."""
-    config, device = workload.config.model_copy(deep=True), workload.images.device
+    config = workload.config.model_copy(deep=True)
+    device = workload.images.device
     resolution = workload.score_resolution if at_score_resolution else None
     small = min(config.dataset.image_size, 96)  # side of the pictures that a proxy sees
     settings = {"pack": True, "score_resolution": resolution, "proxy_resolution": small, **ast}
@@ -56,10 +68,13 @@ def lab_steps(workload: Workload, compiled: str, at_score_resolution: bool = Fal
     run = Run.build(config, model, device, planned_steps=10**6, dist=workload.dist)
     run.start_epoch(config.ast.warmup_epochs, np.arange(0))
     share = config.ast.target_activation if config.ast.mode == "random" else 1.0
-    batch = DeviceBatch(workload.images, workload.labels, torch.arange(len(workload.labels), device=device))
+    batch = DeviceBatch(
+        workload.images, workload.labels, torch.arange(len(workload.labels), device=device)
+    )
 
     def steps(n: int) -> None:
-        run.metrics.step, n = 0, max(1, round(share * n))
+        run.metrics.step = 0
+        n = max(1, round(share * n))
         train_one_epoch(run, islice(repeat(batch), n), n)
 
     activations = run.selection.activations
@@ -67,8 +82,8 @@ def lab_steps(workload: Workload, compiled: str, at_score_resolution: bool = Fal
 
 
 ALONE = {"compiles": False, "one_process": True}  # uncompiled, in one process
-# One entry is one row, in the order of the table: compiled, then uncompiled. lab/benchmark/peers.py says what the
-# hand-written loops do.
+# One entry is one row, in the order of the table: compiled, then uncompiled.
+# lab/study/benchmark/peers.py says what the hand-written loops do.
 STEP_ROWS = [
     StepRow("hand-written dense loop", hand_written_steps),
     StepRow("dense loop", partial(lab_steps, mode="dense")),
@@ -81,7 +96,11 @@ STEP_ROWS = [
     StepRow("  not scored ahead", partial(lab_steps, mode="ast", score_ahead=False)),
     StepRow("proxy-scored loop, a={activation:g}", partial(lab_steps, mode="ast", scoring="proxy")),
     StepRow("random loop, a={activation:g}", partial(lab_steps, mode="random")),
-    StepRow("stored scores, a={activation:g}", partial(hand_written_steps, stored=True), one_process=True),
+    StepRow(
+        "stored scores, a={activation:g}",
+        partial(hand_written_steps, stored=True),
+        one_process=True,
+    ),
     StepRow("batch-scored loop, not packed", partial(lab_steps, mode="ast", pack=False), **ALONE),
     StepRow("published pattern", partial(masked_loss_steps, ours=False), **ALONE),
     StepRow("  in our settings", partial(masked_loss_steps, ours=True), **ALONE),
@@ -91,18 +110,32 @@ STEP_ROWS = [
 
 
 def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
-    """The rows of STEP_ROWS for one model, resolution, batch size and activation. All processes return the same."""
+    """The rows of STEP_ROWS for one model, resolution, batch size and activation. All processes
+    return the same.
+    """
     config = Config()
-    config.model.name, config.model.small_stem = args.model, args.small_stem
-    config.dataset.num_classes, config.dataset.image_size = args.classes, args.image_size
-    config.ast.target_activation, config.ast.kp, config.ast.ki = args.activation, 1.0, 0.05
-    config.training.batch_size, config.training.lr, config.training.device = args.batch_size, 0.01, args.device
+    config.model.name = args.model
+    config.model.small_stem = args.small_stem
+    config.dataset.num_classes = args.classes
+    config.dataset.image_size = args.image_size
+    config.ast.target_activation = args.activation
+    config.ast.kp = 1.0
+    config.ast.ki = 0.05
+    config.training.batch_size = args.batch_size
+    config.training.lr = 0.01
+    config.training.device = args.device
     config.metrics.base_flop_per_sample = 1.0  # not reported here
     device = resolve_device(config.training)
     dist = TimedDist.join(device)
-    lab = {"get_model": get_model, "significance": significance, "score_resolution": args.score_resolution}
+    lab = {
+        "get_model": get_model,
+        "significance": significance,
+        "score_resolution": args.score_resolution,
+    }
     workload = timing.random_workload(config, device, dist, **lab)
-    loops = timing.choose_loops(STEP_ROWS, workload, ["off"] if args.no_compile else [args.compile, "off"], args.only)
+    loops = timing.choose_loops(
+        STEP_ROWS, workload, ["off"] if args.no_compile else [args.compile, "off"], args.only
+    )
     rows = {}
     result = {"processes": dist.world, "batch_size": args.batch_size, "model": args.model}
     result |= {"image_size": args.image_size, **environment(device), "rows": rows}

@@ -1,8 +1,10 @@
 """Run one experiment from a config, with overrides.
 
-    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3
-    python scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin training.lr=0.001
-    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml --nproc 8 --resume auto
+    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml \\
+        --epochs 50 --target-activation 0.3
+    python scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin
+    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml \\
+        --nproc 8 --resume auto
 
 Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interrupted.
 """
@@ -15,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
-from lab.config import Config, dump_config
-from lab.console import print_rank0
-from lab.errors import RequestError
-from lab.files import sibling, write_result
-from lab.launch import forget_launch, launch, launched
-from lab.runtime.clock import Stop
+from lab.base.console import print_rank0
+from lab.base.errors import RequestError
+from lab.base.files import sibling, write_result
+from lab.base.launch import forget_launch, launch, launched
+from lab.config.loading import Config, dump_config
+from lab.machine.clock import Stop
+from lab.study.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
 from train_ast import execute, load_config, lr_warmup_share, train
 
 FLAGS = {
@@ -34,20 +36,26 @@ FLAGS = {
     "--output-dir": "logging.output_dir",
 }
 
-EPOCHS_FACTOR = 100  # training.epochs of the baseline over those of the sparse run: its time ends it long before
+# training.epochs of the baseline over those of the sparse run: its time ends it long before
+EPOCHS_FACTOR = 100
 
 
 def time_matched_baseline(config: Config, train_seconds: float) -> Config:
-    """The dense twin of `config`: the same but dense, its schedule decayed over exactly `train_seconds` of training."""
+    """The dense twin of `config`: the same but dense, its schedule decayed over exactly
+    `train_seconds` of training.
+    """
     training = config.training.model_copy(
         update={
             "lr_decay": "time",
             "max_minutes": train_seconds / 60,
             "epochs": EPOCHS_FACTOR * config.training.epochs,
-            "lr_warmup_epochs": EPOCHS_FACTOR * config.training.epochs * lr_warmup_share(config, of_loaded=True),
+            "lr_warmup_epochs": EPOCHS_FACTOR
+            * config.training.epochs
+            * lr_warmup_share(config, of_loaded=True),
         }
     )
-    ast, outputs = config.ast.model_copy(update={"mode": "dense"}), config.logging
+    ast = config.ast.model_copy(update={"mode": "dense"})
+    outputs = config.logging
     if outputs.jsonl_path is not None:
         outputs = outputs.model_copy(update={"jsonl_path": sibling(outputs.jsonl_path, "dense")})
     twin = config.model_copy(update={"training": training, "ast": ast, "logging": outputs})
@@ -55,10 +63,11 @@ def time_matched_baseline(config: Config, train_seconds: float) -> Config:
 
 
 def execute_with_baseline(config: Config, resume: str | None = None) -> int:
-    """Train `config`, then its time-matched baseline. Each of the two results names the other as `twin`.
+    """Train `config`, then its time-matched baseline. Each of the two results names the other as
+    `twin`.
 
-    `resume`: the checkpoint of `config`; the baseline then goes on from its own, if it has one. Returns the exit code.
-    Raises RequestError for a config that is dense itself.
+    `resume`: the checkpoint of `config`; the baseline then goes on from its own, if it has one.
+    Returns the exit code. Raises RequestError for a config that is dense itself.
     """
     if config.ast.mode == "dense":
         raise RequestError("--dense-twin: ast.mode is dense; a twin is of a sparse or random run")
@@ -68,10 +77,17 @@ def execute_with_baseline(config: Config, resume: str | None = None) -> int:
     if result["status"] == "interrupted":
         return 128 + stop.signal
     if result["final_accuracy"] is None:
-        print_rank0(f"verdict: none: training.max_minutes={config.training.max_minutes:g} left no time for an epoch")
+        print_rank0(
+            f"verdict: none: training.max_minutes={config.training.max_minutes:g} left "
+            f"no time for an epoch"
+        )
         return 0
-    stop.deadline = math.inf  # training.max_minutes caps the sparse run; the baseline has its own budget
-    twin, twin_path = train(time_matched_baseline(config, result["train_seconds"]), stop, resume and "auto")
+    stop.deadline = (
+        math.inf
+    )  # training.max_minutes caps the sparse run; the baseline has its own budget
+    twin, twin_path = train(
+        time_matched_baseline(config, result["train_seconds"]), stop, resume and "auto"
+    )
     if twin["status"] == "interrupted":
         return 128 + stop.signal
     if launched()[0] == 0:
@@ -82,20 +98,32 @@ def execute_with_baseline(config: Config, resume: str | None = None) -> int:
 
 
 def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
-    """Which of the two has the higher final accuracy, by how many percentage points, and the training time of each.
+    """Which of the two has the higher final accuracy, by how many percentage points, and the
+    training time of each.
 
-    Nobody wins within 1.96 standard errors of the difference of two shares of the validation pictures.
+    Nobody wins within 1.96 standard errors of the difference of two shares of the validation
+    pictures.
     """
     if twin["final_accuracy"] is None:
-        return f"verdict: none: no step of the dense twin fitted into {result['train_seconds']:.2g} s of training"
-    lead, mode = result["final_accuracy"] - twin["final_accuracy"], result["config"]["ast"]["mode"]
+        return (
+            f"verdict: none: no step of the dense twin fitted into "
+            f"{result['train_seconds']:.2g} s of training"
+        )
+    lead = result["final_accuracy"] - twin["final_accuracy"]
+    mode = result["config"]["ast"]["mode"]
     shares = [each["final_accuracy"] / 100 for each in (result, twin)]
     pictures = sum(result["classes"]["val_samples"])
     noise = 196 * math.sqrt(sum(share * (1 - share) for share in shares) / pictures)
     winner = f"{mode if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
     if abs(lead) <= noise:
-        winner = f"level: {lead:+.2f} points, and {pictures:,} validation pictures resolve no less than {noise:.2f}"
-    texts = [f"{each['final_accuracy']:.2f} % in {each['train_seconds']:.1f} s" for each in (result, twin)]
+        winner = (
+            f"level: {lead:+.2f} points, and {pictures:,} validation pictures resolve no "
+            f"less than {noise:.2f}"
+        )
+    texts = [
+        f"{each['final_accuracy']:.2f} % in {each['train_seconds']:.1f} s"
+        for each in (result, twin)
+    ]
     return f"verdict: {winner}: {mode} {texts[0]}, its dense twin {texts[1]} of training"
 
 
@@ -104,10 +132,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
     for flag, key in FLAGS.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"short for {key}=VALUE")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config as YAML and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config as YAML and stop"
+    )
     parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
     parser.add_argument(
-        "--nproc", type=int, default=1, metavar="N", help="processes, one for each GPU, started by torchrun"
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes, one for each GPU, started by torchrun",
     )
     parser.add_argument(
         "--max-restarts",
@@ -125,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.dry_run or args.nproc > 1 or args.max_restarts:
         forget_launch()
-    flags = [f"{key}={value}" for key in FLAGS.values() if (value := getattr(args, key)) is not None]
+    flags = [
+        f"{key}={value}" for key in FLAGS.values() if (value := getattr(args, key)) is not None
+    ]
     config = load_config(args.config, [*args.overrides, *flags])
     if args.dry_run:
         print(dump_config(config), end="")

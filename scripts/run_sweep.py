@@ -1,15 +1,18 @@
 """Run many configs, each run in a process of its own, and list how each ended.
 
-    python scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml configs/imagenet_vitb16_ast.yaml
+    python scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml \\
+        configs/imagenet_vitb16_ast.yaml
     python scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,random \\
         ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 --output-dir results/sweep
-    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --gpus 0 1 --runs-per-gpu 2 --resume
-    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --one-process --seeds 0 1 2 \\
+    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --gpus 0 1 \\
+        --runs-per-gpu 2 --resume
+    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --one-process \\
+        --seeds 0 1 2 \\
         --variants "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
 
-A run that fails is listed with its reason, and the others go on. When a run ends, one line about it is added to
-<output_dir>/sweep_summary_<timestamp>.jsonl. What it printed is in <output_dir>/logs/. Ctrl-C and SIGTERM are passed on
-to the runs, which save what they have; a second one kills them.
+A run that fails is listed with its reason, and the others go on. When a run ends, one line about it
+is added to <output_dir>/sweep_summary_<timestamp>.jsonl. What it printed is in <output_dir>/logs/.
+Ctrl-C and SIGTERM are passed on to the runs, which save what they have; a second one kills them.
 Exit codes: 0 all done; 1 a run failed; 2 the request was wrong; 130 or 143 interrupted.
 """
 
@@ -22,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import run_experiment
-from lab.cli import command_parser, run_cli
-from lab.errors import RequestError
-from lab.files import append_jsonl, locked, require_folder
-from lab.grid import cross, is_override
-from lab.launch import forget_launch
-from lab.streams import print_progress
-from lab.sweep import (
+from lab.base.errors import RequestError
+from lab.base.files import append_jsonl, locked, require_folder
+from lab.base.launch import forget_launch
+from lab.base.streams import print_progress
+from lab.config.grid import cross, is_override
+from lab.study.cli import command_parser, run_cli
+from lab.study.sweep import (
     Halt,
     Planned,
     as_written,
@@ -50,37 +53,51 @@ from train_ast import check_config
 RUNNER = Path(__file__).with_name("run_experiment.py")
 
 
+OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
+    "--configs": {
+        "required": True,
+        "nargs": "+",
+        "metavar": "FILE",
+        "help": "configs, run in this order",
+    },
+    "--grid": {"nargs": "+", "metavar": "KEY=V1,V2", "help": "run every combination of these"},
+    "--variants": {
+        "nargs": "+",
+        "metavar": '"KEY=V .."',
+        "help": "run each with each set of overrides",
+    },
+    "--seeds": {"nargs": "+", "metavar": "N", "help": "repeat each with these seeds"},
+    "--gpus": {"nargs": "+", "metavar": "N", "help": "GPUs to use; default: as torch chooses"},
+    "--runs-per-gpu": {"type": int, "metavar": "N", "help": "runs at a time on each (default 1)"},
+    "--one-process": {
+        "action": "store_true",
+        "help": "run one after the other in this process, which keeps packages, pictures and "
+        "compiled code; if a run takes the process down, --resume runs the others",
+    },
+    "--dense-twin": {
+        "action": "store_true",
+        "help": "after each sparse run, its time-matched baseline: a dense run of the same time",
+    },
+    "--resume": {"action": "store_true", "help": "skip finished runs, go on with interrupted ones"},
+    "--dry-run": {"action": "store_true", "help": "print the plan and its time, and stop"},
+    "--output-dir": {"metavar": "DIR", "help": "short for logging.output_dir=DIR in every run"},
+}
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("--configs", required=True, nargs="+", metavar="FILE", help="configs, run in this order")
-    parser.add_argument("--grid", default=[], nargs="+", metavar="KEY=V1,V2", help="run every combination of these")
-    parser.add_argument(
-        "--variants", default=[], nargs="+", metavar='"KEY=V ..."', help="run each with each of these sets of overrides"
-    )
-    parser.add_argument("--seeds", default=[], nargs="+", metavar="N", help="repeat each with these seeds")
-    parser.add_argument("--gpus", default=[], nargs="+", metavar="N", help="GPUs to use; default: as torch chooses")
-    parser.add_argument("--runs-per-gpu", default=1, type=int, metavar="N", help="runs at a time on each (default 1)")
-    parser.add_argument(
-        "--one-process",
-        action="store_true",
-        help="run one after the other in this process, which keeps packages, pictures and compiled code; if a run "
-        "takes the process down, --resume runs the others",
-    )
-    parser.add_argument(
-        "--dense-twin",
-        action="store_true",
-        help="after each sparse run, its time-matched baseline: a dense run of the same training time",
-    )
-    parser.add_argument("--resume", action="store_true", help="skip finished runs, go on with interrupted ones")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and an estimate of its time, and stop")
-    parser.add_argument("--output-dir", metavar="DIR", help="short for logging.output_dir=DIR in every run")
+    for name, settings in OPTIONS.items():
+        parser.add_argument(name, **settings)
+    parser.set_defaults(grid=[], variants=[], seeds=[], gpus=[], runs_per_gpu=1)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over every config")
     args = parser.parse_intermixed_args(argv)
-    for name in ("configs", "seeds", "gpus"):  # in `--configs a.yaml training.lr=1` the option takes the override too
+    # in `--configs a.yaml training.lr=1` the option takes the override too
+    for name in ("configs", "seeds", "gpus"):
         values = getattr(args, name)
         args.overrides += [value for value in values if is_override(value)]
         setattr(args, name, [value for value in values if not is_override(value)])
-    args.overrides += [f"logging.output_dir={args.output_dir}"] if args.output_dir is not None else []
+    if args.output_dir is not None:
+        args.overrides.append(f"logging.output_dir={args.output_dir}")
     if args.one_process and (args.gpus or args.runs_per_gpu != 1):
         raise RequestError("--one-process: one run at a time; leave out --gpus and --runs-per-gpu")
     if args.runs_per_gpu < 1:
@@ -92,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     forget_launch()
     points = cross(args.grid, args.variants, args.seeds)
-    plans = plan_runs(args.configs, args.overrides, points, args.dense_twin, args.resume, check_config)
+    plans = plan_runs(
+        args.configs, args.overrides, points, args.dense_twin, args.resume, check_config
+    )
     slots = slots_of(args.gpus, args.runs_per_gpu)
     output_dir = Path(next(plan.config for plan in plans if plan.config).logging.output_dir)
     finished = as_written(output_dir, finished_runs(plans))
@@ -101,11 +120,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show_plan(plans, done, list(finished.values()), len(slots))
     logs = output_dir / "logs"
     require_folder(logs, "logging.output_dir", logs)
-    taken = f"{output_dir}: another sweep is writing to it; wait for it to end, or set another --output-dir"
+    taken = (
+        f"{output_dir}: another sweep is writing to it; wait for it to end, or set another "
+        f"--output-dir"
+    )
     with locked(logs / "lock", taken):
         rows = {plan.id: plan_row(plan) | finished[plan.id] for plan in plans if plan.id in done}
-        summary = open_summary(output_dir, args.resume, list(rows.values()), {plan.id for plan in plans})
-        print_progress(f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}")
+        summary = open_summary(
+            output_dir, args.resume, list(rows.values()), {plan.id for plan in plans}
+        )
+        print_progress(
+            f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}"
+        )
         return run_all(args, plans, rows, slots, summary, logs)
 
 
@@ -117,22 +143,35 @@ def run_all(
     summary: Path,
     logs: Path,
 ) -> int:
-    """Run the `plans` without a line in `rows`, add their lines to the `summary`, and return the exit code."""
-    ahead, names = [plan for plan in plans if plan.id not in rows], {plan.id: plan.name for plan in plans}
+    """Run the `plans` without a line in `rows`, add their lines to the `summary`, and return the
+    exit code.
+    """
+    ahead = [plan for plan in plans if plan.id not in rows]
+    names = {plan.id: plan.name for plan in plans}
 
     def record(row: dict[str, Any], still: Sequence[Planned]) -> None:
         rows[row["id"]] = row
         append_jsonl(summary, row)
         left = time_left(rows.values(), still, len(slots)) if still else None
         ended = f"[{len(plans) - len(still):>3}/{len(plans):<3}]"
-        print_progress(f"{ended} {row_line(row, names[row['id']])}{f'  ({left} left)' if left else ''}")
+        print_progress(
+            f"{ended} {row_line(row, names[row['id']])}{f'  ({left} left)' if left else ''}"
+        )
 
     halt = Halt()
     halt.watch_signals()
     for plan in ahead:
         if plan.error is not None:
-            wrong = {"status": "failed", "exit_code": 2, "duration_seconds": 0.0, "error": plan.error}
-            record(plan_row(plan) | wrong, [other for other in ahead if other.id not in rows and other != plan])
+            wrong = {
+                "status": "failed",
+                "exit_code": 2,
+                "duration_seconds": 0.0,
+                "error": plan.error,
+            }
+            record(
+                plan_row(plan) | wrong,
+                [other for other in ahead if other.id not in rows and other != plan],
+            )
     sound = hand_over([plan for plan in ahead if plan.error is None], logs)
     if args.one_process:
         work_off_here(sound, run_experiment.main, logs, halt, record)
@@ -140,8 +179,12 @@ def run_all(
         work_off(sound, RUNNER, slots, logs, halt, record)
     own = [rows[plan.id] for plan in plans if plan.id in rows]
     bad = [row for row in own if row["exit_code"]]
-    print_progress(f"\n{len(own) - len(bad)} of {len(plans)} runs done, {len(plans) - len(own)} not started")
-    print_progress("".join(f"{row_line(row, names[row['id']])}\n" for row in bad) + f"summary: {summary}")
+    print_progress(
+        f"\n{len(own) - len(bad)} of {len(plans)} runs done, {len(plans) - len(own)} not started"
+    )
+    print_progress(
+        "".join(f"{row_line(row, names[row['id']])}\n" for row in bad) + f"summary: {summary}"
+    )
     return 128 + halt.signals[0] if halt.signals else int(bool(bad))
 
 

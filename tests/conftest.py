@@ -17,14 +17,16 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 
-from lab.config import Config
+from lab.config.loading import Config
 from lab.data.loading import DeviceBatch, Scores
 from train_ast import Run, ast_forward, load_config, score, train
 
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # three test processes side by side on two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes they start
-settings.register_profile("lab", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
+settings.register_profile(
+    "lab", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # machines may be busy
 settings.load_profile("lab")
 
 
@@ -35,25 +37,36 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 def make_config(*overrides: str) -> Config:
     """Digits at 8 px on the CPU, sparse from the first epoch, with `overrides` laid over."""
-    base = ["dataset.image_size=8", "training.batch_size=16", "training.device=cpu", "ast.warmup_epochs=0"]
+    base = [
+        "dataset.image_size=8",
+        "training.batch_size=16",
+        "training.device=cpu",
+        "ast.warmup_epochs=0",
+    ]
     return load_config(None, [*base, "metrics.base_flop_per_sample=1e6", *overrides])
 
 
 @pytest.fixture(autouse=True)
 def _own_handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, its children too
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, its children too
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 class LayerNormNet(nn.Module):
-    """Flatten, two layers with a LayerNorm between: every sample's output depends on that sample alone."""
+    """Flatten, two layers with a LayerNorm between: every sample's output depends on that sample
+    alone.
+    """
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 24), nn.LayerNorm(24), nn.GELU())
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * 8 * 8, 24), nn.LayerNorm(24), nn.GELU()
+        )
         self.head = nn.Linear(24, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -61,11 +74,15 @@ class LayerNormNet(nn.Module):
 
 
 class BatchNormNet(nn.Module):
-    """A convolution with BatchNorm: outputs depend on the batch, so scoring and training forwards differ."""
+    """A convolution with BatchNorm: outputs depend on the batch, so scoring and training forwards
+    differ.
+    """
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
+        )
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -78,8 +95,12 @@ def make_run(model: nn.Module, *overrides: str) -> Run:
     return run
 
 
-def as_batch(images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None) -> DeviceBatch:
-    """A batch as it comes from the loader; the samples are the first of the data set unless `indices` says which."""
+def as_batch(
+    images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None
+) -> DeviceBatch:
+    """A batch as it comes from the loader; the samples are the first of the data set unless
+    `indices` says which.
+    """
     return DeviceBatch(images, labels, torch.arange(len(labels)) if indices is None else indices)
 
 
@@ -128,18 +149,26 @@ def image_folder(tmp_path: Path) -> Path:
         for label, (name, colour) in enumerate(COLOURS.items()):
             (folder / part / name).mkdir(parents=True)
             for i in range(count):
-                save_picture(folder / part / name / f"{i}.jpg", colour, 100 * label + i + 1000 * (part == "val"))
+                save_picture(
+                    folder / part / name / f"{i}.jpg",
+                    colour,
+                    100 * label + i + 1000 * (part == "val"),
+                )
     return folder
 
 
 @pytest.fixture
 def parquet_folder(tmp_path: Path) -> Path:
-    """The same pictures as a Hugging Face dataset: train.parquet and test.parquet with image and label."""
+    """The same pictures as a Hugging Face dataset: train.parquet and test.parquet with image and
+    label.
+    """
     import datasets
 
     folder = tmp_path / "parquet"
     folder.mkdir()
-    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=list(COLOURS))})
+    features = datasets.Features(
+        {"img": datasets.Image(), "kind": datasets.ClassLabel(names=list(COLOURS))}
+    )
     for part, count in (("train", 24), ("test", 9)):
         rows = {"img": [], "kind": []}
         for i in range(count):
@@ -148,7 +177,9 @@ def parquet_folder(tmp_path: Path) -> Path:
             rows["img"].append({"bytes": path.read_bytes(), "path": None})
             rows["kind"].append(i % 3)
             path.unlink()
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{part}.parquet"))
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            str(folder / f"{part}.parquet")
+        )
     return folder
 
 
@@ -172,9 +203,16 @@ MINIMAL = {  # a file of the published lab: the documented keys alone
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real runs, two of them one setting, a file with the documented keys, and two that cannot be used."""
+    """Real runs, two of them one setting, a file with the documented keys, and two that cannot be
+    used.
+    """
     folder = tmp_path_factory.mktemp("results")
-    small = ["model.name=test_resnet", "dataset.image_size=16", "dataset.max_train_samples=64", "ast.pack=true"]
+    small = [
+        "model.name=test_resnet",
+        "dataset.image_size=16",
+        "dataset.max_train_samples=64",
+        "ast.pack=true",
+    ]
     small += ["training.epochs=3", "ast.warmup_epochs=1", f"logging.output_dir={folder}"]
     for overrides in (["ast.mode=ast"], ["ast.mode=ast", "training.seed=1"], ["ast.mode=dense"]):
         train(make_config(*small, *overrides))

@@ -11,9 +11,9 @@ from torchvision.transforms import v2
 import analyze_results
 import run_experiment
 from conftest import REPO, make_config
-from lab.analysis.study import Study, compare
-from lab.cli import run_cli
-from lab.results import load_runs
+from lab.study.analysis.study import Study, compare
+from lab.study.cli import run_cli
+from lab.study.results import load_runs
 
 
 def write_run(folder, name, accuracies=(50.0, 60.0, 70.0), seconds=30.0, extra=None, **settings):
@@ -22,7 +22,8 @@ def write_run(folder, name, accuracies=(50.0, 60.0, 70.0), seconds=30.0, extra=N
     for key, value in settings.items():
         section, _, leaf = key.partition("__")
         config[section][leaf] = value
-    epochs, target = len(accuracies), config["ast"]["target_activation"]
+    epochs = len(accuracies)
+    target = config["ast"]["target_activation"]
     sparse, threshold = (1.0, None) if config["ast"]["mode"] == "dense" else (target, 0.5)
     result = {
         "best_accuracy": max(accuracies),
@@ -54,12 +55,23 @@ def write_run(folder, name, accuracies=(50.0, 60.0, 70.0), seconds=30.0, extra=N
 
 
 def write_sweep(folder: Path) -> Path:
-    """Three settings with three seeds, one of them dense, one failed run, and a file with hostile text."""
+    """Three settings with three seeds, one of them dense, one failed run, and a file with hostile
+    text.
+    """
     for seed in range(3):
         common = {"training__seed": seed}
         write_run(folder, f"a{seed}", (40.0, 60.0, 71 + seed / 3), 20 + seed, **common)
-        write_run(folder, f"b{seed}", (40.0, 60.0, 72 + seed / 7), 21 + seed, **common, ast__target_activation=0.5)
-        write_run(folder, f"d{seed}", (40.0, 60.0, 73 + seed / 9), 30 + seed, **common, ast__mode="dense")
+        write_run(
+            folder,
+            f"b{seed}",
+            (40.0, 60.0, 72 + seed / 7),
+            21 + seed,
+            **common,
+            ast__target_activation=0.5,
+        )
+        write_run(
+            folder, f"d{seed}", (40.0, 60.0, 73 + seed / 9), 30 + seed, **common, ast__mode="dense"
+        )
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'$x_{"
     write_run(folder, "h", (40.0, 60.0, 70.0), 25.0, ast__threshold_unit=hostile)
     write_run(folder, "f", extra={"status": "failed", "error": hostile}, training__seed=9)
@@ -85,7 +97,11 @@ def analyze(argv: list[str]) -> int:
 def run_digits(output_dir: Path, *arguments: str) -> int:
     """The exit code of run_experiment.py on a few digits: a dense epoch, then a sparse one."""
     settings = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=128"]
-    settings += ["dataset.max_val_samples=64", "training.device=cpu", f"logging.output_dir={output_dir}"]
+    settings += [
+        "dataset.max_val_samples=64",
+        "training.device=cpu",
+        f"logging.output_dir={output_dir}",
+    ]
     smoke = str(REPO / "configs/digits_smoke.yaml")
     return run_cli(lambda: run_experiment.main(["--config", smoke, *settings, *arguments]))
 
@@ -104,11 +120,15 @@ def processes(word: str) -> list[int]:
 
 def folder_config(folder, *overrides):
     paths = [f"dataset.train_dir={folder}/train", f"dataset.val_dir={folder}/val"]
-    return make_config("dataset.type=folder", "dataset.image_size=32", "training.batch_size=8", *paths, *overrides)
+    return make_config(
+        "dataset.type=folder", "dataset.image_size=32", "training.batch_size=8", *paths, *overrides
+    )
 
 
 def hf_config(folder, *overrides):
-    return make_config("dataset.type=hf", f"dataset.name={folder}", "dataset.split_val=test", *overrides)
+    return make_config(
+        "dataset.type=hf", f"dataset.name={folder}", "dataset.split_val=test", *overrides
+    )
 
 
 def pictures(count, side, seed=0):
@@ -118,20 +138,27 @@ def pictures(count, side, seed=0):
 
 
 def smooth_pictures(folder):
-    """Replace the noisy pictures of a folder by smooth ones, on which a second resizing shows little."""
+    """Replace the noisy pictures of a folder by smooth ones, on which a second resizing shows
+    little.
+    """
     for i, path in enumerate(sorted(folder.rglob("*.jpg"))):
         pixels = v2.functional.resize(pictures(1, 60, seed=i)[0], [60, 80], antialias=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=95)
 
 
 def write_parquet(folder, split, names, labels, image=None):
-    """Write <folder>/<split>.parquet of equal pictures; labels are in column `kind`, integers where `names` is None."""
+    """Write <folder>/<split>.parquet of equal pictures; labels are in column `kind`, integers where
+    `names` is None.
+    """
     import datasets
 
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20), (200, 40, 30)).save(buffer, "PNG")
     kind = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
     features = datasets.Features({"img": datasets.Image(), "kind": kind})
-    rows = {"img": [{"bytes": image or buffer.getvalue(), "path": None}] * len(labels), "kind": labels}
+    rows = {
+        "img": [{"bytes": image or buffer.getvalue(), "path": None}] * len(labels),
+        "kind": labels,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))

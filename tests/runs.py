@@ -23,19 +23,21 @@ import torch
 
 import run_experiment
 from conftest import REPO
-from lab.cli import run_cli
-from lab.config import Config, checkpoint_folder
-from lab.runtime.checkpoint import load_checkpoint
-from lab.runtime.clock import Stop
+from lab.config.loading import Config, checkpoint_folder
+from lab.engine.checkpoint import load_checkpoint
+from lab.machine.clock import Stop
+from lab.study.cli import run_cli
 
 TIMED = {"step_time_ms", "est_energy_kj", "energy_kj", "train_seconds"}
 
 
 def cases(count: int, first: int = 0) -> Iterator[int]:
-    """The numbers of the cases of a long test: `count` from `first` on. A case depends on its number alone.
+    """The numbers of the cases of a long test: `count` from `first` on. A case depends on its
+    number alone.
 
-    AST_LAB_CASES and AST_LAB_FIRST replace them, so that several processes can share a test and one case can be run
-    again. AST_LAB_MINUTES ends the test after that time; it says which cases it has run.
+    AST_LAB_CASES and AST_LAB_FIRST replace them, so that several processes can share a test and one
+    case can be run again. AST_LAB_MINUTES ends the test after that time; it says which cases it has
+    run.
     """
     count = int(os.environ.get("AST_LAB_CASES", count))
     first = int(os.environ.get("AST_LAB_FIRST", first))
@@ -53,7 +55,9 @@ def span(numbers: Sequence[int]) -> str:
 
 
 class StopAfter(Stop):
-    """A signal that comes while step number `steps` of the session is under way; `steps` counts from 1."""
+    """A signal that comes while step number `steps` of the session is under way; `steps` counts
+    from 1.
+    """
 
     def __init__(self, steps: int):
         super().__init__()
@@ -77,7 +81,9 @@ class CapAfter(StopAfter):
 
 def untimed(result: dict) -> dict:
     """What must repeat of a result: all but times."""
-    history = {key: values for key, values in result["training_history"].items() if key not in TIMED}
+    history = {
+        key: values for key, values in result["training_history"].items() if key not in TIMED
+    }
     timed = {"total_time_hours", "training_history", "config", "environment", *TIMED}
     return {key: value for key, value in result.items() if key not in timed} | history
 
@@ -94,10 +100,14 @@ def same(left, right) -> bool:
 
 
 def final_state(config: Config) -> dict:
-    """The last checkpoint of a finished run, without times and the keys that say where it was written."""
+    """The last checkpoint of a finished run, without times and the keys that say where it was
+    written.
+    """
     state = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
     history = state["metrics"]["history"]
-    state["metrics"]["history"] = {key: values for key, values in history.items() if key not in TIMED}
+    state["metrics"]["history"] = {
+        key: values for key, values in history.items() if key not in TIMED
+    }
     return {key: state[key] for key in state if key not in ("clock", "config")}
 
 
@@ -107,43 +117,95 @@ WAYS = {
     "ast": [],
     "ast, scored on the spot": ["ast.score_ahead=false"],
     "packed": ["ast.pack=true"],
-    "packed, accumulated": ["ast.pack=true", "training.grad_accum_steps=2", "training.optimizer=adamw"],
-    "accumulated": ["training.grad_accum_steps=4", "training.grad_clip_norm=1.0", "ast.score_resolution=8"],
+    "packed, accumulated": [
+        "ast.pack=true",
+        "training.grad_accum_steps=2",
+        "training.optimizer=adamw",
+    ],
+    "accumulated": [
+        "training.grad_accum_steps=4",
+        "training.grad_clip_norm=1.0",
+        "ast.score_resolution=8",
+    ],
     "annealed, dropout": ["ast.anneal_epochs=1", "model.name=test_vit", "dataset.image_size=32"],
     "resident": ["dataset.cache=device", "dataset.augment=pad_crop"],
-    "resident crops": ["dataset.cache=device", "dataset.augment=random_resized_crop", "ast.pack=true"],
-    "two workers": ["training.num_workers=2", "dataset.augment=random_resized_crop", "ast.pack=true"],
+    "resident crops": [
+        "dataset.cache=device",
+        "dataset.augment=random_resized_crop",
+        "ast.pack=true",
+    ],
+    "two workers": [
+        "training.num_workers=2",
+        "dataset.augment=random_resized_crop",
+        "ast.pack=true",
+    ],
     "non-finite steps allowed": ["training.max_nonfinite_steps=3"],
     "history": ["ast.scoring=history", "ast.target_activation=0.5", "ast.explore_weight_cap=4"],
-    "history, two workers": ["ast.scoring=history", "ast.target_activation=0.5", "training.num_workers=2"],
+    "history, two workers": [
+        "ast.scoring=history",
+        "ast.target_activation=0.5",
+        "training.num_workers=2",
+    ],
     "history, resident, accumulated": [
-        *("ast.scoring=history", "ast.target_activation=0.5", "ast.forget_rate=0.1", "ast.anneal_epochs=1"),
-        *("dataset.cache=device", "dataset.repeat=2", "dataset.label_noise=0.2", "training.grad_accum_steps=2"),
+        *(
+            "ast.scoring=history",
+            "ast.target_activation=0.5",
+            "ast.forget_rate=0.1",
+            "ast.anneal_epochs=1",
+        ),
+        *(
+            "dataset.cache=device",
+            "dataset.repeat=2",
+            "dataset.label_noise=0.2",
+            "training.grad_accum_steps=2",
+        ),
     ],
     "infobatch": ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"],
     "top-k": ["ast.rule=topk", "ast.pack=true"],
     "target auto, batch statistics": [
-        *("ast.target_activation=auto", "ast.score_statistics=batch", "ast.rule=topk", "ast.pack=true"),
+        *(
+            "ast.target_activation=auto",
+            "ast.score_statistics=batch",
+            "ast.rule=topk",
+            "ast.pack=true",
+        ),
         *("model.name=small_conv", "training.lr=0.2"),
     ],
     "proxy": ["ast.scoring=proxy", "ast.pack=true", "ast.proxy_every=2", "ast.proxy_resolution=12"],
     "mixed, averaged, LAMB": [
-        *("training.mixup=0.2", "training.cutmix=1.0", "training.weight_average=0.9", "training.optimizer=lamb"),
+        *(
+            "training.mixup=0.2",
+            "training.cutmix=1.0",
+            "training.weight_average=0.9",
+            "training.optimizer=lamb",
+        ),
         *("dataset.augment_policy=trivial_augment", "dataset.random_erasing=0.5", "ast.pack=true"),
     ],
     "resident, erased, Muon": [
-        *("dataset.cache=device", "dataset.augment=pad_crop", "dataset.random_erasing=0.5", "training.cutmix=1.0"),
+        *(
+            "dataset.cache=device",
+            "dataset.augment=pad_crop",
+            "dataset.random_erasing=0.5",
+            "training.cutmix=1.0",
+        ),
         *("training.weight_average=0.9", "training.optimizer=muon", "training.lr_schedule=step"),
         *("training.grad_accum_steps=2", "ast.mode=dense"),
     ],
     "layers, Adam": [
-        *("training.layer_decay=0.8", "training.optimizer=adam", "training.lr_schedule=linear", "ast.mode=random"),
+        *(
+            "training.layer_decay=0.8",
+            "training.optimizer=adam",
+            "training.lr_schedule=linear",
+            "ast.mode=random",
+        ),
         *("dataset.augment_policy=rand_augment", "ast.target_activation=0.9"),
     ],
 }
 
 
-def forked(work: Callable[[], int], output: Path, errors: Path | None = None, text: str | None = None) -> int:
+def forked(
+    work: Callable[[], int], output: Path, errors: Path | None = None, text: str | None = None
+) -> int:
     """Start `work` in a process of its own that exits with what it returns. Returns its id.
 
     It prints to the file `output`, and to `errors` if there is one; it reads `text`.
@@ -156,12 +218,15 @@ def forked(work: Callable[[], int], output: Path, errors: Path | None = None, te
     with output.open("a", 1) as file, (errors or output).open("a", 1) as error_file:
         try:
             os.dup2(file.fileno(), 1), os.dup2(error_file.fileno(), 2)
-            sys.stdout, sys.stderr = file, error_file  # pytest's are not those
+            # pytest's are not those
+            sys.stdout = file
+            sys.stderr = error_file
             if text is not None:
                 reader, writer = os.pipe()
                 os.write(writer, text.encode()), os.close(writer), os.dup2(reader, 0)
             torch.set_num_threads(1)  # the parent's threads have not come along
-            atexit._clear()  # the parent's clean up what is the parent's; a command has its own, which may wait
+            # the parent's clean up what is the parent's; a command has its own, which may wait
+            atexit._clear()
             atexit.register(multiprocessing.util._exit_function)
             code = work()
         except BaseException:
@@ -175,9 +240,11 @@ def forked(work: Callable[[], int], output: Path, errors: Path | None = None, te
 def program(
     arguments: Sequence[object], cwd: Path = REPO, variables: Mapping[str, str] | None = None
 ) -> Callable[[], int]:
-    """`python <arguments>`, a script's path the first of them, for a fork of this process: it need not import torch.
+    """`python <arguments>`, a script's path the first of them, for a fork of this process: it need
+    not import torch.
 
-    variables: added to the environment. What a library reads from there while it is imported needs a real start.
+    variables: added to the environment. What a library reads from there while it is imported needs
+    a real start.
     """
     name, *rest = map(str, arguments)
 
@@ -197,11 +264,16 @@ def program(
 def command(
     arguments: Sequence[object], text: str | None = None, timeout: float = 120, **options: Any
 ) -> subprocess.CompletedProcess:
-    """What comes of a `program`. text: what it reads from its standard input. options: of `program`."""
+    """What comes of a `program`. text: what it reads from its standard input. options: of
+    `program`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
+        out = Path(folder, "out")
+        err = Path(folder, "err")
         with running(program(arguments, **options), out, err, text) as child:
-            wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), timeout)
+            wait_until(
+                lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), timeout
+            )
             code = exit_code(child)
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
@@ -212,7 +284,9 @@ def exit_code(child: int) -> int:
 
 @contextlib.contextmanager
 def running(work: Callable[[], int], output: Path, *streams: Any) -> Iterator[int]:
-    """`work` in a process of its own, by its id; killed at the end if it still runs. streams: as of `forked`."""
+    """`work` in a process of its own, by its id; killed at the end if it still runs. streams: as of
+    `forked`.
+    """
     child = forked(work, output, *streams)
     try:
         yield child
@@ -244,13 +318,21 @@ class Ended(NamedTuple):
 
     @property
     def errors(self) -> list[str]:
-        lines = [line.lstrip("\0") for line in self.printed.splitlines()]  # torch's handler of SIGBUS ends with a \0
+        lines = [
+            line.lstrip("\0") for line in self.printed.splitlines()
+        ]  # torch's handler of SIGBUS ends with a \0
         return [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
 
 
-def watched(poll: Callable[[], int | None], output: Path, act: Callable[[], bool] = lambda: True) -> Ended:
-    """Wait for the end of a run that prints to `output`; `act` is called until it has done something."""
-    deadline, erred, acted = time.monotonic() + PATIENCE, None, False
+def watched(
+    poll: Callable[[], int | None], output: Path, act: Callable[[], bool] = lambda: True
+) -> Ended:
+    """Wait for the end of a run that prints to `output`; `act` is called until it has done
+    something.
+    """
+    deadline = time.monotonic() + PATIENCE
+    erred = None
+    acted = False
     while (code := poll()) is None:
         assert time.monotonic() < deadline, f"no end: {output.read_text()}"
         acted = acted or act()
@@ -263,7 +345,10 @@ def watched(poll: Callable[[], int | None], output: Path, act: Callable[[], bool
 
 
 def forked_run(
-    args: list[str], folder: Path, before: Callable[[], object] = int, act: Callable[[int], bool] = bool
+    args: list[str],
+    folder: Path,
+    before: Callable[[], object] = int,
+    act: Callable[[int], bool] = bool,
 ) -> Ended:
     """The command in a fork of this process, after `before`; `act` gets its id."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -284,12 +369,18 @@ def forked_run(
         return watched(poll, folder / "output", lambda: act(child))
 
 
-def real_run(args: list[str], folder: Path, *prefix: str, act: Callable[[int], bool] = bool, **options: Any) -> Ended:
+def real_run(
+    args: list[str], folder: Path, *prefix: str, act: Callable[[int], bool] = bool, **options: Any
+) -> Ended:
     """The command as a user runs it, in a session of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output").open("w") as output:
         command = [*prefix, sys.executable, str(REPO / "scripts/run_experiment.py"), *args]
-        options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True} | options
+        options = {
+            "stdout": output,
+            "stderr": subprocess.STDOUT,
+            "start_new_session": True,
+        } | options
         process = subprocess.Popen(command, cwd=REPO, **options)
         try:
             return watched(process.poll, folder / "output", lambda: act(process.pid))
@@ -301,9 +392,15 @@ def real_run(args: list[str], folder: Path, *prefix: str, act: Callable[[int], b
 
 @functools.cache
 def meeting_point() -> int:
-    """The port of a store in a process of its own, as torchrun has it: to fork beside the store's thread can hang."""
-    code = "import sys; from torch.distributed import TCPStore as S; s = S('127.0.0.1', 0, is_master=True, "
-    code += "wait_for_workers=False); print(s.port, flush=True); sys.stdin.read()"  # until the tests end
+    """The port of a store in a process of its own, as torchrun has it: to fork beside the store's
+    thread can hang.
+    """
+    code = (
+        "import sys; from torch.distributed import TCPStore as S; s = S('127.0.0.1', 0, "
+        "is_master=True, "
+    )
+    # until the tests end
+    code += "wait_for_workers=False); print(s.port, flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return int(subprocess.Popen([sys.executable, "-c", code], **pipes, text=True).stdout.readline())
 
@@ -312,16 +409,23 @@ ATTEMPTS = itertools.count()
 
 
 def as_rank(rank: int, world: int, attempt: int, work: Callable[[int], Any], folder: Path) -> None:
-    """What a process of `ranks` does: `work`, as torchrun would have started it; its output goes to a file."""
+    """What a process of `ranks` does: `work`, as torchrun would have started it; its output goes to
+    a file.
+    """
     code = 99
     with (folder / f"{rank}.out").open("w", 1) as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
         faulthandler.dump_traceback_later(50, file=file)  # where it hangs, if it does
         facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        facts |= {"MASTER_PORT": meeting_point(), "TORCHELASTIC_RESTART_COUNT": attempt}  # a place of its own to meet
+        facts |= {
+            "MASTER_PORT": meeting_point(),
+            "TORCHELASTIC_RESTART_COUNT": attempt,
+        }  # a place of its own to meet
         os.environ.update({key: str(value) for key, value in facts.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_USE_AGENT_STORE="True")
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_USE_AGENT_STORE="True"
+        )
         torch.set_num_threads(1)
         try:
             torch.save(work(rank), folder / f"{rank}.pt")
@@ -336,10 +440,13 @@ def as_rank(rank: int, world: int, attempt: int, work: Callable[[int], Any], fol
 
 
 class EndedRanks:
-    """How the processes of `ranks` ended: exit codes, what they printed, what their work returned."""
+    """How the processes of `ranks` ended: exit codes, what they printed, what their work
+    returned.
+    """
 
     def __init__(self, codes: list[int], folder: Path):
-        self.codes, self.folder = codes, folder
+        self.codes = codes
+        self.folder = folder
         self.texts = [path.read_text() for path in sorted(folder.glob("*.out"))]
 
     def errors(self) -> list[str]:
@@ -349,7 +456,10 @@ class EndedRanks:
 
     def results(self) -> list[Any]:
         assert self.codes == [0] * len(self.codes), "\n".join(self.texts)
-        return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(self.codes))]
+        return [
+            torch.load(self.folder / f"{rank}.pt", weights_only=False)
+            for rank in range(len(self.codes))
+        ]
 
 
 def ranks(
@@ -367,9 +477,11 @@ def ranks(
     folder.mkdir(parents=True, exist_ok=True)
     meeting_point()
     attempt = next(ATTEMPTS)
-    context, started = multiprocessing.get_context("fork"), [rank for rank in range(world) if rank not in missing]
+    context = multiprocessing.get_context("fork")
+    started = [rank for rank in range(world) if rank not in missing]
     processes = [
-        context.Process(target=as_rank, args=(rank, world, attempt, work, folder), daemon=False) for rank in started
+        context.Process(target=as_rank, args=(rank, world, attempt, work, folder), daemon=False)
+        for rank in started
     ]
     deadline = time.monotonic() + seconds
     for process in processes:

@@ -13,19 +13,24 @@ from PIL import Image
 
 from conftest import MINIMAL, REPO
 from helpers import analyze, studies_of, write_run
-from lab.analysis.tables import text_table, verdict
-from lab.errors import RequestError
+from lab.base.errors import RequestError
+from lab.study.analysis.tables import text_table, verdict
 
 
 @pytest.mark.parametrize(
     ("prepare", "args", "message"),
     [
         (lambda folder: None, [], "--results-dir: {folder}: no such folder"),
-        (lambda folder: folder.mkdir(), [], "--results-dir: {folder}: no final_results_*.json in it"),
+        (
+            lambda folder: folder.mkdir(),
+            [],
+            "--results-dir: {folder}: no final_results_*.json in it",
+        ),
         (
             lambda folder: write_run(folder, "1").write_text('{"best_acc'),
             [],
-            "nothing to compare: {folder}/final_results_1.json: not valid JSON: Unterminated string",
+            "nothing to compare: {folder}/final_results_1.json: not valid JSON: "
+            "Unterminated string",
         ),
         (
             lambda folder: write_run(folder, "1"),
@@ -43,7 +48,11 @@ from lab.errors import RequestError
             ["--csv", "/proc/x/table.csv"],
             "--csv: cannot write to /proc/x/table.csv",
         ),
-        (lambda folder: write_run(folder, "1"), ["--csv", "."], "--csv: cannot write to .: it is a folder"),
+        (
+            lambda folder: write_run(folder, "1"),
+            ["--csv", "."],
+            "--csv: cannot write to .: it is a folder",
+        ),
         (
             lambda folder: write_run(folder, "1"),
             ["--frontier", "frontier.pdf"],
@@ -60,7 +69,10 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(prepare, args, message, tmp
     folder = tmp_path / "results"
     prepare(folder)
     before = sorted(tmp_path.rglob("*"))
-    assert analyze(["--results-dir", str(folder), "--markdown", str(tmp_path / "table.md"), *args]) == 2
+    assert (
+        analyze(["--results-dir", str(folder), "--markdown", str(tmp_path / "table.md"), *args])
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("error: " + message.format(folder=folder))
     assert error.count("\n") == 1
@@ -84,17 +96,31 @@ def test_command_prints_the_table_and_writes_tables_and_figures(results, tmp_pat
     csv = pd.read_csv(paths["csv"]).set_index("setting")
     for title, each in studies.items():
         own = csv[csv["group"] == title]
-        assert own["final_mean"].to_dict() == pytest.approx(each.table["final_mean"].to_dict(), abs=1e-12)
+        assert own["final_mean"].to_dict() == pytest.approx(
+            each.table["final_mean"].to_dict(), abs=1e-12
+        )
     lines = paths["markdown"].read_text().splitlines()
     assert [line for line in lines if line.startswith("#")] == [f"## {title}" for title in studies]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("| ")
+    ]
     assert [row for row in rows if row[0] not in ("setting", "---")] == [
         row for table in tables for row in table.to_numpy().tolist()
     ]
     latex = paths["latex"].read_text()
     assert latex.count("\\\\") == sum(len(table) + 2 for table in tables)
     assert "20200101\\_000000 & 1 & 71.50" in latex
-    names = ["accuracy", "accuracy_by_time", "activation", "energy", "frontier_energy", "frontier_time", "samples"]
+    names = [
+        "accuracy",
+        "accuracy_by_time",
+        "activation",
+        "energy",
+        "frontier_energy",
+        "frontier_time",
+        "samples",
+    ]
     names += ["threshold"]
     assert len(list(plots.iterdir())) == 2  # a folder a group
     folders = [{path.name for path in folder.iterdir()} for folder in plots.iterdir()]
@@ -103,21 +129,28 @@ def test_command_prints_the_table_and_writes_tables_and_figures(results, tmp_pat
     for path in plots.glob("*/*.png"):
         with Image.open(path) as image:
             assert image.size[0] >= 800
-            assert len(image.convert("RGB").getcolors(10**6)) > 50  # lines, text and anti-aliasing: not blank
+            assert (
+                len(image.convert("RGB").getcolors(10**6)) > 50
+            )  # lines, text and anti-aliasing: not blank
     assert all(path.read_text().rstrip().endswith("</svg>") for path in plots.glob("*/*.svg"))
 
 
 def test_clean_and_noisy_runs_together_are_two_tables(tmp_path, capsys):
-    """Noisy data is harder: a clean run of one seed must not be its baseline, nor the other way round."""
+    """Noisy data is harder: a clean run of one seed must not be its baseline, nor the other way
+    round.
+    """
     for seed in range(2):
         write_run(tmp_path, f"c{seed}", (1.0, 95.0 + seed), ast__mode="dense", training__seed=seed)
         noisy = {"dataset__label_noise": 0.2, "training__seed": seed}
         write_run(tmp_path, f"n{seed}", (1.0, 80.0 + seed), ast__mode="dense", **noisy)
         write_run(tmp_path, f"s{seed}", (1.0, 90.0 + seed), **noisy)
-    page, csv = tmp_path / "page.html", tmp_path / "table.csv"
+    page = tmp_path / "page.html"
+    csv = tmp_path / "table.csv"
     assert analyze(["--results-dir", str(tmp_path), "--report", str(page), "--csv", str(csv)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("2 comparison groups: nothing is compared across them.\n\n== digits, resnet18\n")
+    assert printed.startswith(
+        "2 comparison groups: nothing is compared across them.\n\n== digits, resnet18\n"
+    )
     assert "ast has the highest final accuracy: 90.50 %" in printed
     assert "It beats dense by 10.00 ± 3.04 points." in printed
     table = pd.read_csv(csv)
@@ -127,7 +160,9 @@ def test_clean_and_noisy_runs_together_are_two_tables(tmp_path, capsys):
     assert text.count('<h1 class="group">') == 2
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
-    with pytest.raises(RequestError, match="--baseline: random: none of the settings: dense, ast, dense"):
+    with pytest.raises(
+        RequestError, match="--baseline: random: none of the settings: dense, ast, dense"
+    ):
         studies_of(tmp_path, baseline="random")
 
 
@@ -140,7 +175,13 @@ def test_what_is_missing_is_a_dash(spoil, tmp_path, capsys):
     else:
         result["config"] = {"ast": {"mode": "ast"}} if spoil == "foreign config" else None
     (tmp_path / "final_results_1.json").write_text(json.dumps(result))
-    plots = ["--plot", "--save-dir", str(tmp_path / "plots"), "--report", str(tmp_path / "page.html")]
+    plots = [
+        "--plot",
+        "--save-dir",
+        str(tmp_path / "plots"),
+        "--report",
+        str(tmp_path / "page.html"),
+    ]
     assert analyze(["--results-dir", str(tmp_path), *plots]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -154,8 +195,12 @@ def test_what_is_missing_is_a_dash(spoil, tmp_path, capsys):
 
 def test_what_is_no_text_is_shown_as_a_question_mark(tmp_path, capsys):
     half = "\ud800"  # of a surrogate pair
-    path = write_run(tmp_path, "1", dataset__type=f"x{half}", extra={"environment": {"gpu": half, half: half}})
-    path.rename(tmp_path / "final_results_\udcff\n.json")  # a name of bytes that are no text, with a line break
+    path = write_run(
+        tmp_path, "1", dataset__type=f"x{half}", extra={"environment": {"gpu": half, half: half}}
+    )
+    path.rename(
+        tmp_path / "final_results_\udcff\n.json"
+    )  # a name of bytes that are no text, with a line break
     write_run(tmp_path, "2", ast__mode=half, training__seed=1)
     outputs = [
         "--csv",
@@ -169,21 +214,36 @@ def test_what_is_no_text_is_shown_as_a_question_mark(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "== x?, resnet18" in out
-    assert pd.read_csv(tmp_path / "t.csv", keep_default_na=False)["machine"].tolist() == ["null", "?"]
+    assert pd.read_csv(tmp_path / "t.csv", keep_default_na=False)["machine"].tolist() == [
+        "null",
+        "?",
+    ]
     assert "final_results_? .json" in (tmp_path / "r.html").read_text()
 
 
 def test_a_thousand_files_are_quick(tmp_path):
     """Time and memory of the command over 1,000 files of 100 epochs, in a process of its own."""
-    text = write_run(tmp_path, "0000", [50 + i / 3 for i in range(100)], training__epochs=100).read_text()
+    text = write_run(
+        tmp_path, "0000", [50 + i / 3 for i in range(100)], training__epochs=100
+    ).read_text()
     for number in range(1000):
         result = json.loads(text)
-        result["seed"], result["config"]["ast"]["kp"] = number % 5, 1 + number // 5
+        result["seed"] = number % 5
+        result["config"]["ast"]["kp"] = 1 + number // 5
         (tmp_path / f"final_results_{number:04}.json").write_text(json.dumps(result, indent=2))
     program = "import sys, analyze_results; code = analyze_results.main(sys.argv[1:]);"
-    program += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]);"  # maxrss would be the parent's
+    # maxrss would be the parent's
+    program += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]);"
     program += "print('torch' in sys.modules); sys.exit(code)"
-    command = [sys.executable, "-c", program, "--results-dir", str(tmp_path), "--csv", str(tmp_path / "table.csv")]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "--results-dir",
+        str(tmp_path),
+        "--csv",
+        str(tmp_path / "table.csv"),
+    ]
     started = time.monotonic()
     done = subprocess.run(command, cwd=REPO / "scripts", capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 10
@@ -198,18 +258,34 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     for number in range(400):
         write_run(tmp_path, f"final_results_{number}.json", training__lr=1.0 + number)
     command = f"{sys.executable} scripts/analyze_results.py --results-dir {tmp_path} | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=REPO, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def figures_in(tmp_path, monkeypatch, **variables):
-    """The command with plots and a page, in a process with these variables; it must say nothing on stderr."""
+    """The command with plots and a page, in a process with these variables; it must say nothing on
+    stderr.
+    """
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     for number in range(2):
         write_run(tmp_path, str(number), training__seed=number, ast__threshold_unit="表示 $x_{")
-    args = ["--plot", "--save-dir", str(tmp_path / "plots"), "--report", str(tmp_path / "page.html")]
-    command = [sys.executable, REPO / "scripts/analyze_results.py", "--results-dir", str(tmp_path), *args]
+    args = [
+        "--plot",
+        "--save-dir",
+        str(tmp_path / "plots"),
+        "--report",
+        str(tmp_path / "page.html"),
+    ]
+    command = [
+        sys.executable,
+        REPO / "scripts/analyze_results.py",
+        "--results-dir",
+        str(tmp_path),
+        *args,
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list((tmp_path / "plots").iterdir())) == 16
@@ -230,13 +306,21 @@ def test_the_backend_of_a_notebook_is_no_matter(backend, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_the_settings_of_a_user_change_nothing(tmp_path, monkeypatch):
-    """Neither those of the working directory nor those that a variable names; and no glyph is missed aloud."""
+    """Neither those of the working directory nor those that a variable names; and no glyph is
+    missed aloud.
+    """
     plain = figures_in(tmp_path / "plain", monkeypatch)
-    settings = "text.usetex: True\nfigure.facecolor: red\nbackend: nonsense\nno.such.key: 1\naxes.prop_cycle: x\n"
+    settings = (
+        "text.usetex: True\nfigure.facecolor: red\nbackend: nonsense\nno.such.key: "
+        "1\naxes.prop_cycle: x\n"
+    )
     (tmp_path / "matplotlibrc").write_text(settings)
     (tmp_path / "cwd").mkdir()
     (tmp_path / "cwd" / "matplotlibrc").write_text(settings)
-    assert figures_in(tmp_path / "variable", monkeypatch, MATPLOTLIBRC=str(tmp_path / "matplotlibrc")) == plain
+    assert (
+        figures_in(tmp_path / "variable", monkeypatch, MATPLOTLIBRC=str(tmp_path / "matplotlibrc"))
+        == plain
+    )
     assert figures_in(tmp_path / "cwd", monkeypatch) == plain
 
 

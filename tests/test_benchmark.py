@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import benchmark
-from lab.benchmark.timing import Loop, StepRow, show_steps
-from lab.cli import run_cli
-from lab.config import Config
-from lab.models import get_model
+from lab.config.loading import Config
+from lab.models.building import get_model
+from lab.study.benchmark.timing import Loop, StepRow, show_steps
+from lab.study.cli import run_cli
 from runs import command
 
 SMALL = ["--model", "test_resnet", "--classes", "10", "--image-size", "32", "--batch-size", "32"]
@@ -23,12 +23,24 @@ LOOPS = [
     "proxy-scored loop, a=0.25",
 ]
 LOOPS += ["random loop, a=0.25", "stored scores, a=0.25", "batch-scored loop, not packed"]
-PEERS = ["published pattern", "  in our settings", "two full forwards, masked", "two-pass top-k, a=0.25"]
+PEERS = [
+    "published pattern",
+    "  in our settings",
+    "two full forwards, masked",
+    "two-pass top-k, a=0.25",
+]
 
 
 def test_every_step_is_measured(tmp_path, capsys):
-    files = ["--json", str(tmp_path / "out" / "steps.json"), "--plot", str(tmp_path / "out" / "steps.png")]
-    assert benchmark.main(["steps", *SMALL, "--no-compile", "--score-resolution", "16", *files]) == 0
+    files = [
+        "--json",
+        str(tmp_path / "out" / "steps.json"),
+        "--plot",
+        str(tmp_path / "out" / "steps.png"),
+    ]
+    assert (
+        benchmark.main(["steps", *SMALL, "--no-compile", "--score-resolution", "16", *files]) == 0
+    )
     saved = json.loads((tmp_path / "out" / "steps.json").read_text())
     assert list(saved["rows"]) == [*LOOPS, *PEERS]
     best = min(saved["rows"][name]["ms"] for name in LOOPS[:2])
@@ -39,7 +51,9 @@ def test_every_step_is_measured(tmp_path, capsys):
     assert 0 <= saved["rows"][LOOPS[2]]["activation"] <= 1
     assert set(saved["break_even"]) == {"batch-scored loop, a=0.25", "scored at 16 px"}
     shown = capsys.readouterr().out
-    assert all(name in shown for name in [*saved["rows"], "faster than dense below an activation of"])
+    assert all(
+        name in shown for name in [*saved["rows"], "faster than dense below an activation of"]
+    )
     assert (tmp_path / "out" / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -48,13 +62,24 @@ def test_a_new_row_is_one_entry(tmp_path, monkeypatch, capsys):
         built.append(compiled)
         return Loop(lambda n: considered.append(n), lambda: 0.5)
 
-    built, considered = [], []
-    row = StepRow("idle at {score_resolution} px, a={activation:g}", idle, compiles=False, needs_score_resolution=True)
+    built = []
+    considered = []
+    row = StepRow(
+        "idle at {score_resolution} px, a={activation:g}",
+        idle,
+        compiles=False,
+        needs_score_resolution=True,
+    )
     monkeypatch.setattr(benchmark, "STEP_ROWS", [*benchmark.STEP_ROWS, row])
     only = ["--only", "^hand-written dense loop$", "idle", "--json", str(tmp_path / "steps.json")]
     assert benchmark.main(["steps", *SMALL, "--no-compile", "--score-resolution", "16", *only]) == 0
     assert (built, considered) == (["off"], [4, 2, 2])  # once to warm up, and both repeats
-    assert json.loads((tmp_path / "steps.json").read_text())["rows"]["idle at 16 px, a=0.25"]["activation"] == 0.5
+    assert (
+        json.loads((tmp_path / "steps.json").read_text())["rows"]["idle at 16 px, a=0.25"][
+            "activation"
+        ]
+        == 0.5
+    )
     _, dense, line = capsys.readouterr().out.splitlines()
     assert dense.startswith("hand-written dense loop ")
     assert line.startswith("idle at 16 px, a=0.25 ")
@@ -72,9 +97,12 @@ def one_process(tmp_path_factory) -> Path:
 
 @pytest.mark.long
 def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_process):
-    path, options = tmp_path / "steps.json", ["--no-compile", "--device", "cpu", "--score-resolution", "16"]
+    path = tmp_path / "steps.json"
+    options = ["--no-compile", "--device", "cpu", "--score-resolution", "16"]
     files = ["--json", path, "--plot", tmp_path / "steps.png", "--single", one_process]
-    done = command(["scripts/benchmark.py", "steps", *SMALL, *options, "--steps", "4", "--nproc", "2", *files])
+    done = command(
+        ["scripts/benchmark.py", "steps", *SMALL, *options, "--steps", "4", "--nproc", "2", *files]
+    )
     assert done.returncode == 0, done.stderr
     saved, single = (json.loads(each.read_text()) for each in (path, one_process))
     assert (saved["processes"], saved["batch_size"], single["processes"]) == (2, 32, 1)
@@ -99,13 +127,17 @@ def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_
     dense, scored, ahead, _, _, drawn = [saved["rows"][name]["collectives"] for name in LOOPS[1:7]]
     assert set(dense) == {"gradients", "agreement"}
     assert dense["gradients"]["calls"] == 1
-    assert dense["gradients"]["bytes"] == 4 * weights + 8  # float32, and how many samples, and whether one was bad
+    assert (
+        dense["gradients"]["bytes"] == 4 * weights + 8
+    )  # float32, and how many samples, and whether one was bad
     assert dense["agreement"]["calls"] == 5 / 4  # one a step, and one as the epoch begins
     assert drawn["gradients"]["calls"] == 1 / 4  # a quarter of the steps
     assert {"scores", "agreement"} <= set(scored)
     for each in (scored, ahead):
         assert each["scores"]["calls"] == 1
-        assert each["scores"]["bytes"] == 2 * 4 * 16  # significance and hit of a process's 16 samples
+        assert (
+            each["scores"]["bytes"] == 2 * 4 * 16
+        )  # significance and hit of a process's 16 samples
     header, *lines = done.stdout.splitlines()
     assert header.split()[-2:] == ["collectives", "speed-up"]
     assert [line[:44].rstrip() for line in lines[:6]] == LOOPS[:6]
@@ -121,7 +153,19 @@ def test_one_process_shows_neither_collectives_nor_speed_up(one_process):
 
 @pytest.mark.long
 def test_what_goes_wrong_in_the_processes_is_said_once():
-    done = command(["scripts/benchmark.py", "steps", *SMALL, "--device", "cpu", "--nproc", "2", "--model", "resnt50"])
+    done = command(
+        [
+            "scripts/benchmark.py",
+            "steps",
+            *SMALL,
+            "--device",
+            "cpu",
+            "--nproc",
+            "2",
+            "--model",
+            "resnt50",
+        ]
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: model.name: ")
     assert done.stderr.count("\n") == 1
@@ -129,10 +173,16 @@ def test_what_goes_wrong_in_the_processes_is_said_once():
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [({"processes": 2}, "of 2 processes"), ({"model": "vit"}, "of model vit"), ({"image_size": 64}, "image_size 64"),
-     ({"rows": 1}, "no JSON of benchmark.py steps")],
-)  # fmt: skip
-def test_a_file_to_compare_with_is_of_one_process_and_the_same_model(tmp_path, one_process, changed, named, capsys):
+    [
+        ({"processes": 2}, "of 2 processes"),
+        ({"model": "vit"}, "of model vit"),
+        ({"image_size": 64}, "image_size 64"),
+        ({"rows": 1}, "no JSON of benchmark.py steps"),
+    ],
+)
+def test_a_file_to_compare_with_is_of_one_process_and_the_same_model(
+    tmp_path, one_process, changed, named, capsys
+):
     path = tmp_path / "single.json"
     path.write_text(json.dumps({**json.loads(one_process.read_text()), **changed}))
     options = ["--nproc", "2", "--device", "cpu", "--single", str(path)]
@@ -142,10 +192,20 @@ def test_a_file_to_compare_with_is_of_one_process_and_the_same_model(tmp_path, o
     assert named in found
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--activation", "0"], ["--model", "resnt50"],
-                                   ["--score-resolution", "64"], ["--json", "/proc/no/x.json"], ["--nproc", "0"],
-                                   ["--nproc", "3"], ["--single", "/proc/no/x.json"],
-                                   ["--only", "(dense"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--steps", "0"],
+        ["--activation", "0"],
+        ["--model", "resnt50"],
+        ["--score-resolution", "64"],
+        ["--json", "/proc/no/x.json"],
+        ["--nproc", "0"],
+        ["--nproc", "3"],
+        ["--single", "/proc/no/x.json"],
+        ["--only", "(dense"],
+    ],
+)
 def test_wrong_sizes_are_refused(wrong, capsys):
     assert run_cli(lambda: benchmark.main(["steps", *SMALL, "--no-compile", *wrong])) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -27,7 +27,8 @@ def test_too_many_active_samples_raise_the_threshold(activation, target, kp, ki,
 def test_raw_law_to_the_letter(activations, kp, ki):
     controller = PIController(0.25, kp, ki, min_threshold=-math.inf)
     controller.start(2.0)
-    threshold, integral = 2.0, 0.0
+    threshold = 2.0
+    integral = 0.0
     for activation in activations:
         integral += activation - 0.25
         threshold += kp * (activation - 0.25) + ki * integral
@@ -52,7 +53,9 @@ def test_no_windup_on_a_bound(stuck_at, activation, back):
     assert controller.threshold == stuck_at
     assert abs(controller.integral) < 1e-9
     controller.update(back)
-    assert controller.threshold != stuck_at  # leaves the bound with the first error of the other sign
+    assert (
+        controller.threshold != stuck_at
+    )  # leaves the bound with the first error of the other sign
 
 
 def test_gains_ramp_linearly_over_their_own_epochs():
@@ -60,7 +63,14 @@ def test_gains_ramp_linearly_over_their_own_epochs():
     seen = []
     for controller.epoch in (0.0, 1.0, 2.0, 3.0, 4.0, 9.0):
         seen.append(controller.gains())
-    assert seen == [(0, 0), (0.2, 0.02), (0.4, 0.04), (0.4, pytest.approx(0.06)), (0.4, 0.08), (0.4, 0.08)]
+    assert seen == [
+        (0, 0),
+        (0.2, 0.02),
+        (0.4, 0.04),
+        (0.4, pytest.approx(0.06)),
+        (0.4, 0.08),
+        (0.4, 0.08),
+    ]
 
 
 def test_frozen_controller_neither_moves_nor_remembers():
@@ -81,7 +91,8 @@ def test_hand_over_forgets_earlier_errors():
 
 
 def test_state_round_trip_continues_alike():
-    one, two = PIController(0.25), PIController(0.25)
+    one = PIController(0.25)
+    two = PIController(0.25)
     one.start(1.0)
     for activation in (0.9, 0.4, 0.1):
         one.update(activation)
@@ -98,14 +109,21 @@ def test_state_round_trip_continues_alike():
     seed=st.integers(0, 1000),
 )
 def test_activation_returns_to_target_while_the_scores_drift(target, kp, ki, sigma, seed):
-    """Significance drawn log-normal, its scale falling a hundredfold: within 2 points over the last 400 steps."""
-    rng, batch, steps = np.random.default_rng(seed), 256, 1200
+    """Significance drawn log-normal, its scale falling a hundredfold: within 2 points over the last
+    400 steps.
+    """
+    rng = np.random.default_rng(seed)
+    batch = 256
+    steps = 1200
     controller = PIController(target, kp, ki)
     controller.start(1.0)
-    iqr, activations = None, []
+    iqr = None
+    activations = []
     for step in range(steps):
         scores = rng.lognormal(-math.log(100) * step / steps, sigma, batch)
-        lower, upper = np.partition(scores, (batch // 4, 3 * batch // 4))[[batch // 4, 3 * batch // 4]]
+        lower, upper = np.partition(scores, (batch // 4, 3 * batch // 4))[
+            [batch // 4, 3 * batch // 4]
+        ]
         iqr = upper - lower if iqr is None else 0.9 * iqr + 0.1 * (upper - lower)
         activations.append(float((scores > controller.threshold).mean()))
         controller.update(activations[-1], iqr)

@@ -11,12 +11,14 @@ from torchvision.datasets import Imagenette
 
 import download_imagenette
 from conftest import save_picture
-from lab.cli import run_cli
+from lab.study.cli import run_cli
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """A small imagenette2-160.tgz with the real class folders, its address and checksum where torchvision looks."""
+    """A small imagenette2-160.tgz with the real class folders, its address and checksum where
+    torchvision looks.
+    """
     root = tmp_path / "made" / "imagenette2-160"
     for part in ("train", "val"):
         for label, wnid in enumerate(Imagenette._WNID_TO_CLASS):
@@ -38,7 +40,9 @@ def archive(tmp_path, monkeypatch):
 def test_leaves_an_image_folder_and_does_nothing_the_second_time(archive, tmp_path, capsys):
     assert download_imagenette.main(["--size", "160px", "--dest", str(tmp_path / "data")]) == 0
     folder = tmp_path / "data" / "imagenette2-160"
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["imagenette2-160"]  # no archive, no scratch
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "imagenette2-160"
+    ]  # no archive, no scratch
     assert len(list(folder.glob("train/*/*.JPEG"))) == len(list(folder.glob("val/*/*.JPEG"))) == 10
     archive.unlink()
     assert download_imagenette.main(["--dest", str(tmp_path / "data")]) == 0

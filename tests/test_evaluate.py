@@ -1,4 +1,6 @@
-"""A run's weights, used by other commands as a user would: evaluated, asked about pictures, trained on."""
+"""A run's weights, used by other commands as a user would: evaluated, asked about pictures, trained
+on.
+"""
 
 import json
 import os
@@ -13,13 +15,18 @@ from sklearn.datasets import load_digits
 import evaluate
 from conftest import REPO
 from helpers import folder_config
-from lab.cli import run_cli
-from lab.config import checkpoint_folder
-from lab.evaluation import calibration
+from lab.config.loading import checkpoint_folder
+from lab.outputs.evaluation import calibration
+from lab.study.cli import run_cli
 from train_ast import train
 
 DIGITS = ["--config", "configs/digits_smoke.yaml"]
-QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_val_samples=200", "training.device=cpu"]
+QUICK = [
+    "training.epochs=2",
+    "ast.warmup_epochs=1",
+    "dataset.max_val_samples=200",
+    "training.device=cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +37,25 @@ def digits(tmp_path_factory):
     import run_experiment
 
     config = str(REPO / "configs/digits_smoke.yaml")
-    assert run_cli(lambda: run_experiment.main(["--config", config, *QUICK, "--output-dir", str(folder)])) == 0
+    assert (
+        run_cli(
+            lambda: run_experiment.main(["--config", config, *QUICK, "--output-dir", str(folder)])
+        )
+        == 0
+    )
     (path,) = folder.glob("final_results_*.json")
     result = json.loads(path.read_text())
     return folder, result, folder / result["weights"]
 
 
 def test_the_commands_work_on_what_a_run_has_left(digits, tmp_path, script):
-    """Evaluated as the run validated, by class too; then another run starts from it, with fewer classes to know."""
+    """Evaluated as the run validated, by class too; then another run starts from it, with fewer
+    classes to know.
+    """
     _, result, weights = digits
-    done = script("evaluate", "--weights", weights, *DIGITS, *QUICK, "--output-dir", tmp_path / "found")
+    done = script(
+        "evaluate", "--weights", weights, *DIGITS, *QUICK, "--output-dir", tmp_path / "found"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     figures = json.loads((tmp_path / "found" / "evaluation.json").read_text())
     assert figures["accuracy"] == result["best_accuracy"]
@@ -53,7 +69,13 @@ def test_the_commands_work_on_what_a_run_has_left(digits, tmp_path, script):
     assert 0 < figures["calibration_error"] < 0.5
     with Image.open(tmp_path / "found" / "evaluation.png") as image:
         assert len(set(image.convert("L").tobytes())) > 20
-    tuned = ["--output-dir", tmp_path / "tuned", f"model.weights={weights}", "training.epochs=2", "training.lr=1e-6"]
+    tuned = [
+        "--output-dir",
+        tmp_path / "tuned",
+        f"model.weights={weights}",
+        "training.epochs=2",
+        "training.lr=1e-6",
+    ]
     tuned += ["dataset.max_train_samples=64"]
     done = script("run_experiment", *DIGITS, *QUICK, *tuned)
     assert done.returncode == 0, done.stderr
@@ -81,16 +103,33 @@ def test_pictures_of_digits_are_named(digits, tmp_path, capsys):
 
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_folders_are_validated_as_in_the_run(cache, tmp_path, image_folder, capsys):
-    """Crops of pictures, cached or not; then with the validation classes in another place, and fewer of them."""
-    more = ["model.name=test_resnet", "training.epochs=2", "ast.mode=dense", "training.num_workers=0"]
+    """Crops of pictures, cached or not; then with the validation classes in another place, and
+    fewer of them.
+    """
+    more = [
+        "model.name=test_resnet",
+        "training.epochs=2",
+        "ast.mode=dense",
+        "training.num_workers=0",
+    ]
     more += [f"dataset.cache={cache}", "dataset.augment=random_resized_crop", "training.lr=0.02"]
     config = folder_config(image_folder, *more, f"logging.output_dir={tmp_path}/out")
     result, _ = train(config)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     weights = str(checkpoint_folder(config) / "weights")
-    asked = ["--weights", weights, "--config", str(tmp_path / "config.json"), "--output-dir", str(tmp_path / "ev")]
+    asked = [
+        "--weights",
+        weights,
+        "--config",
+        str(tmp_path / "config.json"),
+        "--output-dir",
+        str(tmp_path / "ev"),
+    ]
     assert run_cli(lambda: evaluate.main(asked)) == 0
-    assert json.loads((tmp_path / "ev" / "evaluation.json").read_text())["accuracy"] == result["best_accuracy"]
+    assert (
+        json.loads((tmp_path / "ev" / "evaluation.json").read_text())["accuracy"]
+        == result["best_accuracy"]
+    )
     for part in ("train", "val"):
         shutil.rmtree(image_folder / part / "blue")
     assert run_cli(lambda: evaluate.main(asked)) == 0
@@ -100,13 +139,17 @@ def test_folders_are_validated_as_in_the_run(cache, tmp_path, image_folder, caps
     os.rename(image_folder / "val" / "red", image_folder / "val" / "yellow")
     capsys.readouterr()
     assert run_cli(lambda: evaluate.main(asked)) == 2
-    assert capsys.readouterr().err == "error: --weights: class 'yellow' of the data is not among its classes\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --weights: class 'yellow' of the data is not among its classes\n"
+    )
 
 
 def test_what_is_wrong_is_one_line(digits, tmp_path, capsys):
     _, _, weights = digits
     config = ["--config", str(REPO / "configs/digits_smoke.yaml"), *QUICK]
-    bare, damaged = tmp_path / "bare", tmp_path / "damaged"
+    bare = tmp_path / "bare"
+    damaged = tmp_path / "damaged"
     for folder in (bare, damaged):
         shutil.copytree(weights, folder)
     (bare / "config.json").unlink()
@@ -120,8 +163,14 @@ def test_what_is_wrong_is_one_line(digits, tmp_path, capsys):
         (["--weights", str(weights), "--images", str(tmp_path / "no.png")], "--images: "),
         (["--weights", str(weights), "--images", str(tmp_path / "x.png")], "not a readable image"),
         (["--weights", str(weights), "--images", str(tmp_path / "damaged")], "no pictures in it"),
-        (["--weights", str(weights), "--config", str(tmp_path / "no.yaml")], "cannot read the config"),
-        (["--weights", str(weights), *config, "--output-dir", "/proc/nowhere"], "--output-dir: cannot write"),
+        (
+            ["--weights", str(weights), "--config", str(tmp_path / "no.yaml")],
+            "cannot read the config",
+        ),
+        (
+            ["--weights", str(weights), *config, "--output-dir", "/proc/nowhere"],
+            "--output-dir: cannot write",
+        ),
     ]
     for arguments, complaint in cases:
         code = run_cli(lambda arguments=arguments: evaluate.main(arguments))
@@ -132,7 +181,8 @@ def test_what_is_wrong_is_one_line(digits, tmp_path, capsys):
 
 def test_calibration_is_guos():
     """Two bins by hand; a network that is as sure as it is right has none."""
-    confidence, correct = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55]), np.array([1, 1, 1, 0, 1, 0], dtype=bool)
+    confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
+    correct = np.array([1, 1, 1, 0, 1, 0], dtype=bool)
     error, bins = calibration(confidence, correct)
     assert error == pytest.approx(4 / 6 * 0.2 + 2 / 6 * 0.05)
     assert [row["samples"] for row in bins] == [2, 4]

@@ -1,4 +1,6 @@
-"""Disks that fill up and folders that turn read-only: real file systems, the real commands, each in a process."""
+"""Disks that fill up and folders that turn read-only: real file systems, the real commands, each in
+a process.
+"""
 
 import contextlib
 import json
@@ -15,17 +17,28 @@ import pytest
 import run_experiment
 import run_sweep
 from conftest import REPO
-from lab.cli import run_cli
-from lab.config import Config, checkpoint_folder
-from lab.runtime.checkpoint import load_checkpoint
+from lab.config.loading import Config, checkpoint_folder
+from lab.engine.checkpoint import load_checkpoint
+from lab.study.cli import run_cli
 from runs import exit_code, final_state, forked, running, same, wait_until
 from train_ast import load_config, train
 
 SMOKE = REPO / "configs/digits_smoke.yaml"
-KEYS = ["model.name=test_resnet", "dataset.image_size=8", "training.batch_size=32", "training.device=cpu"]
-KEYS += ["dataset.max_train_samples=128", "dataset.max_val_samples=32", "training.num_workers=0", "ast.warmup_epochs=1"]
+KEYS = [
+    "model.name=test_resnet",
+    "dataset.image_size=8",
+    "training.batch_size=32",
+    "training.device=cpu",
+]
+KEYS += [
+    "dataset.max_train_samples=128",
+    "dataset.max_val_samples=32",
+    "training.num_workers=0",
+    "ast.warmup_epochs=1",
+]
 KEYS += ["metrics.base_flop_per_sample=1e6", "training.epochs=24"]
-FULL, READ_ONLY = "No space left on device", "Read-only file system"
+FULL = "No space left on device"
+READ_ONLY = "Read-only file system"
 
 
 @pytest.fixture
@@ -48,25 +61,37 @@ def mount() -> Iterator[Callable[..., Path]]:
     finally:
         for at in reversed(mounted):
             subprocess.run(["umount", "--lazy", str(at)], capture_output=True)
-        left = [line for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1] in map(str, mounted)]
+        left = [
+            line
+            for line in Path("/proc/mounts").read_text().splitlines()
+            if line.split()[1] in map(str, mounted)
+        ]
         assert not left
 
 
 @pytest.fixture
 def small_disk(mount, tmp_path) -> Callable[..., Path]:
-    """A file system in memory, in the folder of that name: it takes three checkpoints of 4.4 MiB."""
-    return lambda name="disk", size="16m": mount(tmp_path / name, "-t", "tmpfs", "-o", f"size={size}", "none")
+    """A file system in memory, in the folder of that name: it takes three checkpoints of 4.4
+    MiB.
+    """
+    return lambda name="disk", size="16m": mount(
+        tmp_path / name, "-t", "tmpfs", "-o", f"size={size}", "none"
+    )
 
 
 def make_read_only(folder: Path, mount: Callable[..., Path]) -> None:
     """What stands there can be read, and nothing written any more, by nobody."""
     mount(folder, "--bind", str(folder))
     remount = ["mount", "-o", "remount,ro,bind", str(folder)]
-    wait_until(lambda: subprocess.run(remount, capture_output=True).returncode == 0)  # not while a file is written
+    wait_until(
+        lambda: subprocess.run(remount, capture_output=True).returncode == 0
+    )  # not while a file is written
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """Fill the file system of the folder `disk` but for so many bytes. Returns the file that does it."""
+    """Fill the file system of the folder `disk` but for so many bytes. Returns the file that does
+    it.
+    """
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(2**16)):
@@ -76,8 +101,13 @@ def fill(disk: Path, leave: int = 0) -> Path:
 
 
 def command(config: Config) -> Callable[[], int]:
-    """The command that runs a config of `configured`, going on from its checkpoint where there is one."""
-    more = [f"logging.{key}={value}" for key, value in config.logging.model_dump(exclude_none=True).items()]
+    """The command that runs a config of `configured`, going on from its checkpoint where there is
+    one.
+    """
+    more = [
+        f"logging.{key}={value}"
+        for key, value in config.logging.model_dump(exclude_none=True).items()
+    ]
     more.append(f"training.num_workers={config.training.num_workers}")
     args = ["--config", str(SMOKE), "--resume", "auto", *KEYS, *more]
     return lambda: run_cli(lambda: run_experiment.main(args))
@@ -103,7 +133,9 @@ def only_line(output: Path) -> str:
     """The error that a command ended with: one line, the last one, and no other sign of trouble."""
     *before, line = output.read_text().splitlines()
     assert line.startswith("error: "), output.read_text()
-    assert not any("Traceback" in each or "rror: " in each.replace("failed: ", "") for each in before), before
+    assert not any(
+        "Traceback" in each or "rror: " in each.replace("failed: ", "") for each in before
+    ), before
     return line.removeprefix("error: ")
 
 
@@ -114,7 +146,9 @@ def ends(config: Config, output: Path) -> tuple[int, str]:
 
 
 def resumes(config: Config, output: Path, whole: dict) -> None:
-    """Once there is room again, the run goes on from the checkpoint it has, to the end it would have had anyway."""
+    """Once there is room again, the run goes on from the checkpoint it has, to the end it would
+    have had anyway.
+    """
     there = load_checkpoint(last(config), config)["metrics"]["history"]["epoch"]
     output.unlink(missing_ok=True)
     assert exit_code(forked(command(config), output)) == 0, output.read_text()
@@ -136,11 +170,13 @@ def disturbed(config: Config, output: Path, disturb: Callable[[], object]) -> tu
     return code, only_line(output)
 
 
-# ------------------------------------------------------------------------------------------------ Full
+# --------------------------------------------------------------------------------------------- Full
 
 
 def test_a_disk_full_from_the_start_is_refused_in_one_line(small_disk, tmp_path, whole):
-    """Of a new run, of one to resume, and where the disk has room for a probe but for no checkpoint."""
+    """Of a new run, of one to resume, and where the disk has room for a probe but for no
+    checkpoint.
+    """
     disk = small_disk()
     config = configured(disk / "out")
     code, line = disturbed(config, tmp_path / "first", lambda: fill(disk, leave=8192))
@@ -153,13 +189,16 @@ def test_a_disk_full_from_the_start_is_refused_in_one_line(small_disk, tmp_path,
         assert (code, line.partition(":")[0]) == (2, "logging.output_dir")
         assert line.endswith(FULL)
         assert asked.logging.output_dir in line
-    code, line = ends(configured(tmp_path / "out", f"logging.jsonl_path={disk}/log.jsonl"), tmp_path / "again")
+    code, line = ends(
+        configured(tmp_path / "out", f"logging.jsonl_path={disk}/log.jsonl"), tmp_path / "again"
+    )
     assert (code, line) == (2, f"logging.jsonl_path: cannot write to {disk}/log.jsonl: {FULL}")
     os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 2**18)
     code, line = ends(configured(disk / "new"), tmp_path / "again")
     assert (code, line.partition(" need ")[0]) == (
         2,
-        f"logging.output_dir: the checkpoints in {disk}/new/checkpoints/" + checkpoint_folder(config).name,
+        f"logging.output_dir: the checkpoints in {disk}/new/checkpoints/"
+        + checkpoint_folder(config).name,
     )
     assert last(config).read_bytes() == before
     (disk / "ballast").unlink()
@@ -167,7 +206,9 @@ def test_a_disk_full_from_the_start_is_refused_in_one_line(small_disk, tmp_path,
 
 
 @pytest.mark.parametrize(("leave", "workers"), [(0, 2), (4096, 0), (2_000_000, 8)])
-def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_one_before(leave, workers, small_disk, tmp_path, whole):
+def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_one_before(
+    leave, workers, small_disk, tmp_path, whole
+):
     disk = small_disk()
     config = configured(disk / "out", f"training.num_workers={workers}")
     code, line = disturbed(config, tmp_path / "output", lambda: fill(disk, leave))
@@ -196,12 +237,18 @@ def test_a_disk_that_fills_up_under_the_log_leaves_no_torn_line(small_disk, tmp_
     assert log.read_text() == before
     (disk / "ballast").unlink()
     resumes(config, tmp_path / "resumed", whole)
-    assert [json.loads(text)["epoch"] for text in log.read_text().splitlines()[3000:]] == list(range(1, 25))
+    assert [json.loads(text)["epoch"] for text in log.read_text().splitlines()[3000:]] == list(
+        range(1, 25)
+    )
 
 
 @pytest.mark.parametrize("leave", [0, 4096])
-def test_a_disk_that_fills_up_under_the_results_leaves_them_to_be_written(leave, small_disk, tmp_path, whole):
-    """The checkpoints, on another disk, hold all of the run: resumed, it has nothing more to do than that."""
+def test_a_disk_that_fills_up_under_the_results_leaves_them_to_be_written(
+    leave, small_disk, tmp_path, whole
+):
+    """The checkpoints, on another disk, hold all of the run: resumed, it has nothing more to do
+    than that.
+    """
     disk = small_disk()
     (tmp_path / "roomy").mkdir()
     (disk / "out").mkdir()
@@ -243,7 +290,14 @@ def test_a_full_disk_under_the_printed_lines_ends_no_run(small_disk, tmp_path, w
 @pytest.mark.long
 def test_a_sweep_on_a_full_disk_lists_what_failed(small_disk, tmp_path):
     disk = small_disk()
-    args = ["--configs", str(SMOKE), "--output-dir", str(disk / "out"), *KEYS, "training.epochs=100000"]
+    args = [
+        "--configs",
+        str(SMOKE),
+        "--output-dir",
+        str(disk / "out"),
+        *KEYS,
+        "training.epochs=100000",
+    ]
     args.append("training.num_workers=2")
 
     def sweep() -> int:
@@ -255,14 +309,17 @@ def test_a_sweep_on_a_full_disk_lists_what_failed(small_disk, tmp_path):
         assert exit_code(child) == 1
     printed = (tmp_path / "first").read_text()
     summary = f"error: {disk}/out/sweep_summary"  # where that cannot be added to, nothing is listed
-    assert f"{path}: cannot write, the checkpoint before is whole: {FULL}" in printed or summary in printed
+    assert (
+        f"{path}: cannot write, the checkpoint before is whole: {FULL}" in printed
+        or summary in printed
+    )
     assert "Traceback" not in printed
     fill(disk)
     assert exit_code(forked(sweep, tmp_path / "second")) == 2
     assert only_line(tmp_path / "second").endswith(FULL)
 
 
-# ------------------------------------------------------------------------------------------- Read-only
+# ---------------------------------------------------------------------------------------- Read-only
 
 
 @pytest.mark.parametrize("part", ["checkpoints", "everything"])
@@ -281,7 +338,9 @@ def test_a_folder_that_turns_read_only_leaves_the_last_checkpoint(part, mount, t
     folder = checkpoint_folder(config) if part == "checkpoints" else tmp_path / "out"
     code, line = disturbed(config, tmp_path / "output", lambda: make_read_only(folder, mount))
     assert code == 1
-    assert f"{checkpoint_folder(config)}/" in line  # the last one, the best one or what goes with them
+    assert (
+        f"{checkpoint_folder(config)}/" in line
+    )  # the last one, the best one or what goes with them
     assert "cannot write, the checkpoint before is whole" in line
     assert READ_ONLY in line
     load_checkpoint(last(config), config)
@@ -303,4 +362,7 @@ def test_a_folder_without_the_right_to_write_is_found_at_the_start(tmp_path):
             return run_cli(lambda: train(config) and 0)
 
         assert exit_code(forked(powerless, tmp_path / "output")) == 2
-    assert only_line(tmp_path / "output") == "logging.output_dir: cannot write to out: Permission denied"
+    assert (
+        only_line(tmp_path / "output")
+        == "logging.output_dir: cannot write to out: Permission denied"
+    )

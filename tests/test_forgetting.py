@@ -8,20 +8,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import lab.labels
+import lab.method.labels
 import train_ast
 from conftest import LayerNormNet, make_batch, make_config, trained_on
 from helpers import analyze
-from lab.config import checkpoint_folder
+from lab.config.loading import checkpoint_folder
 from lab.data.datasets import DigitsDataset
 from runs import StopAfter, final_state, ranks, same
 from train_ast import ACTIVE, EXPLORED, LEFT_OUT, REVISITED, Run, train
 
 CPU = torch.device("cpu")
 AUTO = ["ast.scoring=history", "ast.target_activation=1", "ast.explore=0", "ast.forget_rate=auto"]
-DIGITS = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32", "training.optimizer=adamw"]
+DIGITS = [
+    "model.name=test_resnet",
+    "dataset.image_size=16",
+    "training.batch_size=32",
+    "training.optimizer=adamw",
+]
 DIGITS += ["training.lr=0.003", "dataset.max_val_samples=64"]
-CONFUSED = {1: 7, 3: 8, 4: 9, 5: 6, 7: 1, 8: 3, 9: 4, 6: 5}  # digits that people mistake for each other
+CONFUSED = {
+    1: 7,
+    3: 8,
+    4: 9,
+    5: 6,
+    7: 1,
+    8: 3,
+    9: 4,
+    6: 5,
+}  # digits that people mistake for each other
 
 
 class MistakenDigits(DigitsDataset):
@@ -39,8 +53,11 @@ class MistakenDigits(DigitsDataset):
 
 
 def wrong_labels() -> np.ndarray:
-    sound, mistaken = DigitsDataset.splits(None)[0], MistakenDigits.splits(None)[0]
-    return np.array([a != b for (_, a), (_, b) in zip(sound.samples, mistaken.samples, strict=True)])
+    sound = DigitsDataset.splits(None)[0]
+    mistaken = MistakenDigits.splits(None)[0]
+    return np.array(
+        [a != b for (_, a), (_, b) in zip(sound.samples, mistaken.samples, strict=True)]
+    )
 
 
 def listed(folder):
@@ -51,9 +68,16 @@ def listed(folder):
 
 def test_wrong_labels_are_found_left_out_and_listed(tmp_path, monkeypatch):
     monkeypatch.setitem(train_ast.DATASETS, "digits", MistakenDigits)
-    settings = [*AUTO, *DIGITS, "training.epochs=10", "training.loss=early_learning", "training.loss_weight=1"]
+    settings = [
+        *AUTO,
+        *DIGITS,
+        "training.epochs=10",
+        "training.loss=early_learning",
+        "training.loss_weight=1",
+    ]
     result, path = train(make_config(*settings, f"logging.output_dir={tmp_path}"))
-    history, wrong = result["training_history"], wrong_labels()
+    history = result["training_history"]
+    wrong = wrong_labels()
     assert history["forgotten"][:5] == [0.0] * 5
     assert 0.5 * wrong.mean() < history["forgotten"][-1] < 1.2 * wrong.mean()
     assert history["activation_rate"][-1] == 1.0  # of those that are left
@@ -81,26 +105,37 @@ def test_sound_labels_are_left_in(tmp_path):
 
 
 def test_a_run_that_forgets_nothing_says_so_and_lists_nothing(tmp_path):
-    few = ["dataset.max_train_samples=64", "training.epochs=2", "ast.mode=dense", "ast.forget_rate=auto"]
+    few = [
+        "dataset.max_train_samples=64",
+        "training.epochs=2",
+        "ast.mode=dense",
+        "ast.forget_rate=auto",
+    ]
     result, path = train(make_config(*DIGITS, *few, f"logging.output_dir={tmp_path}"))
     assert result["training_history"]["forgotten"] == [None, None]
     assert not list(tmp_path.glob("suspected*"))
     assert json.loads(path.read_text())["training_history"]["forgotten"] == [None, None]
 
 
-# ------------------------------------------------------------------------------------------------- One epoch
+# ---------------------------------------------------------------------------------------- One epoch
 
 
 def doubting_run(monkeypatch, out: list[int], *overrides: str, samples: int = 40) -> Run:
     """A run past half of its schedule that doubts the labels of the samples `out`."""
-    monkeypatch.setattr(train_ast, "doubted", lambda columns, before, progress: np.isin(np.arange(samples), out))
-    config = make_config("ast.warmup_epochs=0", "training.epochs=3", "ast.anneal_epochs=1", *overrides)
+    monkeypatch.setattr(
+        train_ast, "doubted", lambda columns, before, progress: np.isin(np.arange(samples), out)
+    )
+    config = make_config(
+        "ast.warmup_epochs=0", "training.epochs=3", "ast.anneal_epochs=1", *overrides
+    )
     run = Run.build(config, LayerNormNet(), CPU, planned_steps=100, samples=samples)
     run.trainer.scheduled = 60
     return run
 
 
-@pytest.mark.parametrize("way", [AUTO, ["ast.forget_rate=auto"], [*AUTO, "ast.target_activation=0.5"]])
+@pytest.mark.parametrize(
+    "way", [AUTO, ["ast.forget_rate=auto"], [*AUTO, "ast.target_activation=0.5"]]
+)
 @pytest.mark.parametrize("epoch", [0, 2])  # a sparse and a dense one
 def test_who_is_doubted_is_not_loaded_but_for_a_few(way, epoch, monkeypatch):
     out = list(range(0, 40, 2))
@@ -127,18 +162,21 @@ def test_before_half_of_the_schedule_all_are_believed(monkeypatch):
 
 def test_who_is_looked_at_again_is_recorded_and_moves_no_weight(monkeypatch):
     run = doubting_run(monkeypatch, [], *AUTO, samples=16)
-    model, (images, labels) = run.network.model, make_batch()
+    model = run.network.model
+    (images, labels) = make_batch()
     run.start_epoch(0, np.arange(16))
     run.selection.kinds[8:] = int(REVISITED)
     trained_on(run, images, labels, torch.arange(16))
     got = [p.grad.clone() for p in model.parameters()]
     losses = F.cross_entropy(model(run.network.normalise(images)), labels, reduction="none")
     wanted = torch.autograd.grad(losses[:8].sum() / 16, list(model.parameters()))
-    assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(got, wanted, strict=True))
+    assert all(
+        torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(got, wanted, strict=True)
+    )
     assert (run.selection.store.seen[8:] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------- Resumed, and shared
+# ------------------------------------------------------------------------------ Resumed, and shared
 
 SMALL = [*DIGITS, "dataset.max_train_samples=128", "dataset.label_noise=0.3", "training.epochs=4"]
 WITH_ROWS = [*AUTO, "training.loss=early_learning"]
@@ -147,8 +185,11 @@ BATCHES = ["ast.target_activation=0.6", "ast.forget_rate=auto", "ast.pack=true"]
 
 @pytest.mark.parametrize("way", [WITH_ROWS, BATCHES])
 def test_a_resumed_run_forgets_the_same(way, tmp_path, monkeypatch):
-    monkeypatch.setattr(lab.labels, "STREAK", 1)
-    whole, parts = (make_config(*SMALL, *way, f"logging.output_dir={tmp_path / name}") for name in ("whole", "parts"))
+    monkeypatch.setattr(lab.method.labels, "STREAK", 1)
+    whole, parts = (
+        make_config(*SMALL, *way, f"logging.output_dir={tmp_path / name}")
+        for name in ("whole", "parts")
+    )
     result, _ = train(whole)
     assert result["training_history"]["forgotten"][-1] > 0
     assert train(parts, StopAfter(9))[0]["status"] == "interrupted"
@@ -157,7 +198,7 @@ def test_a_resumed_run_forgets_the_same(way, tmp_path, monkeypatch):
 
 
 def test_two_processes_forget_alike_and_one_of_them_lists(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab.labels, "STREAK", 1)
+    monkeypatch.setattr(lab.method.labels, "STREAK", 1)
     config = make_config(*SMALL, *WITH_ROWS, f"logging.output_dir={tmp_path / 'out'}")
     one, two = ranks(2, lambda rank: train(config)[0], tmp_path / "ranks").results()
     assert one["training_history"] == two["training_history"]
@@ -169,7 +210,12 @@ def test_two_processes_forget_alike_and_one_of_them_lists(tmp_path, monkeypatch)
 
 
 def test_a_fixed_rate_says_what_it_leaves_out(tmp_path):
-    way = ["ast.scoring=history", "ast.target_activation=0.7", "ast.forget_rate=0.25", "ast.explore=0"]
+    way = [
+        "ast.scoring=history",
+        "ast.target_activation=0.7",
+        "ast.forget_rate=0.25",
+        "ast.explore=0",
+    ]
     result, _ = train(make_config(*SMALL, *way, f"logging.output_dir={tmp_path}"))
     assert result["training_history"]["forgotten"] == [0.0, *3 * [pytest.approx(0.25, abs=0.01)]]
     assert sum(row["left_out"] == "1" for row in listed(tmp_path)) == 32
@@ -179,9 +225,27 @@ def test_the_list_holds_no_formula(tmp_path, image_folder):
     (image_folder / "train" / "blue").rename(image_folder / "train" / "=cmd()")
     (image_folder / "val" / "blue").rename(image_folder / "val" / "=cmd()")
     paths = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    way = ["dataset.type=folder", "dataset.image_size=16", "model.name=test_resnet", "training.num_workers=0"]
-    sizes = ["training.batch_size=8", "training.epochs=2", "ast.scoring=history", "ast.forget_rate=0.2"]
-    train(make_config(*paths, *way, *sizes, "ast.target_activation=0.8", f"logging.output_dir={tmp_path / 'out'}"))
+    way = [
+        "dataset.type=folder",
+        "dataset.image_size=16",
+        "model.name=test_resnet",
+        "training.num_workers=0",
+    ]
+    sizes = [
+        "training.batch_size=8",
+        "training.epochs=2",
+        "ast.scoring=history",
+        "ast.forget_rate=0.2",
+    ]
+    train(
+        make_config(
+            *paths,
+            *way,
+            *sizes,
+            "ast.target_activation=0.8",
+            f"logging.output_dir={tmp_path / 'out'}",
+        )
+    )
     rows = listed(tmp_path / "out")
     names = {row[name] for row in rows for name in ("given", "predicted")}
     assert names <= {"'=cmd()", "green", "red"}

@@ -1,4 +1,6 @@
-"""The sparse step: its gradient against autograd's own, the work it skips, packing, windows, scaling."""
+"""The sparse step: its gradient against autograd's own, the work it skips, packing, windows,
+scaling.
+"""
 
 import copy
 
@@ -23,12 +25,17 @@ from conftest import (
 )
 from lab.data.mixing import Mixing
 from lab.data.queue import ActiveQueue
-from lab.runtime.distributed import Dist
-from lab.state import warm_up
+from lab.engine.state import warm_up
+from lab.machine.distributed import Dist
 from train_ast import select_active, train_one_epoch
 
 NETS = [LayerNormNet, BatchNormNet]
-PLAIN_SGD = ("training.momentum=0", "training.weight_decay=0", "training.lr=1.0", "training.min_lr=1.0")
+PLAIN_SGD = (
+    "training.momentum=0",
+    "training.weight_decay=0",
+    "training.lr=1.0",
+    "training.min_lr=1.0",
+)
 
 
 def gradients(model):
@@ -36,21 +43,30 @@ def gradients(model):
 
 
 def reference_gradients(run, model, batches):
-    """Autograd's gradient of the mean loss over all `batches`, each forwarded by itself in train mode."""
+    """Autograd's gradient of the mean loss over all `batches`, each forwarded by itself in train
+    mode.
+    """
     total = sum(len(labels) for _, labels in batches)
     model.zero_grad()
     for images, labels in batches:
         if len(labels):
-            (F.cross_entropy(model(run.network.normalise(images)), labels, reduction="sum") / total).backward()
+            (
+                F.cross_entropy(model(run.network.normalise(images)), labels, reduction="sum")
+                / total
+            ).backward()
     return gradients(model)
 
 
 def active_part(run, model, images, labels, threshold, min_active=0):
-    """What the law says is active, worked out without `ast_forward`: eval-mode loss + entropy over a threshold."""
+    """What the law says is active, worked out without `ast_forward`: eval-mode loss + entropy over
+    a threshold.
+    """
     with torch.no_grad():
         logits = copy.deepcopy(model).eval()(run.network.normalise(images))
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    scores = F.cross_entropy(logits, labels, reduction="none") + run.config.ast.entropy_weight * entropy
+    scores = (
+        F.cross_entropy(logits, labels, reduction="none") + run.config.ast.entropy_weight * entropy
+    )
     k = max(int((scores > threshold).sum()), min_active)
     indices = scores.topk(k).indices.sort().values
     return images[indices], labels[indices]
@@ -66,21 +82,26 @@ def test_gradient_is_autograds_over_the_active_samples(net):
     active = active_part(run, reference, images, labels, 4.5)
     assert 1 < len(active[1]) < 16  # a real selection
     assert sparse_step(run, images, labels) == len(active[1])
-    for got, expected in zip(gradients(model), reference_gradients(run, reference, [active]), strict=True):
+    for got, expected in zip(
+        gradients(model), reference_gradients(run, reference, [active]), strict=True
+    ):
         assert torch.allclose(got, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize(
-    ("setting", "mix"), [("mixup=0.4", v2.MixUp(alpha=0.4, num_classes=10)), ("cutmix=1", v2.CutMix(num_classes=10))]
+    ("setting", "mix"),
+    [("mixup=0.4", v2.MixUp(alpha=0.4, num_classes=10)), ("cutmix=1", v2.CutMix(num_classes=10))],
 )
 def test_gradient_is_autograds_over_mixtures_of_the_active_samples(setting, mix, net, monkeypatch):
     """Chosen by unmixed pictures, then mixed among themselves, with smoothed labels."""
     torch.manual_seed(0)
     model = net()
-    reference, (images, labels) = copy.deepcopy(model), make_batch()
+    reference = copy.deepcopy(model)
+    (images, labels) = make_batch()
     settings = ["ast.initial_threshold=4.5", f"training.{setting}", "training.label_smoothing=0.1"]
-    run, drawn = make_run(model, *settings), []
+    run = make_run(model, *settings)
+    drawn = []
     monkeypatch.setattr("lab.data.mixing.as_seed", lambda number: drawn.append(number) or 7)
     active = active_part(run, reference, images, labels, 4.5)
     assert 1 < len(active[1]) < 16
@@ -101,7 +122,8 @@ def test_gradient_is_autograds_over_mixtures_of_the_active_samples(setting, mix,
 
 def test_a_mixture_depends_on_seed_epoch_step_and_process_alone():
     images, labels = make_batch()
-    training, state = make_config("training.mixup=0.3", "training.cutmix=0.7").training, torch.get_rng_state()
+    training = make_config("training.mixup=0.3", "training.cutmix=0.7").training
+    state = torch.get_rng_state()
     mixing = Mixing(training, 10, Dist())
     first = mixing(images, labels, 2, 5)
     assert all(torch.equal(*pair) for pair in zip(mixing(images, labels, 2, 5), first, strict=True))
@@ -118,11 +140,19 @@ def test_a_mixture_depends_on_seed_epoch_step_and_process_alone():
 
 @pytest.mark.parametrize("net", NETS)
 def test_window_gradient_is_the_mean_over_unequal_active_counts(net):
-    """Three batches a window, one of them with nothing active: plain SGD with rate 1 moves by the gradient."""
+    """Three batches a window, one of them with nothing active: plain SGD with rate 1 moves by the
+    gradient.
+    """
     torch.manual_seed(1)
     model = net()
     batches = [make_batch(seed=1), make_batch(seed=2), make_batch(seed=3)]
-    overrides = ["training.grad_accum_steps=3", "ast.min_active=0", "ast.kp=0", "ast.ki=0", *PLAIN_SGD]
+    overrides = [
+        "training.grad_accum_steps=3",
+        "ast.min_active=0",
+        "ast.kp=0",
+        "ast.ki=0",
+        *PLAIN_SGD,
+    ]
     run = make_run(model, *overrides, "ast.initial_threshold=4.5")
     batches[1] = (batches[1][0][:3], batches[1][1][:3])
     low = active_part(run, model, *batches[1], 0.0)
@@ -135,9 +165,15 @@ def test_window_gradient_is_the_mean_over_unequal_active_counts(net):
     assert counts[0] != counts[2]
     before = [p.detach().clone() for p in model.parameters()]
     assert train_one_epoch(run, loaded(batches), 3)
-    for old, new, expected in zip(before, model.parameters(), reference_gradients(run, reference, active), strict=True):
+    for old, new, expected in zip(
+        before, model.parameters(), reference_gradients(run, reference, active), strict=True
+    ):
         assert torch.allclose(old - new, expected, atol=1e-6)
-    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.metrics.ledger.scored) == (1, sum(counts), 35)
+    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.metrics.ledger.scored) == (
+        1,
+        sum(counts),
+        35,
+    )
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -147,7 +183,10 @@ def test_scoring_leaves_the_model_untouched(net):
     run = make_run(model)
     scores, hits = scores_of(run, *make_batch()).read()
     images, labels = make_batch()
-    assert hits == (copy.deepcopy(model).eval()(run.network.normalise(images)).argmax(-1) == labels).sum()
+    assert (
+        hits
+        == (copy.deepcopy(model).eval()(run.network.normalise(images)).argmax(-1) == labels).sum()
+    )
     assert not scores.requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert model.training
@@ -171,14 +210,19 @@ def test_inactive_rows_never_reach_the_training_forward(pack):
     model = LayerNormNet()
     rows = []
     run = make_run(model, "ast.initial_threshold=4.5", f"ast.pack={pack}")
-    model.body.register_forward_pre_hook(lambda _, args: rows.append(args[0]) if torch.is_grad_enabled() else None)
+    model.body.register_forward_pre_hook(
+        lambda _, args: rows.append(args[0]) if torch.is_grad_enabled() else None
+    )
     batches = [make_batch(seed=seed) for seed in range(12)]
     expected = []
     for images, labels in batches:
-        chosen = select_active(scores_of(run, images, labels).read()[0], run.selection.controller.threshold, 2)
+        chosen = select_active(
+            scores_of(run, images, labels).read()[0], run.selection.controller.threshold, 2
+        )
         expected.append(run.network.normalise(images[chosen.indices]))
         sparse_step(run, images, labels)
-    trained, wanted = torch.cat(rows), torch.cat(expected)
+    trained = torch.cat(rows)
+    wanted = torch.cat(expected)
     assert len(wanted) < 0.8 * 12 * 16
     assert torch.equal(trained, wanted[: len(trained)])  # the active rows, in order, and no others
     if pack:
@@ -190,13 +234,21 @@ def test_inactive_rows_never_reach_the_training_forward(pack):
 
 
 def test_nothing_active_takes_no_step():
-    """Momentum and weight decay would move the weights even on a zero gradient: `any_active_in_accum` guards them."""
+    """Momentum and weight decay would move the weights even on a zero gradient:
+    `any_active_in_accum` guards them.
+    """
     model = LayerNormNet()
-    run = make_run(model, "ast.initial_threshold=1e6", "ast.min_active=0", "training.grad_accum_steps=2")
+    run = make_run(
+        model, "ast.initial_threshold=1e6", "ast.min_active=0", "training.grad_accum_steps=2"
+    )
     before = copy.deepcopy(model.state_dict())
     train_one_epoch(run, loaded([make_batch(seed=s) for s in range(4)]), 4)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.metrics.ledger.loaded) == (0, 0, 64)
+    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.metrics.ledger.loaded) == (
+        0,
+        0,
+        64,
+    )
 
 
 def test_min_active_trains_on_the_top_samples_and_the_controller_does_not_see_it():
@@ -217,7 +269,9 @@ def test_hand_over_starts_at_the_quantile_of_the_first_batch():
 
 
 def test_a_threshold_left_behind_is_found_again():
-    """Scores collapse a thousandfold between two batches: the next batch starts from its own quantile."""
+    """Scores collapse a thousandfold between two batches: the next batch starts from its own
+    quantile.
+    """
     run = make_run(LayerNormNet(), "ast.target_activation=0.5")
     for _ in range(3):
         sparse_step(run, *make_batch(64))
@@ -268,15 +322,25 @@ def test_gradient_clipping_bounds_the_step():
 def test_leftover_of_a_window_steps_at_the_end_of_the_epoch():
     run = make_run(LayerNormNet(), "ast.mode=dense", "training.grad_accum_steps=4")
     train_one_epoch(run, loaded([make_batch(seed=s) for s in range(6)]), 6)
-    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.trainer.scheduled) == (2, 96, 6)
+    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.trainer.scheduled) == (
+        2,
+        96,
+        6,
+    )
 
 
 @given(st.lists(st.integers(0, 8), max_size=30))
 def test_queue_gives_every_sample_once_in_order_and_only_full_batches(sizes):
-    queue, given_out, pushed = ActiveQueue(8), [], 0
+    queue = ActiveQueue(8)
+    given_out = []
+    pushed = 0
     for size in sizes:
         labels = torch.arange(pushed, pushed + size)
-        ready = queue.push(as_batch(labels.view(-1, 1, 1, 1).expand(-1, 3, 2, 2).to(torch.uint8), labels, labels + 7))
+        ready = queue.push(
+            as_batch(
+                labels.view(-1, 1, 1, 1).expand(-1, 3, 2, 2).to(torch.uint8), labels, labels + 7
+            )
+        )
         pushed += size
         if ready is not None:
             assert len(ready[1]) == 8
@@ -288,7 +352,9 @@ def test_queue_gives_every_sample_once_in_order_and_only_full_batches(sizes):
 
 
 def test_the_rate_follows_the_loop_steps_and_ends_fully_decayed():
-    """Packing takes an optimizer step every few loop steps, across the ends of epochs: none is lost to the schedule."""
+    """Packing takes an optimizer step every few loop steps, across the ends of epochs: none is lost
+    to the schedule.
+    """
     run = make_run(LayerNormNet(), "ast.pack=true", "training.lr=0.4", "training.epochs=4")
     rates = []
     for epoch in range(10):
@@ -303,12 +369,15 @@ def test_the_rate_follows_the_loop_steps_and_ends_fully_decayed():
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(ahead):
-    """Each batch's scores against those of the weights it should have seen: its own step's, or the step before's."""
+    """Each batch's scores against those of the weights it should have seen: its own step's, or the
+    step before's.
+    """
     torch.manual_seed(0)
     model = LayerNormNet()
     run = make_run(model, f"ast.score_ahead={ahead}", "ast.initial_threshold=0", *PLAIN_SGD)
     batches = [make_batch(seed=s) for s in range(5)]
-    weights, seen = [copy.deepcopy(model)], []
+    weights = [copy.deepcopy(model)]
+    seen = []
     for (_, labels, _), scores in run.ahead.pairs(loaded(batches), run.scoring):
         seen.append((labels, scores.read()[0].clone()))
         with torch.no_grad():
@@ -328,10 +397,15 @@ def test_scoring_ahead_is_for_scoring_alone():
 
 
 def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one():
-    model, sides = BatchNormNet(), {True: set(), False: set()}
+    model = BatchNormNet()
+    sides = {True: set(), False: set()}
     run = make_run(model, "dataset.image_size=16", "ast.score_resolution=12", "ast.pack=true")
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: sides[module.training].add(args[0].shape[-1]) if isinstance(module, BatchNormNet) else None
+        lambda module, args: (
+            sides[module.training].add(args[0].shape[-1])
+            if isinstance(module, BatchNormNet)
+            else None
+        )
     )
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
@@ -352,17 +426,25 @@ def torchvision_resize(images, size):
     return v2.functional.resize(images.float(), [size, size], antialias=True)
 
 
-RECIPE = ["training.mixup=0.2", "training.cutmix=1", "training.weight_average=0.5"]  # Adam would magnify rounding
+RECIPE = [
+    "training.mixup=0.2",
+    "training.cutmix=1",
+    "training.weight_average=0.5",
+]  # Adam would magnify rounding
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(RECIPE, marks=pytest.mark.long)])
 def test_compiled_steps_move_the_weights_as_eager_ones_do(more):
-    """With reduce-overhead and windows the gradients stay where they are and are zeroed, not dropped."""
+    """With reduce-overhead and windows the gradients stay where they are and are zeroed, not
+    dropped.
+    """
     moved = {}
     for mode in ("off", "reduce-overhead"):
         torch.manual_seed(0)
         model = BatchNormNet()
-        run = make_run(model, f"training.compile={mode}", "training.grad_accum_steps=2", "ast.pack=true", *more)
+        run = make_run(
+            model, f"training.compile={mode}", "training.grad_accum_steps=2", "ast.pack=true", *more
+        )
         if mode != "off":
             warm_up(run)
         train_one_epoch(run, loaded([make_batch(seed=s) for s in range(12)]), 12)

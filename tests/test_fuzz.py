@@ -1,7 +1,8 @@
-"""Random configs and overrides: refused in one line or read right, never a traceback and never a hang.
+"""Random configs and overrides: refused in one line or read right, never a traceback and never a
+hang.
 
-Text must come back verbatim, and numbers as the decimals that they are. The long form says what it met:
-`python -m pytest -n 0 -m long -s tests/test_fuzz.py`.
+Text must come back verbatim, and numbers as the decimals that they are. The long form says what it
+met: `python -m pytest -n 0 -m long -s tests/test_fuzz.py`.
 """
 
 import json
@@ -16,20 +17,59 @@ import yaml
 
 import run_experiment
 from conftest import REPO
-from lab.cli import run_cli
-from lab.config import Config, takes_text
-from lab.errors import RequestError
+from lab.base.errors import RequestError
+from lab.config.loading import Config, takes_text
+from lab.study.cli import run_cli
 from train_ast import load_config
 
 SEED = 20261126
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
-KEYS = [(section, name) for section, part in Config.model_fields.items() for name in part.annotation.model_fields]
-FREE = ["dataset.subset", "dataset.revision", "dataset.name", "dataset.train_dir", "logging.output_dir"]  # any text
+KEYS = [
+    (section, name)
+    for section, part in Config.model_fields.items()
+    for name in part.annotation.model_fields
+]
+FREE = [
+    "dataset.subset",
+    "dataset.revision",
+    "dataset.name",
+    "dataset.train_dir",
+    "logging.output_dir",
+]  # any text
 FREE += ["logging.jsonl_path", "dataset.cache_dir", "dataset.split_train", "model.name"]
-WHOLE = ["training.seed", "training.epochs", "dataset.max_train_samples", "training.early_stop_patience"]
-REAL = ["training.lr", "training.max_minutes", "ast.entropy_weight", "ast.kp", "metrics.gpu_tdp_watts"]
-ALPHABET = "abcXYZ0123456789 \t\n\r#:;,.=+-_*&!%@`'\"\\/|<>()[]{}~^?$äß表😀\u00a0\u0085\u2028\ufeff\x0b\x1b\x7f\0\udcff"
-WORDS = ["null", "Null", "~", "true", "no", "off", "yes", "2026-11-26", "12:30", "010", "0x1F", "0o17", "1_000", "1e3"]
+WHOLE = [
+    "training.seed",
+    "training.epochs",
+    "dataset.max_train_samples",
+    "training.early_stop_patience",
+]
+REAL = [
+    "training.lr",
+    "training.max_minutes",
+    "ast.entropy_weight",
+    "ast.kp",
+    "metrics.gpu_tdp_watts",
+]
+ALPHABET = (
+    "abcXYZ0123456789 "
+    "\t\n\r#:;,.=+-_*&!%@`'\"\\/|<>()[]{}~^?$äß表😀\u00a0\u0085\u2028\ufeff\x0b\x1b\x7f\0\udcff"
+)
+WORDS = [
+    "null",
+    "Null",
+    "~",
+    "true",
+    "no",
+    "off",
+    "yes",
+    "2026-11-26",
+    "12:30",
+    "010",
+    "0x1F",
+    "0o17",
+    "1_000",
+    "1e3",
+]
 WORDS += [
     ".inf",
     "-.NaN",
@@ -48,11 +88,30 @@ WORDS += [
     "@x",
     "|",
 ]
-WORDS += ["${local_rank}", "$$", "9" * 400, "1e999", "'", '"', "[", "]", "{", "}", "{}", "[]", "''", '""', "\\ud800"]
+WORDS += [
+    "${local_rank}",
+    "$$",
+    "9" * 400,
+    "1e999",
+    "'",
+    '"',
+    "[",
+    "]",
+    "{",
+    "}",
+    "{}",
+    "[]",
+    "''",
+    '""',
+    "\\ud800",
+]
 
 
 def some_text(dice: random.Random) -> str:
-    pieces = [dice.choice(WORDS) if dice.random() < 0.4 else dice.choice(ALPHABET) for _ in range(dice.randint(0, 6))]
+    pieces = [
+        dice.choice(WORDS) if dice.random() < 0.4 else dice.choice(ALPHABET)
+        for _ in range(dice.randint(0, 6))
+    ]
     return "".join(pieces)
 
 
@@ -81,7 +140,11 @@ def some_number(dice: random.Random) -> str:
 
 def decimal(text: str) -> Decimal | None:
     """The number that a text is, by the one meaning that numbers have; None where it is none."""
-    return Decimal(text) if re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text) else None
+    return (
+        Decimal(text)
+        if re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text)
+        else None
+    )
 
 
 def value_of(config: Config, key: str):
@@ -94,7 +157,11 @@ def read_right(key: str, text: str, value: object) -> bool:
     is_text, may_be_null = takes_text(*key.split("."))
     if value is None:
         return text == "null" if is_text else may_be_null or text in ("null", "Null", "NULL", "~")
-    return value == text if is_text else decimal(text) is not None and float(decimal(text)) == float(value)
+    return (
+        value == text
+        if is_text
+        else decimal(text) is not None and float(decimal(text)) == float(value)
+    )
 
 
 def expect(right: bool, case: object) -> None:
@@ -116,7 +183,12 @@ def fuzz_overrides(dice: random.Random, met: Counter) -> None:
         config = load_config(DIGITS, [f"{key}={text}"])
     except RequestError as error:
         expect(key in refusal(error), (key, text))
-        sound = text and not {"\0", "\udcff"} & set(text) and key in FREE and key != "logging.jsonl_path"
+        sound = (
+            text
+            and not {"\0", "\udcff"} & set(text)
+            and key in FREE
+            and key != "logging.jsonl_path"
+        )
         expect(not sound, (key, text))
         met["override refused"] += 1
     else:
@@ -125,7 +197,9 @@ def fuzz_overrides(dice: random.Random, met: Counter) -> None:
 
 
 def fuzz_files(dice: random.Random, met: Counter, folder) -> None:
-    """A file of random texts, as JSON or YAML in some encoding, read and read again from what --dry-run prints."""
+    """A file of random texts, as JSON or YAML in some encoding, read and read again from what
+    --dry-run prints.
+    """
     texts = {key: some_text(dice) for key in dice.sample(FREE, dice.randint(1, 4))}
     sections: dict = {}
     for key, text in texts.items():
@@ -135,10 +209,14 @@ def fuzz_files(dice: random.Random, met: Counter, folder) -> None:
     if kind == "yaml":
         written = yaml.safe_dump(sections, default_flow_style=dice.choice([True, False]))
     else:
-        written = json.dumps(sections, ensure_ascii=kind != "unicode", indent="\t" if kind == "tabs" else None)
+        written = json.dumps(
+            sections, ensure_ascii=kind != "unicode", indent="\t" if kind == "tabs" else None
+        )
     encoding = dice.choice(["utf-8"] * 6 + ["utf-8-sig", "latin-1", "utf-16", "cp1252"])
     path = folder / dice.choice(["a.json", "a.yaml", "a"]) if kind != "yaml" else folder / "a.yaml"
-    path.write_bytes(written.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace"))
+    path.write_bytes(
+        written.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
+    )
     try:
         config = load_config(path)
     except RequestError as error:
@@ -152,7 +230,8 @@ def fuzz_files(dice: random.Random, met: Counter, folder) -> None:
 
 def fuzz_numbers(dice: random.Random, met: Counter, folder) -> None:
     """A number in a YAML file means what it means in an override, or is refused there too."""
-    key, text = dice.choice(WHOLE + REAL), some_number(dice).strip()
+    key = dice.choice(WHOLE + REAL)
+    text = some_number(dice).strip()
     section, name = key.split(".")
     (folder / "b.yaml").write_text(f"{section}:\n  {name}: {text}\n")
     try:
@@ -168,9 +247,12 @@ def fuzz_numbers(dice: random.Random, met: Counter, folder) -> None:
 
 
 def fuzz_command(dice: random.Random, met: Counter, folder, capsys) -> None:
-    """Overrides of any key, by the command with --dry-run; what it prints is read again as the same config."""
+    """Overrides of any key, by the command with --dry-run; what it prints is read again as the same
+    config.
+    """
     pairs = [
-        (".".join(dice.choice(KEYS)), dice.choice([some_text, some_number])(dice)) for _ in range(dice.randint(0, 2))
+        (".".join(dice.choice(KEYS)), dice.choice([some_text, some_number])(dice))
+        for _ in range(dice.randint(0, 2))
     ]
     pairs.append((dice.choice(FREE), some_text(dice)))
     overrides = [f"{key}={text}" for key, text in pairs]
@@ -188,7 +270,8 @@ def fuzz_command(dice: random.Random, met: Counter, folder, capsys) -> None:
 
 def fuzz(times: int, folder, capsys) -> Counter:
     """`times` cases of the four kinds in turn. Returns how each ended."""
-    dice, met = random.Random(SEED), Counter()
+    dice = random.Random(SEED)
+    met = Counter()
     for number in range(times):
         started = time.monotonic()
         if number % 4 == 0:
@@ -205,7 +288,13 @@ def fuzz(times: int, folder, capsys) -> Counter:
 
 def test_two_hundred_random_configs_are_read_right_or_refused(tmp_path, capsys):
     met = fuzz(200, tmp_path, capsys)
-    assert {"override refused", "override read", "json read", "yaml read", "command with exit code 2"} <= met.keys()
+    assert {
+        "override refused",
+        "override read",
+        "json read",
+        "yaml read",
+        "command with exit code 2",
+    } <= met.keys()
 
 
 @pytest.mark.long

@@ -1,19 +1,21 @@
-"""What only a GPU can show: skipped without one. The logic of each path has its own test on a CPU."""
+"""What only a GPU can show: skipped without one. The logic of each path has its own test on a
+CPU.
+"""
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import REPO, loaded, make_config
-from lab.config import checkpoint_folder
+from lab.config.loading import checkpoint_folder
+from lab.config.sections import ModelConfig
 from lab.data.images import crop_resize
 from lab.data.loading import device_batches
 from lab.data.randomness import uniform
-from lab.models import get_model
-from lab.runtime.checkpoint import load_checkpoint
-from lab.runtime.devices import configure_backends
-from lab.sections import ModelConfig
-from lab.state import warm_up
+from lab.engine.checkpoint import load_checkpoint
+from lab.engine.state import warm_up
+from lab.machine.devices import configure_backends
+from lab.models.building import get_model
 from runs import untimed
 from train_ast import Run, build_dataloaders, load_config, train, train_one_epoch
 
@@ -22,23 +24,39 @@ GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("mode", "scoring", "window"), [("dense", "batch", 1), ("ast", "batch", 2), ("ast", "history", 1)]
+    ("mode", "scoring", "window"),
+    [("dense", "batch", 1), ("ast", "batch", 2), ("ast", "history", 1)],
 )
 def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
-    """ResNet-18 in float32, 24 loop steps from the same weights: every tensor moves the same way by the same amount.
+    """ResNet-18 in float32, 24 loop steps from the same weights: every tensor moves the same way by
+    the same amount.
 
-    The rate is small because at 0.01 a change of the weights by 1e-7 is one of 9 % after as many steps.
+    The rate is small because at 0.01 a change of the weights by 1e-7 is one of 9 % after as many
+    steps.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (24, 32, 3, 32, 32), dtype=torch.uint8, generator=generator).to(GPU)
+    images = torch.randint(0, 256, (24, 32, 3, 32, 32), dtype=torch.uint8, generator=generator).to(
+        GPU
+    )
     labels = torch.randint(0, 10, (24, 32), generator=generator).to(GPU)
     ended = {}
     for compile_ in ("off", "reduce-overhead"):
         torch.manual_seed(0)
-        settings = [f"training.compile={compile_}", f"training.grad_accum_steps={window}", "ast.kp=1.0"]
-        settings += ["training.device=cuda", "training.mixed_precision=false", "training.lr=1e-4", "ast.pack=true"]
+        settings = [
+            f"training.compile={compile_}",
+            f"training.grad_accum_steps={window}",
+            "ast.kp=1.0",
+        ]
+        settings += [
+            "training.device=cuda",
+            "training.mixed_precision=false",
+            "training.lr=1e-4",
+            "ast.pack=true",
+        ]
         settings += [f"ast.scoring={scoring}", "ast.explore_weight_cap=3"]
-        config = make_config(f"ast.mode={mode}", "training.batch_size=32", "dataset.image_size=32", *settings)
+        config = make_config(
+            f"ast.mode={mode}", "training.batch_size=32", "dataset.image_size=32", *settings
+        )
         configure_backends(config.ast, GPU)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
@@ -52,13 +70,17 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
         start = {name: tensor.double() for name, tensor in model.state_dict().items()}
         warm_up(run)
         train_one_epoch(run, loaded(zip(images, labels, strict=True)), 24)
-        ended[compile_] = {name: tensor.double() - start[name] for name, tensor in model.state_dict().items()}
+        ended[compile_] = {
+            name: tensor.double() - start[name] for name, tensor in model.state_dict().items()
+        }
         ended[compile_ + " activation"] = run.selection.activations
         ended[compile_ + " stored"] = None if stored is None else stored.significance.clone()
         assert run.metrics.ledger.steps >= 2
     assert ended["off activation"] == pytest.approx(ended["reduce-overhead activation"], abs=1 / 16)
     if ended["off stored"] is not None:
-        assert torch.allclose(ended["off stored"], ended["reduce-overhead stored"], rtol=0.05, atol=0.05)
+        assert torch.allclose(
+            ended["off stored"], ended["reduce-overhead stored"], rtol=0.05, atol=0.05
+        )
     for name, moved in ended["off"].items():
         assert moved.norm() > 0, name
         assert (ended["reduce-overhead"][name] - moved).norm() < 0.1 * moved.norm(), name
@@ -68,14 +90,23 @@ def test_streamed_and_resident_batches_reach_the_gpu_as_they_are(image_folder):
     paths = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
     paths.append(f"dataset.cache_folder={image_folder}/cache")
     for cache, size in (("none", 32), ("device", 32), ("device", 72), ("disk", 32), ("disk", 72)):
-        config = make_config("dataset.type=folder", f"dataset.image_size={size}", *paths, f"dataset.cache={cache}")
+        config = make_config(
+            "dataset.type=folder", f"dataset.image_size={size}", *paths, f"dataset.cache={cache}"
+        )
         ends = []
         for device in (torch.device("cpu"), GPU):
             train, _, _, _ = build_dataloaders(config, device)
-            ends.append([(images.cpu(), labels.cpu()) for images, labels, _ in device_batches(train, device)])
+            ends.append(
+                [
+                    (images.cpu(), labels.cpu())
+                    for images, labels, _ in device_batches(train, device)
+                ]
+            )
         for (images, labels), (others, others_labels) in zip(*ends, strict=True):
             assert torch.equal(labels, others_labels)
-            assert (images.int() - others.int()).abs().max() <= (1 if size == 72 else 0)  # float16 weights
+            assert (images.int() - others.int()).abs().max() <= (
+                1 if size == 72 else 0
+            )  # float16 weights
 
 
 @pytest.mark.parametrize("size", [32, 72])
@@ -83,7 +114,10 @@ def test_views_from_a_file_are_those_of_the_device_bit_for_bit(size, image_folde
     paths = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
     found = []
     for number, cache in enumerate(("disk", "device")):
-        where = [f"dataset.cache_folder={image_folder}/cache{number}", f"dataset.cache={cache}"]  # device: no file
+        where = [
+            f"dataset.cache_folder={image_folder}/cache{number}",
+            f"dataset.cache={cache}",
+        ]  # device: no file
         config = make_config("dataset.type=folder", f"dataset.image_size={size}", *paths, *where)
         loader, _, plan, _ = build_dataloaders(config, GPU)
         plan.start_epoch(2)
@@ -91,12 +125,24 @@ def test_views_from_a_file_are_those_of_the_device_bit_for_bit(size, image_folde
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize(("size", "augment"), [(72, "random_resized_crop"), (32, "pad_crop"), (32, "none")])
-def test_a_slow_gpu_gets_every_batch_from_the_same_few_pieces_of_memory(size, augment, image_folder):
-    """Each batch is asked for while the GPU is behind by several: no piece is filled before it has been used."""
+@pytest.mark.parametrize(
+    ("size", "augment"), [(72, "random_resized_crop"), (32, "pad_crop"), (32, "none")]
+)
+def test_a_slow_gpu_gets_every_batch_from_the_same_few_pieces_of_memory(
+    size, augment, image_folder
+):
+    """Each batch is asked for while the GPU is behind by several: no piece is filled before it has
+    been used.
+    """
     paths = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    keys = ["dataset.type=folder", f"dataset.image_size={size}", f"dataset.augment={augment}", "training.batch_size=2"]
-    found, pieces = {}, []
+    keys = [
+        "dataset.type=folder",
+        f"dataset.image_size={size}",
+        f"dataset.augment={augment}",
+        "training.batch_size=2",
+    ]
+    found = {}
+    pieces = []
     for cache in ("device", "disk"):
         where = [f"dataset.cache_folder={image_folder}/cache", f"dataset.cache={cache}"]
         loader, _, plan, _ = build_dataloaders(make_config(*paths, *keys, *where), GPU)
@@ -108,7 +154,9 @@ def test_a_slow_gpu_gets_every_batch_from_the_same_few_pieces_of_memory(size, au
                 torch.cuda._sleep(10**7)
             if cache == "disk":
                 assert all(slot.host.is_pinned() and slot.device.is_cuda for slot in loader.idle[0])
-                pieces.append([(slot.host.data_ptr(), slot.device.data_ptr()) for slot in loader.idle[0]])
+                pieces.append(
+                    [(slot.host.data_ptr(), slot.device.data_ptr()) for slot in loader.idle[0]]
+                )
     assert len(found["disk"]) == 48
     assert all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
     assert pieces[2] == pieces[3]  # the earlier epochs may have had smaller batches
@@ -116,17 +164,30 @@ def test_a_slow_gpu_gets_every_batch_from_the_same_few_pieces_of_memory(size, au
 
 @pytest.mark.parametrize("size", [32, 72])
 def test_histories_from_a_file_are_those_of_the_device(size, image_folder, tmp_path, monkeypatch):
-    """Three epochs by history, with kernels that repeat themselves: whole results, weights' folder and times aside."""
+    """Three epochs by history, with kernels that repeat themselves: whole results, weights' folder
+    and times aside.
+    """
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         ended = []
         for cache in ("disk", "device"):
-            keys = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
+            keys = [
+                f"dataset.train_dir={image_folder}/train",
+                f"dataset.val_dir={image_folder}/val",
+            ]
             keys += ["dataset.type=folder", f"dataset.image_size={size}", f"dataset.cache={cache}"]
-            keys += [f"dataset.cache_folder={tmp_path}/{cache}", f"logging.output_dir={tmp_path}/out_{cache}"]
-            keys += ["model.name=resnet18", "training.epochs=3", "training.batch_size=8", "training.device=cuda"]
+            keys += [
+                f"dataset.cache_folder={tmp_path}/{cache}",
+                f"logging.output_dir={tmp_path}/out_{cache}",
+            ]
+            keys += [
+                "model.name=resnet18",
+                "training.epochs=3",
+                "training.batch_size=8",
+                "training.device=cuda",
+            ]
             keys += ["ast.scoring=history", "ast.target_activation=0.5", "ast.warmup_epochs=1"]
             ended.append(untimed(train(make_config(*keys))[0]) | {"weights": None})
         assert ended[0] == ended[1]
@@ -137,7 +198,9 @@ def test_histories_from_a_file_are_those_of_the_device(size, image_folder, tmp_p
 def test_draws_and_crops_are_the_cpus():
     indices = torch.arange(1000)
     assert torch.equal(uniform(3, 5, indices, 23), uniform(3, 5, indices.to(GPU), 23).cpu())
-    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     boxes = torch.tensor([[3.0, 5.0, 40.0, 50.0]]).expand(8, -1)
     mirror = torch.arange(8) % 2 == 0
     ours = crop_resize(images.to(GPU), boxes.to(GPU), mirror.to(GPU), 48).cpu()
@@ -154,23 +217,45 @@ def test_draws_and_crops_are_the_cpus():
     ],
 )
 def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, script, monkeypatch):
-    """Digits in float32, 2 dense and 2 further epochs: BatchNorm's weights and statistics move as on one GPU.
+    """Digits in float32, 2 dense and 2 further epochs: BatchNorm's weights and statistics move as
+    on one GPU.
 
-    The rate is small for the reason above. From weights that differ by 1e-6, moves then differ by 0.07 (one sample
-    chosen for another); with statistics of each rank's own samples by 0.27 and more.
+    The rate is small for the reason above. From weights that differ by 1e-6, moves then differ by
+    0.07 (one sample chosen for another); with statistics of each rank's own samples by 0.27 and
+    more.
     """
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    preset, ended = REPO / "configs" / "digits_smoke.yaml", {}
+    preset = REPO / "configs" / "digits_smoke.yaml"
+    ended = {}
     for processes in (1, 2):
-        overrides = ["training.device=cuda", "training.mixed_precision=false", "training.sync_batchnorm=true"]
-        overrides += ["training.optimizer=sgd", "training.lr=3e-5", "training.epochs=4", "ast.warmup_epochs=2"]
-        overrides += [*way, "ast.pack=false", "training.num_workers=0", f"logging.output_dir={tmp_path}/{processes}"]
-        done = script("run_experiment", "--config", preset, "--nproc", processes, *overrides, timeout=300)
+        overrides = [
+            "training.device=cuda",
+            "training.mixed_precision=false",
+            "training.sync_batchnorm=true",
+        ]
+        overrides += [
+            "training.optimizer=sgd",
+            "training.lr=3e-5",
+            "training.epochs=4",
+            "ast.warmup_epochs=2",
+        ]
+        overrides += [
+            *way,
+            "ast.pack=false",
+            "training.num_workers=0",
+            f"logging.output_dir={tmp_path}/{processes}",
+        ]
+        done = script(
+            "run_experiment", "--config", preset, "--nproc", processes, *overrides, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         config = load_config(preset, overrides)
         ended[processes] = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
     one, two = (state["model"] for state in ended.values())
-    assert ended[2]["ranks"][0]["metrics"]["ledger"]["steps"] == ended[1]["ranks"][0]["metrics"]["ledger"]["steps"]
+    assert (
+        ended[2]["ranks"][0]["metrics"]["ledger"]["steps"]
+        == ended[1]["ranks"][0]["metrics"]["ledger"]["steps"]
+    )
     for name, tensor in one.items():
         if tensor.dim() == 1:  # BatchNorm's, which begin as ones and zeros
             moved = tensor - float(name.endswith(("weight", "running_var")))

@@ -1,4 +1,6 @@
-"""Choosing before loading: the stored significance, who is chosen by it, with which weight, and what is read."""
+"""Choosing before loading: the stored significance, who is chosen by it, with which weight, and
+what is read.
+"""
 
 import math
 import time
@@ -15,7 +17,7 @@ import train_ast
 from conftest import LayerNormNet, as_batch, loaded, make_batch, make_config, make_run, trained_on
 from helpers import run_digits
 from lab.data.loading import EpochPlan, device_batches
-from lab.runtime.sample_store import SampleStore, Visit
+from lab.method.sample_store import SampleStore, Visit
 from train_ast import (
     PIController,
     Run,
@@ -28,19 +30,26 @@ from train_ast import (
 )
 
 CPU = torch.device("cpu")
-TINY = ["model.name=test_resnet", "dataset.max_train_samples=640", "dataset.max_val_samples=32", "training.lr=0.02"]
+TINY = [
+    "model.name=test_resnet",
+    "dataset.max_train_samples=640",
+    "dataset.max_val_samples=32",
+    "training.lr=0.02",
+]
 HISTORY = ["ast.scoring=history", "ast.target_activation=0.5"]
 NEVER = math.inf  # the score of a sample never seen
 
 
 def history_run(samples: int, *overrides: str) -> Run:
     torch.manual_seed(0)
-    run = Run.build(make_config(*HISTORY, *overrides), LayerNormNet(), CPU, planned_steps=100, samples=samples)
+    run = Run.build(
+        make_config(*HISTORY, *overrides), LayerNormNet(), CPU, planned_steps=100, samples=samples
+    )
     run.selection.start_dense_epoch()
     return run
 
 
-# ---------------------------------------------------------------------------------------------- Who is chosen
+# ------------------------------------------------------------------------------------ Who is chosen
 
 
 @pytest.mark.parametrize(
@@ -49,24 +58,42 @@ def history_run(samples: int, *overrides: str) -> Run:
         ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.0, [0, 1, 0, 1]),
         ([1.0, 2.5, 2.0, 4.0], [0, 0, 0, 0], 0.0, [0, 0, 0, 1]),  # over, not at, the threshold
         ([NEVER, 1.0, NEVER, 2.0], [0, 0, 0, 0], 0.0, [1, 0, 1, 0]),  # never seen: always
-        ([1.0, 3.0, 2.0, 4.0], [1, 1, 0, 0], 0.0, [2, 1, 0, 1]),  # drawn, but over the threshold: not explored
+        (
+            [1.0, 3.0, 2.0, 4.0],
+            [1, 1, 0, 0],
+            0.0,
+            [2, 1, 0, 1],
+        ),  # drawn, but over the threshold: not explored
         ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.25, [0, 1, 0, 0]),  # the top quarter is left out
-        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 1], 0.25, [0, 1, 0, 2]),  # and comes back where it is drawn
+        (
+            [1.0, 3.0, 2.0, 4.0],
+            [0, 0, 0, 1],
+            0.25,
+            [0, 1, 0, 2],
+        ),  # and comes back where it is drawn
         ([1.0, 3.0, NEVER, 4.0], [0, 0, 0, 0], 0.34, [0, 1, 1, 0]),  # never seen is not hopeless
     ],
 )
 def test_which_samples_an_epoch_takes(scores, drawn, forget_rate, kinds):
     controller = PIController(0.5, kp=0.0, ki=0.0, threshold=2.5)
     chosen = choose_by_threshold(
-        np.array(scores, np.float32), np.array(drawn, bool), controller, 4, in_iqr=True, forget_rate=forget_rate
+        np.array(scores, np.float32),
+        np.array(drawn, bool),
+        controller,
+        4,
+        in_iqr=True,
+        forget_rate=forget_rate,
     )
     assert chosen.kinds.tolist() == kinds
     assert chosen.threshold == 2.5
 
 
 def test_the_threshold_starts_where_exploration_leaves_the_target():
-    """Of 1,000 scores 0 to 999, 100 drawn at random: the top share s with s + (1 - s) / 10 = 0.4."""
-    rng, controller = np.random.default_rng(0), PIController(0.4, kp=0.0, ki=0.0)
+    """Of 1,000 scores 0 to 999, 100 drawn at random: the top share s with s + (1 - s) / 10 =
+    0.4.
+    """
+    rng = np.random.default_rng(0)
+    controller = PIController(0.4, kp=0.0, ki=0.0)
     scores = rng.permutation(1000).astype(np.float32)
     drawn = np.isin(np.arange(1000), rng.choice(1000, 100, replace=False))
     chosen = choose_by_threshold(scores, drawn, controller, 100, in_iqr=True)
@@ -76,7 +103,9 @@ def test_the_threshold_starts_where_exploration_leaves_the_target():
 
 def test_an_empty_store_takes_everything():
     controller = PIController(0.3)
-    chosen = choose_by_threshold(np.full(64, NEVER, np.float32), np.zeros(64, bool), controller, 16, in_iqr=True)
+    chosen = choose_by_threshold(
+        np.full(64, NEVER, np.float32), np.zeros(64, bool), controller, 16, in_iqr=True
+    )
     assert chosen.kinds.tolist() == [1] * 64
     assert math.isfinite(controller.threshold)
 
@@ -89,14 +118,21 @@ def test_an_empty_store_takes_everything():
     visited=st.floats(0.1, 0.6),
     seed=st.integers(0, 1000),
 )
-def test_the_share_stays_at_the_target_while_the_store_drifts(target, explore, sigma, visited, seed):
-    """Ten epochs over 8,192 samples, those trained on losing part of their significance: within 2 points after the
-    first, with one threshold handed from epoch to epoch."""
-    rng, controller = np.random.default_rng(seed), PIController(target, kp=1.0, ki=0.2)
-    store, shares = rng.lognormal(0, sigma, 8192).astype(np.float32), []
+def test_the_share_stays_at_the_target_while_the_store_drifts(
+    target, explore, sigma, visited, seed
+):
+    """Ten epochs over 8,192 samples, those trained on losing part of their significance: within 2
+    points after the first, with one threshold handed from epoch to epoch.
+    """
+    rng = np.random.default_rng(seed)
+    controller = PIController(target, kp=1.0, ki=0.2)
+    store = rng.lognormal(0, sigma, 8192).astype(np.float32)
+    shares = []
     for _ in range(10):
         order = rng.permutation(8192)
-        chosen = choose_by_threshold(store[order], rng.random(8192) < explore, controller, 128, in_iqr=True)
+        chosen = choose_by_threshold(
+            store[order], rng.random(8192) < explore, controller, 128, in_iqr=True
+        )
         trained = order[chosen.kinds > 0]
         store[trained] *= rng.uniform(visited, 1.0, len(trained)).astype(np.float32)
         shares.append(np.count_nonzero(chosen.kinds) / 8192)
@@ -105,21 +141,36 @@ def test_the_share_stays_at_the_target_while_the_store_drifts(target, explore, s
 
 def test_infobatch_keeps_half_of_those_below_the_mean_at_twice_the_weight():
     rng = np.random.default_rng(0)
-    scores, drawn = rng.exponential(1.0, 10000).astype(np.float32), rng.random(10000) < 0.5
+    scores = rng.exponential(1.0, 10000).astype(np.float32)
+    drawn = rng.random(10000) < 0.5
     scores[:5] = NEVER
     chosen = choose_by_mean(scores, drawn)
     mean = scores[5:].mean(dtype=np.float64)
     assert chosen.threshold == pytest.approx(mean)
     assert (chosen.kinds[scores >= mean] == 1).all()
     assert (chosen.kinds[scores < mean] == 2 * drawn[scores < mean]).all()
-    rule = ["ast.rule=infobatch", "ast.entropy_weight=0", "ast.explore=0.25", "ast.explore_weight_cap=4"]
+    rule = [
+        "ast.rule=infobatch",
+        "ast.entropy_weight=0",
+        "ast.explore=0.25",
+        "ast.explore_weight_cap=4",
+    ]
     selection = history_run(3, *rule).selection
     selection.kinds.copy_(torch.tensor([0, 1, 2]))
-    assert selection.weights(as_batch(*make_batch(3), torch.tensor([2, 1, 2]))).tolist() == [2.0, 1.0, 2.0]
+    assert selection.weights(as_batch(*make_batch(3), torch.tensor([2, 1, 2]))).tolist() == [
+        2.0,
+        1.0,
+        2.0,
+    ]
 
 
 def test_infobatch_is_dense_in_its_last_eighth(tmp_path):
-    settings = ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0", "ast.warmup_epochs=1"]
+    settings = [
+        "ast.scoring=history",
+        "ast.rule=infobatch",
+        "ast.entropy_weight=0",
+        "ast.warmup_epochs=1",
+    ]
     config = make_config(*settings, *TINY, "training.epochs=16", f"logging.output_dir={tmp_path}")
     assert [config.is_sparse(epoch) for epoch in range(16)] == [False] + [True] * 13 + [False] * 2
     result, _ = train(config)
@@ -129,7 +180,12 @@ def test_infobatch_is_dense_in_its_last_eighth(tmp_path):
 
 def test_top_k_takes_the_same_number_of_every_batch(tmp_path):
     """The largest scores, whatever the threshold."""
-    settings = ["ast.rule=topk", "ast.pack=true", "training.epochs=2", f"logging.output_dir={tmp_path}"]
+    settings = [
+        "ast.rule=topk",
+        "ast.pack=true",
+        "training.epochs=2",
+        f"logging.output_dir={tmp_path}",
+    ]
     config = make_config(*settings, *TINY)
     result, _ = train(config)
     assert result["training_history"]["activation_rate"] == [0.25, 0.25]
@@ -138,7 +194,7 @@ def test_top_k_takes_the_same_number_of_every_batch(tmp_path):
     assert 0 <= ledger["loaded"] // 4 - ledger["trained"] < 16  # what the queue still holds
 
 
-# ------------------------------------------------------------------------------------------ Store and weights
+# -------------------------------------------------------------------------------- Store and weights
 
 
 def test_a_step_records_the_significance_of_its_own_forward():
@@ -158,23 +214,33 @@ def test_a_step_records_the_significance_of_its_own_forward():
 
 def test_a_loss_that_is_not_finite_leaves_its_sample_as_never_seen():
     store = SampleStore(4, CPU)
-    store.record(torch.tensor([0, 1, 2]), Visit(torch.tensor([math.nan, 2.0, math.inf]), *4 * [None]), 0)
+    store.record(
+        torch.tensor([0, 1, 2]), Visit(torch.tensor([math.nan, 2.0, math.inf]), *4 * [None]), 0
+    )
     assert store.significance.tolist() == [math.inf, 2.0, math.inf, math.inf]
 
 
 def test_explored_samples_weigh_more_in_the_gradient():
-    run = history_run(16, "ast.explore=0.25", "ast.explore_weight_cap=3", "training.lr=1", "training.momentum=0")
+    run = history_run(
+        16, "ast.explore=0.25", "ast.explore_weight_cap=3", "training.lr=1", "training.momentum=0"
+    )
     run.selection.kinds.copy_(torch.tensor([1, 2] * 8))
     images, labels = make_batch()
-    losses = F.cross_entropy(run.network.model(run.network.normalise(images)), labels, reduction="none")
-    expected = torch.autograd.grad((losses * torch.tensor([1.0, 3.0] * 8)).mean(), list(run.network.model.parameters()))
+    losses = F.cross_entropy(
+        run.network.model(run.network.normalise(images)), labels, reduction="none"
+    )
+    expected = torch.autograd.grad(
+        (losses * torch.tensor([1.0, 3.0] * 8)).mean(), list(run.network.model.parameters())
+    )
     trained_on(run, images, labels, torch.arange(16))
     for parameter, gradient in zip(run.network.model.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
 
 
 def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
-    """Over 1,500 draws of whom to explore, the summed weighted gradient of the chosen against that of all 64."""
+    """Over 1,500 draws of whom to explore, the summed weighted gradient of the chosen against that
+    of all 64.
+    """
     run = history_run(64, "ast.explore=0.25", "ast.explore_weight_cap=4", "ast.kp=0", "ast.ki=0")
     images, labels = make_batch(64)
     with torch.no_grad():
@@ -184,7 +250,9 @@ def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
     parameter = run.network.model.head.weight
 
     def gradient(indices: torch.Tensor) -> torch.Tensor:
-        parameter.grad, run.trainer.window_samples, run.trainer.window_divisor = None, 0, 0
+        parameter.grad = None
+        run.trainer.window_samples = 0
+        run.trainer.window_divisor = 0
         kept = run.selection.store.significance.clone()
         trained_on(run, images[indices], labels[indices], indices)
         run.selection.store.significance.copy_(kept)
@@ -192,19 +260,24 @@ def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
 
     run.selection.kinds.fill_(1)
     whole = gradient(torch.arange(64))
-    plan, total, spread = EpochPlan(np.arange(64), 16, 0, lambda epoch: 1.0), 0.0, 0.0
+    plan = EpochPlan(np.arange(64), 16, 0, lambda epoch: 1.0)
+    total = 0.0
+    spread = 0.0
     for draw in range(1500):
         plan.start_epoch(draw)
         run.selection.start_epoch(draw, plan.permutation())
         one = gradient(torch.from_numpy(np.flatnonzero(run.selection.kinds.numpy())))
-        total, spread = total + one, spread + (one - whole).square()
-    error, chance = (total / 1500 - whole).norm(), (spread.sum() / 1500**2).sqrt()
+        total = total + one
+        spread = spread + (one - whole).square()
+    error = (total / 1500 - whole).norm()
+    chance = (spread.sum() / 1500**2).sqrt()
     assert error < 3 * chance
     assert chance < 0.05 * whole.norm()
 
 
 def test_a_store_survives_saving_and_loading():
-    one, two = history_run(16), history_run(16)
+    one = history_run(16)
+    two = history_run(16)
     one.selection.store.record(torch.arange(8), Visit(torch.rand(8), *4 * [None]), 4)
     one.selection.kinds[3] = 2
     two.selection.load_state_dict(one.selection.state_dict())
@@ -213,13 +286,19 @@ def test_a_store_survives_saving_and_loading():
     assert torch.equal(one.selection.kinds, two.selection.kinds)
 
 
-# ---------------------------------------------------------------------------------------- What is read, and run
+# ---------------------------------------------------------------------------- What is read, and run
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_unchosen_sample_is_loaded(image_folder, workers):
-    folders = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    config = make_config(*HISTORY, *folders, f"training.num_workers={workers}", "training.batch_size=4")
+    folders = [
+        "dataset.type=folder",
+        f"dataset.train_dir={image_folder}/train",
+        f"dataset.val_dir={image_folder}/val",
+    ]
+    config = make_config(
+        *HISTORY, *folders, f"training.num_workers={workers}", "training.batch_size=4"
+    )
     loader, _, plan, _ = build_dataloaders(config, CPU)
     chosen = np.zeros(24, np.uint8)
     chosen[[1, 2, 5, 8, 13, 17, 21, 23]] = [1, 2, 1, 1, 1, 2, 1, 1]
@@ -228,21 +307,41 @@ def test_no_unchosen_sample_is_loaded(image_folder, workers):
     plan.start_epoch(3, mask=chosen)
     batches = list(device_batches(loader, CPU))
     assert len(plan) == len(batches) == 2
-    assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == np.flatnonzero(chosen).tolist()
+    assert (
+        sorted(torch.cat([batch.indices for batch in batches]).tolist())
+        == np.flatnonzero(chosen).tolist()
+    )
     for batch in batches:
         assert batch.labels.tolist() == [index // 8 for index in batch.indices.tolist()]
 
 
 def test_no_file_of_an_unchosen_sample_is_opened(image_folder, tmp_path, monkeypatch):
     """A whole run: as many files are opened as the ledger says samples were loaded."""
-    opened, at_end, read, count_diet = [], [], Path.read_bytes, train_ast.count_diet
+    opened = []
+    at_end = []
+    read = Path.read_bytes
+    count_diet = train_ast.count_diet
     monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(path), read(path))[1])
-    monkeypatch.setattr(train_ast, "count_diet", lambda *rest: (at_end.append(len(opened)), count_diet(*rest))[1])
-    folders = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    settings = [*folders, "training.num_workers=0", "training.batch_size=4", "training.epochs=5", "ast.warmup_epochs=1"]
+    monkeypatch.setattr(
+        train_ast, "count_diet", lambda *rest: (at_end.append(len(opened)), count_diet(*rest))[1]
+    )
+    folders = [
+        "dataset.type=folder",
+        f"dataset.train_dir={image_folder}/train",
+        f"dataset.val_dir={image_folder}/val",
+    ]
+    settings = [
+        *folders,
+        "training.num_workers=0",
+        "training.batch_size=4",
+        "training.epochs=5",
+        "ast.warmup_epochs=1",
+    ]
     settings += ["model.name=test_resnet", "dataset.image_size=32", "ast.explore=0.1"]
     result, _ = train(make_config(*HISTORY, *settings, f"logging.output_dir={tmp_path / 'out'}"))
-    trained = [path for path in opened[: at_end[0]] if "train" in path.parts]  # then come those that are shown
+    trained = [
+        path for path in opened[: at_end[0]] if "train" in path.parts
+    ]  # then come those that are shown
     history = result["training_history"]
     assert len(trained) == result["ledger"]["loaded"] == sum(history["samples_loaded"])
     assert history["samples_loaded"][0] == 24
@@ -252,7 +351,12 @@ def test_no_file_of_an_unchosen_sample_is_opened(image_folder, tmp_path, monkeyp
 
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_a_run_holds_its_target_and_trains_what_it_loads(cache, tmp_path):
-    settings = ["ast.scoring=history", "ast.target_activation=0.4", "ast.warmup_epochs=1", "ast.anneal_epochs=1"]
+    settings = [
+        "ast.scoring=history",
+        "ast.target_activation=0.4",
+        "ast.warmup_epochs=1",
+        "ast.anneal_epochs=1",
+    ]
     settings += ["ast.kp=1.0", "ast.ki=0.2", "training.epochs=8", f"dataset.cache={cache}"]
     result, _ = train(make_config(*settings, *TINY, f"logging.output_dir={tmp_path}"))
     history = result["training_history"]
@@ -280,10 +384,12 @@ def test_dense_phases_fill_the_store_for_the_first_choice():
 def test_choosing_costs_at_most_50_ns_a_sample():
     """Beyond the shuffle, which every mode makes: at 1e6, 1e7 and 1e8 samples, batches of 512."""
     for size in (10**6, 10**7, 10**8):
-        store, on_device = SampleStore(size, CPU), torch.ones(size, dtype=torch.uint8)
+        store = SampleStore(size, CPU)
+        on_device = torch.ones(size, dtype=torch.uint8)
         store.significance.copy_(torch.rand(size))
         order = np.random.default_rng(0).permutation(size)
-        controller, started = PIController(0.3, kp=1.0, ki=0.2), time.perf_counter()
+        controller = PIController(0.3, kp=1.0, ki=0.2)
+        started = time.perf_counter()
         scores = store.scores(order)
         drawn = np.random.default_rng((0, 1, 1)).random(size, dtype=np.float32) < 0.1
         chosen = choose_by_threshold(scores, drawn, controller, 512, in_iqr=True)
@@ -293,7 +399,10 @@ def test_choosing_costs_at_most_50_ns_a_sample():
         nanoseconds = 1e9 * (time.perf_counter() - started) / size
         kept = sum(tensor.nbytes for tensor in [*store.state_dict().values(), on_device]) / size
         share = np.count_nonzero(kinds) / size
-        print(f"{size:>11,} samples: {nanoseconds:.1f} ns and {kept:g} bytes a sample, share {share:.4f}")
+        print(
+            f"{size:>11,} samples: {nanoseconds:.1f} ns and {kept:g} bytes a sample, "
+            f"share {share:.4f}"
+        )
         assert nanoseconds <= 50
         assert kept <= 8
         assert abs(share - 0.3) < 0.01
@@ -301,7 +410,12 @@ def test_choosing_costs_at_most_50_ns_a_sample():
 
 def test_infobatch_follows_its_schedule_by_what_it_loads(tmp_path):
     """The rate at an epoch's end tells how far the schedule is: as far as the samples are."""
-    settings = ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0", "ast.warmup_epochs=1"]
+    settings = [
+        "ast.scoring=history",
+        "ast.rule=infobatch",
+        "ast.entropy_weight=0",
+        "ast.warmup_epochs=1",
+    ]
     config = make_config(*settings, *TINY, "training.epochs=8", f"logging.output_dir={tmp_path}")
     result, _ = train(config)
     history = result["training_history"]
@@ -318,7 +432,7 @@ def test_top_k_reports_the_lowest_score_it_took(tmp_path):
     assert run.selection.thresholds == [scores[chosen].min().item()]
 
 
-# ---------------------------------------------------------------------------------------------- Equal scores
+# ------------------------------------------------------------------------------------- Equal scores
 
 
 @pytest.mark.parametrize("zeros", [0.85, 1.0])
@@ -326,11 +440,20 @@ def test_top_k_reports_the_lowest_score_it_took(tmp_path):
 @pytest.mark.parametrize("start", ["auto", "0.3"])
 @pytest.mark.parametrize("unit", ["iqr", "raw"])
 def test_the_target_holds_where_scores_are_equal(zeros, value, start, unit):
-    """Batch-scored: most or all scores are one number, from the first step or from the eleventh on."""
-    settings = ["ast.target_activation=0.25", f"ast.initial_threshold={start}", f"ast.threshold_unit={unit}"]
-    run, rng = make_run(LayerNormNet(), *settings), np.random.default_rng(0)
+    """Batch-scored: most or all scores are one number, from the first step or from the eleventh
+    on.
+    """
+    settings = [
+        "ast.target_activation=0.25",
+        f"ast.initial_threshold={start}",
+        f"ast.threshold_unit={unit}",
+    ]
+    run = make_run(LayerNormNet(), *settings)
+    rng = np.random.default_rng(0)
     for _ in range(200):
-        scores = np.where(rng.random(64) < zeros, value, value + rng.exponential(1.0, 64)).astype(np.float32)
+        scores = np.where(rng.random(64) < zeros, value, value + rng.exponential(1.0, 64)).astype(
+            np.float32
+        )
         assert len(run.selection.choose(torch.from_numpy(scores))) >= 2
     assert np.mean(run.selection.activations) == pytest.approx(0.25, abs=0.02)
 
@@ -338,10 +461,15 @@ def test_the_target_holds_where_scores_are_equal(zeros, value, start, unit):
 @pytest.mark.parametrize("zeros", [0.85, 1.0])
 @pytest.mark.parametrize("start", [None, 0.3])
 def test_the_target_holds_where_stored_scores_are_equal(zeros, start):
-    rng, controller, shares = np.random.default_rng(0), PIController(0.25, threshold=start), []
+    rng = np.random.default_rng(0)
+    controller = PIController(0.25, threshold=start)
+    shares = []
     for _ in range(5):
-        scores = np.where(rng.random(4096) < zeros, 0.0, rng.exponential(1.0, 4096)).astype(np.float32)
-        drawn, uniforms = rng.random(4096) < 0.1, rng.random(4096)
+        scores = np.where(rng.random(4096) < zeros, 0.0, rng.exponential(1.0, 4096)).astype(
+            np.float32
+        )
+        drawn = rng.random(4096) < 0.1
+        uniforms = rng.random(4096)
         chosen = choose_by_threshold(scores, drawn, controller, 64, in_iqr=True, uniforms=uniforms)
         assert (chosen.kinds[scores > 0] == 1).all()
         shares.append(np.count_nonzero(chosen.kinds) / 4096)
@@ -362,11 +490,17 @@ def test_who_of_equals_is_taken_repeats_and_changes_with_seed_and_epoch():
 
 @pytest.mark.parametrize("scoring", ["batch", "history"])
 def test_a_target_out_of_reach_is_said_once(scoring, tmp_path, capsys):
-    request = ["ast.min_threshold=50", f"ast.scoring={scoring}", "ast.explore=0", "training.epochs=4"]
+    request = [
+        "ast.min_threshold=50",
+        f"ast.scoring={scoring}",
+        "ast.explore=0",
+        "training.epochs=4",
+    ]
     assert run_digits(tmp_path, *request) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "out of reach" in line]
     assert line == (
-        "note: ast.target_activation=0.25 is out of reach: only 0.000 of the samples are above ast.min_threshold=50"
+        "note: ast.target_activation=0.25 is out of reach: only 0.000 of the samples are "
+        "above ast.min_threshold=50"
     )
     assert run_digits(tmp_path, f"ast.scoring={scoring}") == 0
     assert "out of reach" not in capsys.readouterr().out

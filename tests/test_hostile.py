@@ -1,4 +1,5 @@
-"""What comes from outside cannot hurt: mutated configs, results, images and tables, and code that would trust them.
+"""What comes from outside cannot hurt: mutated configs, results, images and tables, and code that
+would trust them.
 
 Short by default; `-m long` for the long form.
 """
@@ -22,16 +23,30 @@ import torch
 import analyze_results
 import run_experiment
 from conftest import REPO, make_config
-from lab.cli import run_cli
+from lab.base.errors import RequestError
 from lab.data.datasets import ImageDataset, ReadErrors
 from lab.data.loading import device_batches
 from lab.data.randomness import UNIFORMS_PER_SAMPLE
-from lab.errors import RequestError
-from lab.results import ResultsFile, load_runs, spell
+from lab.study.cli import run_cli
+from lab.study.results import ResultsFile, load_runs, spell
 from train_ast import build_dataloaders, train
 
 CPU = torch.device("cpu")
-TOKENS = [b"null", b"true", b".nan", b"-.inf", b"1e999", b"9" * 5000, b"-1", b"0", b"''", b"[]", b"{}", b"[[[[", b"{{"]
+TOKENS = [
+    b"null",
+    b"true",
+    b".nan",
+    b"-.inf",
+    b"1e999",
+    b"9" * 5000,
+    b"-1",
+    b"0",
+    b"''",
+    b"[]",
+    b"{}",
+    b"[[[[",
+    b"{{",
+]
 TOKENS += [
     b"&a [*a]",
     b"*a",
@@ -50,7 +65,20 @@ TOKENS += [
     b"2001-99-99",
     b"\x00",
 ]
-TOKENS += [b"\xff\xfe", b"\t", b"\n", b": ", b"- ", b'"', b"'", b"%YAML 9.9", b"---\n", b"...", b"\xed\xa0\x80", b"#"]
+TOKENS += [
+    b"\xff\xfe",
+    b"\t",
+    b"\n",
+    b": ",
+    b"- ",
+    b'"',
+    b"'",
+    b"%YAML 9.9",
+    b"---\n",
+    b"...",
+    b"\xed\xa0\x80",
+    b"#",
+]
 TOKENS += [
     b"12345678901234567890",
     b"0x1F",
@@ -65,13 +93,19 @@ TOKENS += [
 
 
 def mutated(data: bytes, dice: random.Random) -> bytes:
-    """`data` with one to four of: a bit turned over, a piece cut out, doubled, moved, or replaced by a token."""
+    """`data` with one to four of: a bit turned over, a piece cut out, doubled, moved, or replaced
+    by a token.
+    """
     for _ in range(dice.randint(1, 4)):
-        at, length = dice.randrange(len(data) + 1), dice.choice([0, 1, 2, 5, 20, 200])
-        piece, rest = data[at : at + length], data[at + length :]
+        at = dice.randrange(len(data) + 1)
+        length = dice.choice([0, 1, 2, 5, 20, 200])
+        piece = data[at : at + length]
+        rest = data[at + length :]
         other = dice.randrange(len(rest) + 1)
         data = {
-            "flip": data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :] if at < len(data) else data,
+            "flip": data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :]
+            if at < len(data)
+            else data,
             "cut": data[:at] + rest,
             "end": data[:at],
             "double": data[:at] + piece * 3 + rest,
@@ -81,8 +115,12 @@ def mutated(data: bytes, dice: random.Random) -> bytes:
     return data
 
 
-def outcome(main: Callable[[], int], capsys, seconds: float = 10, clock=time.monotonic) -> tuple[int, str]:
-    """The exit code and stderr of a script's main, which may take no longer than the seconds given."""
+def outcome(
+    main: Callable[[], int], capsys, seconds: float = 10, clock=time.monotonic
+) -> tuple[int, str]:
+    """The exit code and stderr of a script's main, which may take no longer than the seconds
+    given.
+    """
     capsys.readouterr()
     started = clock()
     code = run_cli(main)
@@ -92,10 +130,14 @@ def outcome(main: Callable[[], int], capsys, seconds: float = 10, clock=time.mon
 
 def fuzz_configs(times: int, tmp_path: Path, capsys) -> None:
     presets = [path.read_bytes() for path in sorted((REPO / "configs").glob("*.yaml"))]
-    dice, path, codes = random.Random(0), tmp_path / "config.yaml", []
+    dice = random.Random(0)
+    path = tmp_path / "config.yaml"
+    codes = []
     for _ in range(times):
         path.write_bytes(hostile := mutated(dice.choice(presets), dice))
-        code, err = outcome(lambda: run_experiment.main(["--config", str(path), "--dry-run"]), capsys)
+        code, err = outcome(
+            lambda: run_experiment.main(["--config", str(path), "--dry-run"]), capsys
+        )
         assert (code, err.count("\n")) in ((0, 0), (2, 1)), (hostile, err)
         codes.append(code)
     assert {0, 2} == set(codes)
@@ -103,14 +145,24 @@ def fuzz_configs(times: int, tmp_path: Path, capsys) -> None:
 
 
 def fuzz_results(times: int, tmp_path: Path, capsys) -> None:
-    published = [path.read_bytes() for path in sorted(REPO.glob("results/published/**/final_results_*.json"))]
-    good, folder = published[0], tmp_path / "results"
+    published = [
+        path.read_bytes() for path in sorted(REPO.glob("results/published/**/final_results_*.json"))
+    ]
+    good = published[0]
+    folder = tmp_path / "results"
     folder.mkdir()
-    dice, codes = random.Random(0), []
+    dice = random.Random(0)
+    codes = []
     (folder / "final_results_1.json").write_bytes(good)
     for n in range(times):
-        (folder / "final_results_2.json").write_bytes(hostile := mutated(dice.choice(published), dice))
-        outputs = ["--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "t.md")] if n % 10 == 0 else []
+        (folder / "final_results_2.json").write_bytes(
+            hostile := mutated(dice.choice(published), dice)
+        )
+        outputs = (
+            ["--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "t.md")]
+            if n % 10 == 0
+            else []
+        )
         args = ["--results-dir", str(folder), *outputs]
         code, err = outcome(lambda args=args: analyze_results.main(args), capsys)
         assert code == 0 or (code, err.count("\n")) == (2, 1), (hostile, err)
@@ -118,16 +170,45 @@ def fuzz_results(times: int, tmp_path: Path, capsys) -> None:
     assert 0 in codes
 
 
-VALUES = [None, True, -1, 0, 1e300, 10**400, "90", "x", "=1+1", "\ud800", [], {}, [[1]], [None], float("nan")]
-VALUES += [float("inf"), -float("inf"), 1e-300, 101.0, {"a": {"b": []}}, "<script>", ["1"], [True], [1e300, 1]]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1e300,
+    10**400,
+    "90",
+    "x",
+    "=1+1",
+    "\ud800",
+    [],
+    {},
+    [[1]],
+    [None],
+    float("nan"),
+]
+VALUES += [
+    float("inf"),
+    -float("inf"),
+    1e-300,
+    101.0,
+    {"a": {"b": []}},
+    "<script>",
+    ["1"],
+    [True],
+    [1e300, 1],
+]
 
 
 def spoiled(result: dict, dice: random.Random) -> dict:
     """A results file's content with one to three values deep in it replaced, deleted or added."""
     for _ in range(dice.randint(1, 3)):
-        part, depth = result, dice.randint(0, 3)
+        part = result
+        depth = dice.randint(0, 3)
         for _ in range(depth):
-            inner = [value for value in (part.values() if isinstance(part, dict) else part) if value]
+            inner = [
+                value for value in (part.values() if isinstance(part, dict) else part) if value
+            ]
             inner = [value for value in inner if isinstance(value, dict | list)]
             part = dice.choice(inner) if inner else part
         key = dice.choice(list(part)) if isinstance(part, dict) else dice.randrange(len(part))
@@ -145,7 +226,8 @@ def spoiled(result: dict, dice: random.Random) -> dict:
 
 def damage(path: Path, dice: random.Random) -> str:
     """Spoil a results file in one of many ways, and say in which."""
-    data, folder = path.read_bytes(), path.parent
+    data = path.read_bytes()
+    folder = path.parent
     foreign = [
         b"[1, 2]",
         b"3",
@@ -157,7 +239,9 @@ def damage(path: Path, dice: random.Random) -> str:
         b'{"a":' * 10**5,
         b"9" * 5000,
     ]
-    kind = dice.choice("bytes bytes values values values values end empty foreign rename config pipe".split())
+    kind = dice.choice(
+        "bytes bytes values values values values end empty foreign rename config pipe".split()
+    )
     if kind == "bytes":
         path.write_bytes(mutated(data, dice))
     elif kind == "values":
@@ -177,7 +261,16 @@ def damage(path: Path, dice: random.Random) -> str:
         ]
         path.rename(folder / dice.choice([*names, "final_results_x.JSON", "other.json"]))
     elif kind == "config":
-        configs = [None, {}, [], 3, {"ast": {"mode": "ast"}}, {"ast": None}, {"lr": 0.1}, {"dataset": {"type": "hf"}}]
+        configs = [
+            None,
+            {},
+            [],
+            3,
+            {"ast": {"mode": "ast"}},
+            {"ast": None},
+            {"lr": 0.1},
+            {"dataset": {"type": "hf"}},
+        ]
         path.write_text(json.dumps(json.loads(data) | {"config": dice.choice(configs)}))
     else:
         path.unlink()
@@ -199,7 +292,8 @@ def check_reading(run: ResultsFile) -> None:
         known = type(value) in (int, float) and np.isfinite(value)
         return np.isclose(read, value, rtol=1e-12) if known else np.isnan(read)
 
-    history, config = result["training_history"], result.get("config") or {}
+    history = result["training_history"]
+    config = result.get("config") or {}
     assert same(result["best_accuracy"], run.figures["best_accuracy"])
     assert same(result.get("train_seconds"), run.figures["train_seconds"])
     final = result.get("final_accuracy", (history.get("val_acc") or [None])[-1])
@@ -210,7 +304,13 @@ def check_reading(run: ResultsFile) -> None:
     for key, values in history.items():
         assert len(values) == len(run.history[key])
         assert all(same(value, read) for value, read in zip(values, run.history[key], strict=True))
-    for key in ("ast.mode", "ast.forget_rate", "ast.target_activation", "training.epochs", "dataset.label_noise"):
+    for key in (
+        "ast.mode",
+        "ast.forget_rate",
+        "ast.target_activation",
+        "training.epochs",
+        "dataset.label_noise",
+    ):
         section, _, leaf = key.partition(".")
         part = config.get(section)
         if isinstance(part, dict) and leaf in part and "twin" not in result:
@@ -218,21 +318,41 @@ def check_reading(run: ResultsFile) -> None:
 
 
 def fuzz_folders(times: int, tmp_path: Path, capsys) -> None:
-    """Folders of published results of three groups, most of them spoiled: no traceback, no hang, exit code 0 or 2."""
+    """Folders of published results of three groups, most of them spoiled: no traceback, no hang,
+    exit code 0 or 2.
+    """
     published = sorted(REPO.glob("results/published/cifar10_study_h100/*/final_results_*.json"))
-    dice, codes, kinds, accepted, refused = random.Random(0), Counter(), Counter(), 0, 0
+    dice = random.Random(0)
+    codes = Counter()
+    kinds = Counter()
+    accepted = 0
+    refused = 0
     for n in range(times):
-        folder, outputs = tmp_path / str(n), tmp_path / f"{n}_out"
+        folder = tmp_path / str(n)
+        outputs = tmp_path / f"{n}_out"
         folder.mkdir()
         for number, source in enumerate(dice.sample(published, 6)):
             path = folder / f"final_results_{number}.json"
             path.write_bytes(source.read_bytes())
             if number or dice.random() < 0.2:
                 kinds[damage(path, dice)] += 1
-        args = ["--results-dir", str(folder), "--csv", f"{outputs}/t.csv", "--latex", f"{outputs}/t.tex"]
-        args += ["--markdown", f"{outputs}/t.md", *(["--report", f"{outputs}/r.html"] if n % 3 == 0 else [])]
+        args = [
+            "--results-dir",
+            str(folder),
+            "--csv",
+            f"{outputs}/t.csv",
+            "--latex",
+            f"{outputs}/t.tex",
+        ]
+        args += [
+            "--markdown",
+            f"{outputs}/t.md",
+            *(["--report", f"{outputs}/r.html"] if n % 3 == 0 else []),
+        ]
         args += ["--plot", "--save-dir", f"{outputs}/plots"] if n % 6 == 0 else []
-        seconds, clock = (20, time.process_time) if n % 3 == 0 else (20, time.monotonic)  # figures of four groups
+        seconds, clock = (
+            (20, time.process_time) if n % 3 == 0 else (20, time.monotonic)
+        )  # figures of four groups
         code, err = outcome(lambda args=args: analyze_results.main(args), capsys, seconds, clock)
         assert (code, err.count("\n")) in ((0, 0), (2, 1)), (n, code, err)
         codes[code] += 1
@@ -242,20 +362,25 @@ def fuzz_folders(times: int, tmp_path: Path, capsys) -> None:
             assert len(runs) + len(left_out) == found, n
             for run in runs:
                 check_reading(run)
-            accepted, refused = accepted + len(runs), refused + len(left_out)
+            accepted = accepted + len(runs)
+            refused = refused + len(left_out)
             assert len(pd.read_csv(f"{outputs}/t.csv")) == len({run.key for run in runs})
     with capsys.disabled():
         print(
-            f"\n{times} folders: exit codes {dict(codes)}; {accepted} files accepted, {refused} left out; {dict(kinds)}"
+            f"\n{times} folders: exit codes {dict(codes)}; {accepted} files accepted, "
+            f"{refused} left out; {dict(kinds)}"
         )
     assert codes[0] > 0
 
 
 def fuzz_images(times: int, folder: Path) -> None:
     victim = folder / "train" / "red" / "0.jpg"
-    original, dice, bad = victim.read_bytes(), random.Random(0), 0
+    original = victim.read_bytes()
+    dice = random.Random(0)
+    bad = 0
     train_set = ImageDataset([(victim, 0), (folder / "train" / "red" / "1.jpg", 0)], ["red"])
-    train_set.augmentation, train_set.max_bad_images = (lambda images, uniforms: images), 1
+    train_set.augmentation = lambda images, uniforms: images
+    train_set.max_bad_images = 1
     for _ in range(times):
         victim.write_bytes(mutated(original, dice))
         sample = train_set[(0, np.zeros(UNIFORMS_PER_SAMPLE))]
@@ -267,11 +392,19 @@ def fuzz_images(times: int, folder: Path) -> None:
 
 
 def fuzz_parquet(times: int, folder: Path, tmp_path: Path) -> None:
-    original, dice, ends = (folder / "train.parquet").read_bytes(), random.Random(0), []
+    original = (folder / "train.parquet").read_bytes()
+    dice = random.Random(0)
+    ends = []
     for n in range(times):
         (folder / "train.parquet").write_bytes(mutated(original, dice))
-        data = ["dataset.type=hf", f"dataset.name={folder}", f"dataset.cache_dir={tmp_path / f'cache{n}'}"]
-        config = make_config(*data, "dataset.split_val=test", "training.num_workers=0", "dataset.max_bad_images=30")
+        data = [
+            "dataset.type=hf",
+            f"dataset.name={folder}",
+            f"dataset.cache_dir={tmp_path / f'cache{n}'}",
+        ]
+        config = make_config(
+            *data, "dataset.split_val=test", "training.num_workers=0", "dataset.max_bad_images=30"
+        )
         found = ReadErrors(30)
         try:
             loader, *_ = build_dataloaders(config, CPU)
@@ -284,10 +417,18 @@ def fuzz_parquet(times: int, folder: Path, tmp_path: Path) -> None:
 
 
 def fuzz_runs(times: int, victim: Path, keys: list[str], tmp_path: Path, capsys) -> None:
-    """A run on a folder whose file `victim` is a mutated one, by the command: it goes through, what could not be read
-    counted and listed, or is refused in a line that names it or its key."""
-    original, dice, ends = victim.read_bytes(), random.Random(0), []
-    small = ["model.name=test_resnet", "training.batch_size=8", "training.device=cpu", "training.num_workers=0"]
+    """A run on a folder whose file `victim` is a mutated one, by the command: it goes through, what
+    could not be read counted and listed, or is refused in a line that names it or its key.
+    """
+    original = victim.read_bytes()
+    dice = random.Random(0)
+    ends = []
+    small = [
+        "model.name=test_resnet",
+        "training.batch_size=8",
+        "training.device=cpu",
+        "training.num_workers=0",
+    ]
     small += [
         "training.epochs=1",
         "ast.mode=dense",
@@ -297,7 +438,12 @@ def fuzz_runs(times: int, victim: Path, keys: list[str], tmp_path: Path, capsys)
     for n in range(times):
         victim.write_bytes(hostile := mutated(original, dice))
         allowed = n % 2 * 24
-        args = ["--config", str(REPO / "configs/digits_smoke.yaml"), *small, f"dataset.max_bad_images={allowed}"]
+        args = [
+            "--config",
+            str(REPO / "configs/digits_smoke.yaml"),
+            *small,
+            f"dataset.max_bad_images={allowed}",
+        ]
         more = [key.format(n=n) for key in keys]
         code, err = outcome(lambda args=[*args, *more]: run_experiment.main(args), capsys)
         assert code in (0, 2), (hostile, err)
@@ -307,14 +453,19 @@ def fuzz_runs(times: int, victim: Path, keys: list[str], tmp_path: Path, capsys)
             assert line.startswith("error: dataset"), err
             assert str(victim.parent) in line, err
         else:
-            newest = max(tmp_path.glob("final_results_*.json"), key=lambda path: path.stat().st_mtime_ns)
+            newest = max(
+                tmp_path.glob("final_results_*.json"), key=lambda path: path.stat().st_mtime_ns
+            )
             found = json.loads(newest.read_text())["bad_images"]
             assert len(found) <= allowed
             assert all(str(victim.parent) in name for name in found), found
             code = len(found) and 1
         ends.append(code)
     bad = sum(end > 0 for end in ends)
-    counts = f"{times} runs on mutated {victim.name}: {bad} refused ({ends.count(2)}) or with images counted"
+    counts = (
+        f"{times} runs on mutated {victim.name}: {bad} refused ({ends.count(2)}) or with "
+        f"images counted"
+    )
     if times >= 100:  # the long form says what it met
         with capsys.disabled():
             print(counts)
@@ -323,7 +474,11 @@ def fuzz_runs(times: int, victim: Path, keys: list[str], tmp_path: Path, capsys)
 
 
 def image_keys(folder: Path) -> list[str]:
-    return ["dataset.type=folder", f"dataset.train_dir={folder}/train", f"dataset.val_dir={folder}/val"]
+    return [
+        "dataset.type=folder",
+        f"dataset.train_dir={folder}/train",
+        f"dataset.val_dir={folder}/val",
+    ]
 
 
 def parquet_keys(folder: Path, tmp_path: Path) -> list[str]:
@@ -356,15 +511,41 @@ def test_mutated_tables_are_read_or_refused(parquet_folder, tmp_path):
     fuzz_parquet(6, parquet_folder, tmp_path)
 
 
-def test_runs_on_mutated_files_go_through_or_name_them(image_folder, parquet_folder, tmp_path, capsys):
-    fuzz_runs(8, image_folder / "train" / "red" / "0.jpg", image_keys(image_folder), tmp_path / "i", capsys)
-    fuzz_runs(8, parquet_folder / "train.parquet", parquet_keys(parquet_folder, tmp_path), tmp_path / "p", capsys)
+def test_runs_on_mutated_files_go_through_or_name_them(
+    image_folder, parquet_folder, tmp_path, capsys
+):
+    fuzz_runs(
+        8,
+        image_folder / "train" / "red" / "0.jpg",
+        image_keys(image_folder),
+        tmp_path / "i",
+        capsys,
+    )
+    fuzz_runs(
+        8,
+        parquet_folder / "train.parquet",
+        parquet_keys(parquet_folder, tmp_path),
+        tmp_path / "p",
+        capsys,
+    )
 
 
 @pytest.mark.long
 def test_five_hundred_runs_on_mutated_files(image_folder, parquet_folder, tmp_path, capsys):
-    fuzz_runs(250, image_folder / "train" / "red" / "0.jpg", image_keys(image_folder), tmp_path / "i", capsys)
-    fuzz_runs(250, parquet_folder / "train.parquet", parquet_keys(parquet_folder, tmp_path), tmp_path / "p", capsys)
+    fuzz_runs(
+        250,
+        image_folder / "train" / "red" / "0.jpg",
+        image_keys(image_folder),
+        tmp_path / "i",
+        capsys,
+    )
+    fuzz_runs(
+        250,
+        parquet_folder / "train.parquet",
+        parquet_keys(parquet_folder, tmp_path),
+        tmp_path / "p",
+        capsys,
+    )
 
 
 @pytest.mark.long
@@ -383,22 +564,40 @@ def test_five_hundred_mutated_images_and_tables(image_folder, parquet_folder, tm
     fuzz_parquet(100, parquet_folder, tmp_path)
 
 
-SMALL = ["model.name=test_resnet", "training.batch_size=4", "training.epochs=2", "ast.warmup_epochs=1"]
+SMALL = [
+    "model.name=test_resnet",
+    "training.batch_size=4",
+    "training.epochs=2",
+    "ast.warmup_epochs=1",
+]
 
 
 @pytest.mark.parametrize("cache", ["none", "device"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_within_the_limit_are_replaced_and_listed(cache, workers, tmp_path, image_folder):
+def test_bad_images_within_the_limit_are_replaced_and_listed(
+    cache, workers, tmp_path, image_folder
+):
     (image_folder / "train" / "red" / "3.jpg").write_bytes(b"no image")
     (image_folder / "train" / "red" / "7.jpg").write_bytes(b"the last one of all")
     (image_folder / "val" / "blue" / "0.jpg").unlink()
     (image_folder / "val" / "blue" / "0.jpg").symlink_to("nowhere")
-    data = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    data += [*SMALL, f"dataset.cache={cache}", f"training.num_workers={workers}", f"logging.output_dir={tmp_path}/out"]
+    data = [
+        "dataset.type=folder",
+        f"dataset.train_dir={image_folder}/train",
+        f"dataset.val_dir={image_folder}/val",
+    ]
+    data += [
+        *SMALL,
+        f"dataset.cache={cache}",
+        f"training.num_workers={workers}",
+        f"logging.output_dir={tmp_path}/out",
+    ]
     result, path = train(make_config(*data, "dataset.max_bad_images=3"))
     assert result["status"] == "completed"
     assert result["training_history"]["samples_loaded"] == [24, 24]
-    names = sorted(text.partition(":")[0].removeprefix(f"{image_folder}/") for text in result["bad_images"])
+    names = sorted(
+        text.partition(":")[0].removeprefix(f"{image_folder}/") for text in result["bad_images"]
+    )
     assert names == ["train/red/3.jpg", "train/red/7.jpg", "val/blue/0.jpg"]
     assert json.loads(path.read_text())["bad_images"] == result["bad_images"]
     with pytest.raises(RequestError, match=r"\.jpg: .*; dataset\.max_bad_images=1 allows no more"):
@@ -413,16 +612,22 @@ def test_no_script_trusts_what_it_reads():
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                 assert not names & {"pickle", "dill", "joblib", "marshal", "shelve"}, path
             if isinstance(node, ast.Call):
-                called, given = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
-                assert called not in ("eval", "exec", "compile", "os.system", "yaml.unsafe_load", "pd.read_pickle"), (
-                    path
-                )
+                called = ast.unparse(node.func)
+                given = {each.arg: ast.unparse(each.value) for each in node.keywords}
+                assert called not in (
+                    "eval",
+                    "exec",
+                    "compile",
+                    "os.system",
+                    "yaml.unsafe_load",
+                    "pd.read_pickle",
+                ), path
                 assert not called.endswith(("extractall", "unpack_archive")), path
                 assert called != "torch.load" or given.get("weights_only") == "True", path
                 assert called != "yaml.load" or given.get("Loader") == "_Loader", path
                 assert given.get("shell") is None, path
                 assert given.get("allow_pickle") is None, path
-    loader = importlib.import_module("lab.config")._Loader
+    loader = importlib.import_module("lab.config.loading")._Loader
     assert issubclass(loader, importlib.import_module("yaml").SafeLoader)
 
 
@@ -432,6 +637,11 @@ def test_a_run_touches_no_network_and_nothing_outside_its_folder(tmp_path, monke
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(tmp_path)
-    names = ["model.name=test_resnet", "training.epochs=1", "ast.mode=dense", "dataset.max_train_samples=64"]
+    names = [
+        "model.name=test_resnet",
+        "training.epochs=1",
+        "ast.mode=dense",
+        "dataset.max_train_samples=64",
+    ]
     train(make_config(*names, "logging.output_dir=out", "dataset.cache_dir=../../x"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,4 +1,6 @@
-"""Processes that die: killed, told to end, or left without a worker. Short by default; `-m long` for the long form."""
+"""Processes that die: killed, told to end, or left without a worker. Short by default; `-m long`
+for the long form.
+"""
 
 import json
 import os
@@ -12,45 +14,84 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import lab.runtime.distributed
+import lab.machine.distributed
 import run_experiment
 from conftest import REPO, make_config
-from lab.cli import run_cli
-from lab.config import Config
-from lab.errors import TrainingFailed
-from lab.runtime.checkpoint import load_checkpoint
-from lab.runtime.clock import Stop
-from runs import WAYS, cases, exit_code, final_state, forked, ranks, running, same, span, untimed, wait_until
+from lab.base.errors import TrainingFailed
+from lab.config.loading import Config
+from lab.engine.checkpoint import load_checkpoint
+from lab.machine.clock import Stop
+from lab.study.cli import run_cli
+from runs import (
+    WAYS,
+    cases,
+    exit_code,
+    final_state,
+    forked,
+    ranks,
+    running,
+    same,
+    span,
+    untimed,
+    wait_until,
+)
 from train_ast import execute, train
 
-TINY = ["model.name=test_resnet", "dataset.image_size=8", "training.batch_size=32", "training.lr=0.05"]
-TINY += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "training.epochs=4", "ast.warmup_epochs=1"]
+TINY = [
+    "model.name=test_resnet",
+    "dataset.image_size=8",
+    "training.batch_size=32",
+    "training.lr=0.05",
+]
+TINY += [
+    "dataset.max_train_samples=256",
+    "dataset.max_val_samples=64",
+    "training.epochs=4",
+    "ast.warmup_epochs=1",
+]
 
 
-PAIRED = ["ast", "packed, accumulated", "two workers", "history, two workers", "resident crops"]  # two processes
+PAIRED = [
+    "ast",
+    "packed, accumulated",
+    "two workers",
+    "history, two workers",
+    "resident crops",
+]  # two processes
 
 
 @pytest.fixture(autouse=True)
 def _short_contact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is killed while they meet leaves the other waiting, where torchrun would end it."""
-    monkeypatch.setattr(lab.runtime.distributed, "CONTACT_SECONDS", 10.0)
+    """A process that is killed while they meet leaves the other waiting, where torchrun would end
+    it.
+    """
+    monkeypatch.setattr(lab.machine.distributed, "CONTACT_SECONDS", 10.0)
 
 
 def check_readable(folder: Path, config: Config) -> None:
     """Nothing that a killed process left is torn: results, log, checkpoints, weights."""
     for path in folder.glob("final_results_*.json"):
-        assert json.loads(path.read_text())["status"] in ("completed", "interrupted", "failed")  # where a peer was lost
+        assert json.loads(path.read_text())["status"] in (
+            "completed",
+            "interrupted",
+            "failed",
+        )  # where a peer was lost
     for path in folder.glob("*.jsonl"):
-        assert all(json.loads(line)["epoch"] for line in path.read_text().splitlines())  # none yet is no tear
+        assert all(
+            json.loads(line)["epoch"] for line in path.read_text().splitlines()
+        )  # none yet is no tear
     for path in folder.glob("checkpoints/*/*.pt"):
         load_checkpoint(path, config)
     for path in folder.glob("checkpoints/*/weights/*.safetensors"):
-        weights, facts = load_file(path), json.loads(path.with_name("config.json").read_text())
+        weights = load_file(path)
+        facts = json.loads(path.with_name("config.json").read_text())
         assert facts["num_classes"] == 10
         assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def go_on(config: Config, processes: int, disturb: Callable[[list[int]], object] = bool) -> list[int]:
+def go_on(
+    config: Config, processes: int, disturb: Callable[[list[int]], object] = bool
+) -> list[int]:
     """Start a run, or go on from its checkpoint, in so many processes. Returns their exit codes.
 
     disturb: called with the ids of the processes once they are started.
@@ -60,12 +101,19 @@ def go_on(config: Config, processes: int, disturb: Callable[[list[int]], object]
         child = forked(lambda: execute(config, "auto"), folder / "output")
         disturb([child])
         return [exit_code(child)]
-    return ranks(processes, lambda _: sys.exit(execute(config, "auto")), folder / "ranks", disturb=disturb).codes
+    return ranks(
+        processes, lambda _: sys.exit(execute(config, "auto")), folder / "ranks", disturb=disturb
+    ).codes
 
 
-def kill_and_resume(config: Config, dice: random.Random, seconds: float, kills: int, processes: int) -> int:
-    """Kill a process of `config`'s run at random moments (SIGKILL, SIGTERM), then let it end. Returns how many hit."""
-    folder, hits = Path(config.logging.output_dir), 0
+def kill_and_resume(
+    config: Config, dice: random.Random, seconds: float, kills: int, processes: int
+) -> int:
+    """Kill a process of `config`'s run at random moments (SIGKILL, SIGTERM), then let it end.
+    Returns how many hit.
+    """
+    folder = Path(config.logging.output_dir)
+    hits = 0
     folder.mkdir(parents=True)
 
     def kill(children: list[int]) -> None:
@@ -75,41 +123,69 @@ def kill_and_resume(config: Config, dice: random.Random, seconds: float, kills: 
     for _ in range(kills):
         hits += any(go_on(config, processes, kill))
         check_readable(folder, config)
-    assert not any(go_on(config, processes)), "".join(path.read_text() for path in folder.rglob("*out*"))
+    assert not any(go_on(config, processes)), "".join(
+        path.read_text() for path in folder.rglob("*out*")
+    )
     check_readable(folder, config)
     return hits
 
 
-def kill_test(tmp_path: Path, ways: list[str], numbers: Iterable[int], kills: int, processes: int = 1) -> None:
+def kill_test(
+    tmp_path: Path, ways: list[str], numbers: Iterable[int], kills: int, processes: int = 1
+) -> None:
     """Each run is killed `kills` times, and must end bit for bit as one that nothing happens to."""
-    hits, whole, done = 0, {}, []
+    hits = 0
+    whole = {}
+    done = []
     for run in numbers:
-        dice, way = random.Random(run), ways[run % len(ways)]
+        dice = random.Random(run)
+        way = ways[run % len(ways)]
 
         def config(folder, *more, way=way):
-            log = [f"logging.output_dir={tmp_path / folder}", f"logging.jsonl_path={tmp_path / folder}/log.jsonl"]
-            size = [key for key in WAYS[way] if key.startswith(("model.name", "dataset.image_size"))]
-            return make_config(*[key for key in TINY if not size or "image_size" not in key], *WAYS[way], *log, *more)
+            log = [
+                f"logging.output_dir={tmp_path / folder}",
+                f"logging.jsonl_path={tmp_path / folder}/log.jsonl",
+            ]
+            size = [
+                key for key in WAYS[way] if key.startswith(("model.name", "dataset.image_size"))
+            ]
+            return make_config(
+                *[key for key in TINY if not size or "image_size" not in key],
+                *WAYS[way],
+                *log,
+                *more,
+            )
 
         if way not in whole:
-            started, name = time.monotonic(), f"whole{run}"
+            started = time.monotonic()
+            name = f"whole{run}"
             kill_and_resume(config(name), dice, 0.0, 0, processes)
             whole[way] = name, time.monotonic() - started
         name, seconds = whole[way]
-        often = [] if run % 3 else ["logging.checkpoint_minutes=1e-9"]  # a write is nearly always under way
+        often = (
+            [] if run % 3 else ["logging.checkpoint_minutes=1e-9"]
+        )  # a write is nearly always under way
         hits += kill_and_resume(config(f"run{run}", *often), dice, seconds, kills, processes)
         assert same(final_state(config(f"run{run}")), final_state(config(name)))
         results = [
-            max((tmp_path / each).glob("final_results_*.json"), key=os.path.getmtime) for each in (name, f"run{run}")
+            max((tmp_path / each).glob("final_results_*.json"), key=os.path.getmtime)
+            for each in (name, f"run{run}")
         ]
         first, second = (untimed(json.loads(path.read_text())) for path in results)
         assert first == second
-        logs = [(tmp_path / each / "log.jsonl").read_text().splitlines() for each in (name, f"run{run}")]
+        logs = [
+            (tmp_path / each / "log.jsonl").read_text().splitlines() for each in (name, f"run{run}")
+        ]
         assert [json.loads(line)["epoch"] for line in logs[1]] == [1, 2, 3, 4]
-        assert [json.loads(line)["val_acc"] for line in logs[1]] == [json.loads(line)["val_acc"] for line in logs[0]]
+        assert [json.loads(line)["val_acc"] for line in logs[1]] == [
+            json.loads(line)["val_acc"] for line in logs[0]
+        ]
         done.append(run)
     wanted = len(done) * kills
-    print(f"ENDS kills: {processes} processes, cases {span(done)}, {hits} of {wanted} kills hit a running process")
+    print(
+        f"ENDS kills: {processes} processes, cases {span(done)}, {hits} of {wanted} "
+        f"kills hit a running process"
+    )
     assert hits >= wanted / 3 or wanted < 12  # by chance
 
 
@@ -129,13 +205,21 @@ def test_hundreds_of_killed_runs_end_as_the_uninterrupted_one(processes, ways, t
 
 
 def terminate_test(tmp_path: Path, times: int) -> None:
-    dice, slowest = random.Random(1), 0.0
+    dice = random.Random(1)
+    slowest = 0.0
     for n in range(times):
         folder = tmp_path / str(n)
-        args = ["--config", str(REPO / "configs/digits_smoke.yaml"), "training.epochs=100000", "training.num_workers=1"]
+        args = [
+            "--config",
+            str(REPO / "configs/digits_smoke.yaml"),
+            "training.epochs=100000",
+            "training.num_workers=1",
+        ]
         args += ["dataset.max_train_samples=256", "--output-dir", str(folder / "out")]
         folder.mkdir()
-        child = forked(lambda args=args: run_cli(lambda: run_experiment.main(args)), folder / "output")
+        child = forked(
+            lambda args=args: run_cli(lambda: run_experiment.main(args)), folder / "output"
+        )
         wait_until((folder / "out").exists)  # from here on signals are watched
         time.sleep(dice.uniform(0, 3))
         os.kill(child, signal.SIGTERM)
@@ -165,9 +249,23 @@ def test_told_to_end_at_twenty_moments_a_run_does(tmp_path):
 
 
 def test_a_second_process_with_the_same_config_is_refused_until_the_first_has_died(tmp_path):
-    """Killed outright, the first one leaves loader workers behind for seconds: they do not keep the folder."""
-    endless = ["--config", str(REPO / "configs/digits_smoke.yaml"), "training.epochs=100000", "training.num_workers=2"]
-    args = [*endless, "dataset.max_train_samples=256", "--resume", "auto", "--output-dir", str(tmp_path / "out")]
+    """Killed outright, the first one leaves loader workers behind for seconds: they do not keep the
+    folder.
+    """
+    endless = [
+        "--config",
+        str(REPO / "configs/digits_smoke.yaml"),
+        "training.epochs=100000",
+        "training.num_workers=2",
+    ]
+    args = [
+        *endless,
+        "dataset.max_train_samples=256",
+        "--resume",
+        "auto",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
 
     def command() -> int:
         return run_cli(lambda: run_experiment.main(args))
@@ -202,8 +300,16 @@ def test_a_worker_that_is_killed_is_named(tmp_path, image_folder):
             return None
 
     folders = [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    more = ["training.num_workers=1", "training.batch_size=4", "ast.mode=dense", f"logging.output_dir={tmp_path}/o"]
-    died = r"a loader worker died: DataLoader worker .* (killed by signal: Killed|exited unexpectedly).*out of memory"
+    more = [
+        "training.num_workers=1",
+        "training.batch_size=4",
+        "ast.mode=dense",
+        f"logging.output_dir={tmp_path}/o",
+    ]
+    died = (
+        r"a loader worker died: DataLoader worker .* (killed by signal: Killed|exited "
+        r"unexpectedly).*out of memory"
+    )
     with pytest.raises(TrainingFailed, match=died):
         train(make_config(*TINY, "dataset.type=folder", *folders, *more), Killer())
     (path,) = (tmp_path / "o").glob("final_results_*.json")

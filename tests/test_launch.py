@@ -1,4 +1,6 @@
-"""What torchrun or a scheduler has left in the environment: refused where malformed, ignored where nothing trains."""
+"""What torchrun or a scheduler has left in the environment: refused where malformed, ignored where
+nothing trains.
+"""
 
 import os
 import subprocess
@@ -10,10 +12,18 @@ from conftest import REPO
 from helpers import write_run
 from runs import command
 
-QUICK = "model.name=test_resnet dataset.image_size=8 dataset.max_train_samples=32 dataset.max_val_samples=16 "
+QUICK = (
+    "model.name=test_resnet dataset.image_size=8 dataset.max_train_samples=32 "
+    "dataset.max_val_samples=16 "
+)
 QUICK += "training.device=cpu training.num_workers=0 training.epochs=1 ast.mode=dense"
 RUN = ["scripts/run_experiment.py", "--config", "configs/digits_smoke.yaml", *QUICK.split()]
-ALONE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}  # nobody is there
+ALONE = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29517",
+}  # nobody is there
 
 
 @pytest.mark.parametrize(
@@ -35,7 +45,9 @@ def test_a_malformed_variable_is_named(variables, named, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("variables", [pytest.param(ALONE, marks=pytest.mark.long), {"WORLD_SIZE": "", "RANK": "x"}])
+@pytest.mark.parametrize(
+    "variables", [pytest.param(ALONE, marks=pytest.mark.long), {"WORLD_SIZE": "", "RANK": "x"}]
+)
 def test_what_does_not_train_ignores_them(variables, tmp_path):
     write_run(tmp_path, "1")
     sweep = ["scripts/run_sweep.py", "--configs", "configs/digits_smoke.yaml"]
@@ -60,16 +72,26 @@ def test_the_runs_of_a_sweep_are_alone(tmp_path):
 
 @pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.long)])
 def test_a_run_that_waits_for_others_says_so_and_ends_in_a_line(rank, tmp_path):
-    program = "import sys; sys.path.insert(0, 'scripts'); from lab.cli import run_cli; import run_experiment; "
-    program += "from lab.runtime import distributed; distributed.CONTACT_SECONDS, distributed.WORTH_A_LINE = 4, 1; "
+    program = (
+        "import sys; sys.path.insert(0, 'scripts'); from lab.study.cli import run_cli; import "
+        "run_experiment; "
+    )
+    program += (
+        "from lab.machine import distributed; distributed.CONTACT_SECONDS, "
+        "distributed.WORTH_A_LINE = 4, 1; "
+    )
     program += "sys.exit(run_cli(lambda: run_experiment.main(sys.argv[1:])))"
     arguments = ["-c", program, *RUN[1:], "--output-dir", tmp_path]
     environment = os.environ | ALONE | {"RANK": rank}
     line = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        line, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1
     said, *_, error = done.stderr.splitlines()
-    assert said.startswith(f"rank {rank} waits for the other 1 of WORLD_SIZE=2 processes at 127.0.0.1:29517: ")
+    assert said.startswith(
+        f"rank {rank} waits for the other 1 of WORLD_SIZE=2 processes at 127.0.0.1:29517: "
+    )
     assert "unset RANK and WORLD_SIZE" in said
     assert error.startswith("error: ")
     assert "Traceback" not in done.stderr

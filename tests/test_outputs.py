@@ -1,4 +1,6 @@
-"""Where a command writes: device files, logs that cannot be written, and which of several results is the newest."""
+"""Where a command writes: device files, logs that cannot be written, and which of several results
+is the newest.
+"""
 
 import json
 import os
@@ -13,27 +15,53 @@ import run_experiment
 import run_sweep
 from conftest import REPO
 from helpers import analyze, write_run
-from lab.cli import run_cli
-from lab.results import load_runs
+from lab.study.cli import run_cli
+from lab.study.results import load_runs
 from train_ast import load_config
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
-QUICK = ["model.name=test_resnet", "dataset.image_size=8", "dataset.max_train_samples=32", "training.epochs=2"]
-QUICK += ["dataset.max_val_samples=16", "training.device=cpu", "training.num_workers=0", "ast.mode=dense"]
+QUICK = [
+    "model.name=test_resnet",
+    "dataset.image_size=8",
+    "dataset.max_train_samples=32",
+    "training.epochs=2",
+]
+QUICK += [
+    "dataset.max_val_samples=16",
+    "training.device=cpu",
+    "training.num_workers=0",
+    "ast.mode=dense",
+]
 
 
 def run(folder, *more):
-    return run_cli(lambda: run_experiment.main(["--config", DIGITS, "--output-dir", str(folder), *QUICK, *more]))
+    return run_cli(
+        lambda: run_experiment.main(
+            ["--config", DIGITS, "--output-dir", str(folder), *QUICK, *more]
+        )
+    )
 
 
 def test_a_log_may_be_a_device(tmp_path):
-    """A run, its resumption, its dense twin, a sweep; the device is still one, and nothing lies beside it."""
+    """A run, its resumption, its dense twin, a sweep; the device is still one, and nothing lies
+    beside it.
+    """
     before = sorted(os.listdir("/dev"))
     log = "logging.jsonl_path=/dev/null"
     assert run(tmp_path, log) == 0
     assert run(tmp_path, log, "--resume", "auto") == 0
-    assert run(tmp_path / "twin", log, "ast.mode=random", "ast.warmup_epochs=1", "--dense-twin") == 0
-    sweep = ["--configs", DIGITS, "--output-dir", str(tmp_path / "sweep"), *QUICK, log, "--one-process"]
+    assert (
+        run(tmp_path / "twin", log, "ast.mode=random", "ast.warmup_epochs=1", "--dense-twin") == 0
+    )
+    sweep = [
+        "--configs",
+        DIGITS,
+        "--output-dir",
+        str(tmp_path / "sweep"),
+        *QUICK,
+        log,
+        "--one-process",
+    ]
     assert run_cli(lambda: run_sweep.main(sweep)) == 0
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert sorted(os.listdir("/dev")) == before
@@ -41,9 +69,19 @@ def test_a_log_may_be_a_device(tmp_path):
 
 @pytest.mark.long
 def test_a_log_may_be_a_pipe_that_is_read(tmp_path):
-    command = [sys.executable, "scripts/run_experiment.py", "--config", DIGITS, "--output-dir", str(tmp_path), *QUICK]
+    command = [
+        sys.executable,
+        "scripts/run_experiment.py",
+        "--config",
+        DIGITS,
+        "--output-dir",
+        str(tmp_path),
+        *QUICK,
+    ]
     line = f"{' '.join(command)} logging.jsonl_path=/dev/fd/3 3>&1 >/dev/null | cat"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], cwd=REPO, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert [json.loads(row)["epoch"] for row in done.stdout.split("\n") if row] == [1, 2]
 
@@ -66,10 +104,13 @@ def test_a_table_may_go_to_a_device(tmp_path):
     write_run(tmp_path, "1")
     link = os.readlink("/dev/stdout")
     command = (
-        f"{sys.executable} scripts/analyze_results.py --results-dir {tmp_path} --csv /dev/stdout --markdown /dev/null"
+        f"{sys.executable} scripts/analyze_results.py --results-dir {tmp_path} --csv "
+        f"/dev/stdout --markdown /dev/null"
     )
     for redirection in ("| cat", f"> {tmp_path}/out; cat {tmp_path}/out"):
-        done = subprocess.run(["bash", "-c", f"{command} {redirection}"], cwd=REPO, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {redirection}"], cwd=REPO, capture_output=True, text=True
+        )
         assert "setting,n," in done.stdout, done.stderr
         assert done.stderr == ""
     assert os.readlink("/dev/stdout") == link
@@ -83,7 +124,9 @@ def finished(folder, name, utc, **more):
 
 
 def test_the_newest_result_is_told_by_utc(tmp_path, capsys):
-    """At the end of summer time: the run that ended later has the earlier local time in its name."""
+    """At the end of summer time: the run that ended later has the earlier local time in its
+    name.
+    """
     older = finished(tmp_path, "20261025_025500", "2026-10-25T00:55:00.000001+00:00")
     newer = finished(tmp_path, "20261025_020500", "2026-10-25T01:05:00.000001+00:00")
     runs, left_out = load_runs([tmp_path])
@@ -138,19 +181,24 @@ def test_the_newest_summary_is_told_by_utc(tmp_path):
     finished(tmp_path, "20261025_025500", "2026-10-25T00:55:00.000001+00:00")
     sweep = ["--configs", DIGITS, "--output-dir", str(tmp_path), "--resume"]
     assert run_cli(lambda: run_sweep.main(sweep)) == 0
-    lines = {path.stem[-6:]: path.read_text().count("\n") for path in tmp_path.glob("sweep_summary_*.jsonl")}
+    lines = {
+        path.stem[-6:]: path.read_text().count("\n")
+        for path in tmp_path.glob("sweep_summary_*.jsonl")
+    }
     assert lines == {"025500": 1, "020500": 2}
 
 
 def test_two_sweeps_of_one_second_have_two_summaries(tmp_path, monkeypatch):
-    import lab.sweep
+    import lab.study.sweep
 
-    class Clock(lab.sweep.datetime):
+    class Clock(lab.study.sweep.datetime):
         @classmethod
         def now(cls, *zone):
             return cls(2026, 10, 25, 2, 5, tzinfo=zone[0] if zone else None)
 
-    monkeypatch.setattr(lab.sweep, "datetime", Clock)
-    paths = {lab.sweep.open_summary(tmp_path, False, [], set()) for _ in range(3)}
-    assert {path.name for path in paths} == {f"sweep_summary_20261025_020500{tail}.jsonl" for tail in ("", "_1", "_2")}
+    monkeypatch.setattr(lab.study.sweep, "datetime", Clock)
+    paths = {lab.study.sweep.open_summary(tmp_path, False, [], set()) for _ in range(3)}
+    assert {path.name for path in paths} == {
+        f"sweep_summary_20261025_020500{tail}.jsonl" for tail in ("", "_1", "_2")
+    }
     assert all(Path(path).exists() for path in paths)

@@ -1,7 +1,7 @@
 """Every command of the README, as a subprocess, in a folder like a fresh clone.
 
-What a command needs and this machine lacks (ImageNet, the hub, a GPU) is replaced by overrides: real pictures made
-here, a tiny network, few epochs.
+What a command needs and this machine lacks (ImageNet, the hub, a GPU) is replaced by overrides:
+real pictures made here, a tiny network, few epochs.
 """
 
 import re
@@ -17,29 +17,41 @@ from conftest import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:.*&& \.venv/bin/)?python (?:-m )?(\S+.*)$", README, re.MULTILINE)
-TINY = "model.name=test_resnet dataset.image_size=32 training.epochs=3 ast.warmup_epochs=1 ast.anneal_epochs=1 "
-TINY += "training.batch_size=8 training.lr_warmup_epochs=0 dataset.num_classes=3 training.compile=off"
+TINY = (
+    "model.name=test_resnet dataset.image_size=32 training.epochs=3 ast.warmup_epochs=1 "
+    "ast.anneal_epochs=1 "
+)
+TINY += (
+    "training.batch_size=8 training.lr_warmup_epochs=0 dataset.num_classes=3 training.compile=off"
+)
 FOLDER = f"{TINY} dataset.train_dir=IMAGES/train dataset.val_dir=IMAGES/val"
 RUN = "scripts/run_experiment.py --config configs"
 ADDED = {
     f"{RUN}/digits_smoke.yaml": "",
     f"{RUN}/pictures_ast.yaml": f"{FOLDER} --output-dir results/pictures",
     f"{RUN}/pictures_ast.yaml --dense-twin": f"{FOLDER} --output-dir results/twin",
-    "scripts/evaluate.py --weights results/checkpoints/RUN/weights --images photo.jpg": "--weights WEIGHTS "
+    "scripts/evaluate.py --weights results/checkpoints/RUN/weights --images photo.jpg": "--weights "
+    "WEIGHTS "
     "--images IMAGES/val",
     f"{RUN}/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3": f"{FOLDER} --epochs 3",
-    "scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,dense,random --seeds 0 1 2 "
+    "scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid "
+    "ast.mode=ast,dense,random --seeds 0 1 2 "
     "--output-dir results/sweep": "--grid ast.mode=ast,dense --seeds 0 --one-process "
     "training.epochs=4 dataset.max_train_samples=256",
     "scripts/analyze_results.py --results-dir results/sweep --plot --save-dir results/plots "
     "--report results/report.html": "",
     "scripts/analyze_results.py --results-dir results/published/cifar10_erasing_h200/full "
     "--frontier results/published/frontier.png": "--results-dir results/sweep",
-    "scripts/download_imagenette.py": "",  # finds the folder there; the download has a test of its own
-    "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model test_resnet --classes 10 "
+    # finds the folder there; the download has a test of its own
+    "scripts/download_imagenette.py": "",
+    "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model "
+    "test_resnet "
+    "--classes 10 "
     "--image-size 32 --batch-size 16 --steps 1 --repeats 1 --no-compile",
 }
-FIRST = {command.split()[0]: command for command in reversed(ADDED)}.values()  # of each script, by a fresh interpreter
+FIRST = {
+    command.split()[0]: command for command in reversed(ADDED)
+}.values()  # of each script, by a fresh interpreter
 
 
 def test_every_command_is_known_here():
@@ -51,11 +63,19 @@ def test_every_command_is_known_here():
 def test_ci_runs_the_readmes_test_command():
     line = re.search(r"^.*pytest$", README, re.MULTILINE)[0]
     found = subprocess.run(
-        ["grep", "--max-count=1", "pytest$", "README.md"], cwd=REPO, capture_output=True, text=True, check=True
+        ["grep", "--max-count=1", "pytest$", "README.md"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert found.stdout.strip() == line
-    assert "grep --max-count=1 'pytest$' README.md" in (REPO / ".ci/run").read_text(encoding="utf-8")
-    assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && ")
+    assert "grep --max-count=1 'pytest$' README.md" in (REPO / ".ci/run").read_text(
+        encoding="utf-8"
+    )
+    assert line.startswith(
+        "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +88,15 @@ def clone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ADDED, ids=lambda command: command.replace("scripts/", "").replace("configs/", ""))
+@pytest.mark.parametrize(
+    "command", ADDED, ids=lambda command: command.replace("scripts/", "").replace("configs/", "")
+)
 def test_command_works(command, clone, image_folder):
     added = ADDED[command].replace("IMAGES", str(image_folder))
     if "WEIGHTS" in added:
-        added = added.replace("WEIGHTS", str(next(clone.glob("results/pictures/checkpoints/*/weights"))))
+        added = added.replace(
+            "WEIGHTS", str(next(clone.glob("results/pictures/checkpoints/*/weights")))
+        )
     line = [sys.executable, *shlex.split(command), *shlex.split(added)]
     if command in FIRST:
         done = subprocess.run(line, cwd=clone, capture_output=True, text=True, timeout=180)
@@ -82,12 +106,20 @@ def test_command_works(command, clone, image_folder):
     if command == "scripts/run_experiment.py --config configs/digits_smoke.yaml":
         accuracy = float(re.search(r"final (\d+\.\d+) %", done.stdout)[1])
         assert accuracy > 90
-        rates = [float(line.split()[5]) for line in done.stdout.splitlines() if re.match(r" +\d+/20 +ast", line)]
+        rates = [
+            float(line.split()[5])
+            for line in done.stdout.splitlines()
+            if re.match(r" +\d+/20 +ast", line)
+        ]
         assert max(abs(rate - 0.25) for rate in rates[-5:]) < 0.03
     if "--images" in command:
-        assert len(done.stdout.splitlines()) == sum(path.is_file() for path in (image_folder / "val").rglob("*"))
+        assert len(done.stdout.splitlines()) == sum(
+            path.is_file() for path in (image_folder / "val").rglob("*")
+        )
     if "--plot" in command:
         assert len(list((clone / "results" / "plots").glob("*.png"))) == 8
         assert (clone / "results" / "report.html").stat().st_size > 0
     if "--frontier" in command:
-        assert (clone / "results" / "published" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+        assert (
+            (clone / "results" / "published" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+        )

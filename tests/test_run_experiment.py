@@ -22,9 +22,9 @@ import run_sweep
 import train_ast
 from conftest import REPO
 from helpers import run_digits
-from lab.cli import run_cli
-from lab.config import Config
-from lab.errors import RequestError
+from lab.base.errors import RequestError
+from lab.config.loading import Config
+from lab.study.cli import run_cli
 from runs import command
 from train_ast import load_config
 
@@ -33,12 +33,41 @@ CONFIG = str(REPO / "configs/digits_smoke.yaml")
 
 
 def test_dry_run_prints_the_resolved_config(capsys):
-    flags = ["--epochs", "7", "--target-activation", "0.3", "--lr", "1e-3", "--batch-size", "8", "--seed", "5"]
-    flags += ["--max-minutes", "2.5", "--output-dir", "out", "ast.pack=false", "--dry-run", "training.momentum=0.8"]
+    flags = [
+        "--epochs",
+        "7",
+        "--target-activation",
+        "0.3",
+        "--lr",
+        "1e-3",
+        "--batch-size",
+        "8",
+        "--seed",
+        "5",
+    ]
+    flags += [
+        "--max-minutes",
+        "2.5",
+        "--output-dir",
+        "out",
+        "ast.pack=false",
+        "--dry-run",
+        "training.momentum=0.8",
+    ]
     assert run_experiment.main(["--config", CONFIG, *flags]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    overrides = ["training.epochs=7", "ast.target_activation=0.3", "training.lr=0.001", "training.batch_size=8"]
-    overrides += ["training.seed=5", "training.max_minutes=2.5", "logging.output_dir=out", "ast.pack=false"]
+    overrides = [
+        "training.epochs=7",
+        "ast.target_activation=0.3",
+        "training.lr=0.001",
+        "training.batch_size=8",
+    ]
+    overrides += [
+        "training.seed=5",
+        "training.max_minutes=2.5",
+        "logging.output_dir=out",
+        "ast.pack=false",
+    ]
     expected = load_config(CONFIG, [*overrides, "training.momentum=0.8"])
     assert printed == expected.model_dump()
 
@@ -51,12 +80,25 @@ def shown_by(main, flag, capsys):
 
 
 def test_help_fits_a_screen_and_the_keys_have_their_own(capsys):
-    for command_ in (run_experiment, run_sweep, analyze_results, benchmark, evaluate, download_imagenette, train_ast):
+    for command_ in (
+        run_experiment,
+        run_sweep,
+        analyze_results,
+        benchmark,
+        evaluate,
+        download_imagenette,
+        train_ast,
+    ):
         assert len(shown_by(command_.main, "--help", capsys).splitlines()) <= 45, command_
-    assert all(word in shown_by(run_experiment.main, "--help", capsys) for word in [*run_experiment.FLAGS, "--dry-run"])
+    assert all(
+        word in shown_by(run_experiment.main, "--help", capsys)
+        for word in [*run_experiment.FLAGS, "--dry-run"]
+    )
     for command_ in (run_experiment, evaluate, train_ast):
         lines = shown_by(command_.main, "--help-config", capsys).splitlines()
-        assert [line for line in lines if line in Config.model_fields] == list(Config.model_fields)  # the sections
+        assert [line for line in lines if line in Config.model_fields] == list(
+            Config.model_fields
+        )  # the sections
         assert "  ast.target_activation (default 0.25)" in lines
         assert max(map(len, lines)) <= 120
 
@@ -64,15 +106,23 @@ def test_help_fits_a_screen_and_the_keys_have_their_own(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["ast.target_activaton=0.3"], "ast.target_activaton: unknown key; did you mean ast.target_activation?"),
+        (
+            ["ast.target_activaton=0.3"],
+            "ast.target_activaton: unknown key; did you mean ast.target_activation?",
+        ),
         (["--epochs", "ten"], "training.epochs: expected a valid integer, got 'ten'"),
         (["model.name=resnt50"], "model.name: no model 'resnt50'"),
         (["dataset.num_classes=11"], "dataset.num_classes: 11, but the data has 10 classes"),
-        (["dataset.type=folder", "dataset.train_dir=/no", "dataset.val_dir=/no"], "dataset.train_dir: /no"),
+        (
+            ["dataset.type=folder", "dataset.train_dir=/no", "dataset.val_dir=/no"],
+            "dataset.train_dir: /no",
+        ),
     ],
 )
 def test_a_wrong_request_is_exit_code_2_and_one_line(args, message, capsys, tmp_path):
-    code = run_cli(lambda: run_experiment.main(["--config", CONFIG, "--output-dir", str(tmp_path), *args]))
+    code = run_cli(
+        lambda: run_experiment.main(["--config", CONFIG, "--output-dir", str(tmp_path), *args])
+    )
     captured = capsys.readouterr()
     assert code == 2
     assert message in captured.err
@@ -83,12 +133,19 @@ def test_a_wrong_request_is_exit_code_2_and_one_line(args, message, capsys, tmp_
 def test_missing_config_as_a_command():
     done = command([SCRIPT, "--config", "configs/nowhere.yaml"])
     assert done.returncode == 2
-    assert done.stderr == "error: configs/nowhere.yaml: cannot read the config: No such file or directory\n"
+    assert (
+        done.stderr
+        == "error: configs/nowhere.yaml: cannot read the config: No such file or directory\n"
+    )
 
 
 def test_a_dataset_that_needs_the_network_says_what_to_do(script, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the hub out of reach, without waiting for its retries
-    done = script("run_experiment", "--config", "configs/cifar10_resnet18_fast.yaml", "--output-dir", tmp_path)
+    monkeypatch.setenv(
+        "HF_HUB_OFFLINE", "1"
+    )  # the hub out of reach, without waiting for its retries
+    done = script(
+        "run_experiment", "--config", "configs/cifar10_resnet18_fast.yaml", "--output-dir", tmp_path
+    )
     assert done.returncode == 2
     assert "dataset.name: cannot load 'uoft-cs/cifar10'" in done.stderr
     assert "check the name, subset and revision, the network" in done.stderr
@@ -105,15 +162,25 @@ def test_a_dataset_that_needs_the_network_says_what_to_do(script, monkeypatch, t
 def test_a_hub_that_does_not_answer_is_one_line_within_seconds(more, script, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
-    done = script("run_experiment", "--config", "configs/digits_smoke.yaml", "--output-dir", tmp_path, *more)
+    done = script(
+        "run_experiment", "--config", "configs/digits_smoke.yaml", "--output-dir", tmp_path, *more
+    )
     assert time.monotonic() - started < 25  # most of it imports
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"error: {'dataset.name' if 'nothing' in more[1] else 'model.pretrained'}: ")
+    assert done.stderr.startswith(
+        f"error: {'dataset.name' if 'nothing' in more[1] else 'model.pretrained'}: "
+    )
     assert "network" in done.stderr
 
 
 def test_a_failed_run_is_exit_code_1(tmp_path):
-    args = ["ast.mode=dense", "training.lr=1e20", "training.optimizer=sgd", "--output-dir", tmp_path]
+    args = [
+        "ast.mode=dense",
+        "training.lr=1e20",
+        "training.optimizer=sgd",
+        "--output-dir",
+        tmp_path,
+    ]
     done = command([SCRIPT, "--config", CONFIG, *args])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: non-finite loss in epoch 1, step")
@@ -122,7 +189,13 @@ def test_a_failed_run_is_exit_code_1(tmp_path):
 
 def test_secrets_of_the_environment_stay_out_of_the_results(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_planted_secret")
-    quick = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "--output-dir", tmp_path]
+    quick = [
+        "training.epochs=2",
+        "ast.warmup_epochs=1",
+        "dataset.max_train_samples=64",
+        "--output-dir",
+        tmp_path,
+    ]
     done = command([SCRIPT, "--config", CONFIG, *quick])
     assert done.returncode == 0, done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -131,24 +204,43 @@ def test_secrets_of_the_environment_stay_out_of_the_results(monkeypatch, tmp_pat
     assert b"planted" not in written
 
 
-SMALL = ["dataset.max_train_samples=512", "training.epochs=4", "ast.warmup_epochs=1", "training.lr_warmup_epochs=1"]
+SMALL = [
+    "dataset.max_train_samples=512",
+    "training.epochs=4",
+    "ast.warmup_epochs=1",
+    "training.lr_warmup_epochs=1",
+]
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processes, tmp_path):
-    options = ["--output-dir", tmp_path, f"logging.jsonl_path={tmp_path}/log.jsonl", "training.device=cpu"]
-    done = command([SCRIPT, "--config", CONFIG, "--nproc", processes, "--dense-twin", *SMALL, *options])
+    options = [
+        "--output-dir",
+        tmp_path,
+        f"logging.jsonl_path={tmp_path}/log.jsonl",
+        "training.device=cpu",
+    ]
+    done = command(
+        [SCRIPT, "--config", CONFIG, "--nproc", processes, "--dense-twin", *SMALL, *options]
+    )
     assert done.returncode == 0, done.stderr
     printed = done.stdout
     assert printed.count("verdict: ") == 1
-    names = [Path(line.removeprefix("results: ")).name for line in printed.splitlines() if line.startswith("results: ")]
+    names = [
+        Path(line.removeprefix("results: ")).name
+        for line in printed.splitlines()
+        if line.startswith("results: ")
+    ]
     sparse, dense = (json.loads((tmp_path / name).read_text()) for name in names)
     assert [sparse["twin"], dense["twin"]] == names[::-1]
     assert len(list(tmp_path.glob("final_results_*.json"))) == 2
     assert dense["config"]["training"]["max_minutes"] == sparse["train_seconds"] / 60
     assert dense["status"] == "completed"
-    budget, seconds = sparse["train_seconds"], [0.0, *dense["training_history"]["train_seconds"]]
-    assert seconds[-2] < budget <= seconds[-1] == dense["train_seconds"]  # no epoch begun after its time
+    budget = sparse["train_seconds"]
+    seconds = [0.0, *dense["training_history"]["train_seconds"]]
+    assert (
+        seconds[-2] < budget <= seconds[-1] == dense["train_seconds"]
+    )  # no epoch begun after its time
     assert dense["training_history"]["lr"][-1] < 0.003 * 0.05
     assert dense["ledger"]["scored"] == 0
     changed = {
@@ -167,8 +259,14 @@ def test_a_dense_twin_has_the_sparse_runs_time_and_both_name_each_other(processe
     )
     shares = [each["final_accuracy"] / 100 for each in (sparse, dense)]
     noise = 196 * (sum(share * (1 - share) for share in shares) / 360) ** 0.5
-    words = f"level: {lead:+.2f} points, and 360 validation pictures resolve no less than {noise:.2f}"
-    words = words if abs(lead) <= noise else f"{'ast' if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
+    words = (
+        f"level: {lead:+.2f} points, and 360 validation pictures resolve no less than {noise:.2f}"
+    )
+    words = (
+        words
+        if abs(lead) <= noise
+        else f"{'ast' if lead > 0 else 'dense'} wins by {abs(lead):.2f} points"
+    )
     accuracies = [f"{each['final_accuracy']:.2f}" for each in (sparse, dense)]
     seconds = [f"{each['train_seconds']:.1f}" for each in (sparse, dense)]
     assert verdict.groups() == (words, accuracies[0], seconds[0], accuracies[1], seconds[1])
@@ -186,7 +284,10 @@ def test_a_twin_warms_up_for_the_same_share_of_its_time():
 def test_a_dense_twin_needs_a_sparse_run_that_ended(tmp_path, capsys):
     args = ["--config", CONFIG, "--dense-twin", "--output-dir", str(tmp_path)]
     assert run_cli(lambda: run_experiment.main([*args, "ast.mode=dense"])) == 2
-    assert capsys.readouterr().err == "error: --dense-twin: ast.mode is dense; a twin is of a sparse or random run\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --dense-twin: ast.mode is dense; a twin is of a sparse or random run\n"
+    )
     log = tmp_path / "log.jsonl"
 
     def interrupt():
@@ -196,13 +297,19 @@ def test_a_dense_twin_needs_a_sparse_run_that_ended(tmp_path, capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    assert run_cli(lambda: run_experiment.main([*args, "--epochs", "100000", f"logging.jsonl_path={log}"])) == 130
+    assert (
+        run_cli(
+            lambda: run_experiment.main([*args, "--epochs", "100000", f"logging.jsonl_path={log}"])
+        )
+        == 130
+    )
     (path,) = tmp_path.glob("final_results_*.json")
     assert "twin" not in json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"), [(["--nproc", "0"], "--nproc"), (["--nproc", "2", "--max-restarts", "-1"], "--max-restarts")]
+    ("flags", "named"),
+    [(["--nproc", "0"], "--nproc"), (["--nproc", "2", "--max-restarts", "-1"], "--max-restarts")],
 )
 def test_processes_that_cannot_be_started_are_refused(flags, named):
     with pytest.raises(RequestError, match=named):
@@ -216,12 +323,19 @@ def test_processes_get_the_config_its_overrides_and_what_to_resume(monkeypatch):
     flags = ["--epochs", "5", "--nproc", "2"]
     assert run_experiment.main(["--config", config, *flags, "training.lr=0.1"]) == 0
     assert run_experiment.main(["--config", config, *flags, "--max-restarts", "3"]) == 0
-    assert run_experiment.main(["--config", config, *flags, "--dense-twin", "--resume", "x.pt"]) == 0
+    assert (
+        run_experiment.main(["--config", config, *flags, "--dense-twin", "--resume", "x.pt"]) == 0
+    )
     script = REPO / "scripts" / "run_experiment.py"
     assert got == [
         (script, 2, 0, ["--config", config, "training.lr=0.1", "training.epochs=5"]),
         (script, 2, 3, ["--config", config, "--resume", "auto", "training.epochs=5"]),
-        (script, 2, 0, ["--config", config, "--resume", "x.pt", "--dense-twin", "training.epochs=5"]),
+        (
+            script,
+            2,
+            0,
+            ["--config", config, "--resume", "x.pt", "--dense-twin", "training.epochs=5"],
+        ),
     ]
 
 
@@ -232,8 +346,16 @@ def results_of(folder):
 @pytest.mark.parametrize("min_active", [0, 2])
 def test_an_epoch_that_chooses_nobody_ends_like_any_other(min_active, tmp_path):
     """The floor of `ast.min_active` holds for it; without one nothing is trained on."""
-    request = ["ast.scoring=history", "ast.explore=0", "ast.initial_threshold=100", f"ast.min_active={min_active}"]
-    network = ["model.name=test_vit", "dataset.image_size=32"]  # without BatchNorm, which refuses min_active=0
+    request = [
+        "ast.scoring=history",
+        "ast.explore=0",
+        "ast.initial_threshold=100",
+        f"ast.min_active={min_active}",
+    ]
+    network = [
+        "model.name=test_vit",
+        "dataset.image_size=32",
+    ]  # without BatchNorm, which refuses min_active=0
     assert run_digits(tmp_path, *request, *network, "training.epochs=3") == 0
     (result,) = results_of(tmp_path)
     history = result["training_history"]
@@ -248,15 +370,23 @@ def test_an_epoch_that_chooses_nobody_ends_like_any_other(min_active, tmp_path):
 def test_a_run_without_time_for_a_step_ends_in_peace(decay, tmp_path, capsys):
     assert run_digits(tmp_path, f"training.lr_decay={decay}", "training.max_minutes=1e-9") == 0
     (result,) = results_of(tmp_path)
-    assert (result["status"], result["final_accuracy"], result["ledger"]["trained"]) == ("time_capped", None, 0)
+    assert (result["status"], result["final_accuracy"], result["ledger"]["trained"]) == (
+        "time_capped",
+        None,
+        0,
+    )
     assert "time_capped" in capsys.readouterr().out
 
 
 def test_without_the_environment_one_line_says_what_is_missing():
     """An interpreter that sees no installed package."""
-    done = subprocess.run([sys.executable, "-E", "-S", SCRIPT, "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-E", "-S", SCRIPT, "--help"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
-    assert re.fullmatch(r"error: package \w+ is missing: source \.venv/bin/activate, or .*\n", done.stderr)
+    assert re.fullmatch(
+        r"error: package \w+ is missing: source \.venv/bin/activate, or .*\n", done.stderr
+    )
 
 
 def test_no_verdict_on_a_run_without_an_accuracy(tmp_path, capsys):
@@ -268,16 +398,33 @@ def test_no_verdict_on_a_run_without_an_accuracy(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("accuracies", "pictures", "words"),
     [
-        ((45.4545, 54.5454), 11, "level: -9.09 points, and 11 validation pictures resolve no less than 41.61"),
+        (
+            (45.4545, 54.5454),
+            11,
+            "level: -9.09 points, and 11 validation pictures resolve no less than 41.61",
+        ),
         ((91.0, 90.0), 10_000, "ast wins by 1.00 points"),
-        ((90.0, 90.8), 10_000, "level: -0.80 points, and 10,000 validation pictures resolve no less than 0.82"),
-        ((100.0, 100.0), 360, "level: +0.00 points, and 360 validation pictures resolve no less than 0.00"),
+        (
+            (90.0, 90.8),
+            10_000,
+            "level: -0.80 points, and 10,000 validation pictures resolve no less than 0.82",
+        ),
+        (
+            (100.0, 100.0),
+            360,
+            "level: +0.00 points, and 360 validation pictures resolve no less than 0.00",
+        ),
     ],
 )
 def test_a_verdict_needs_more_than_a_few_pictures(accuracies, pictures, words):
-    runs = [{"final_accuracy": each, "train_seconds": 1.0, "config": {"ast": {"mode": "ast"}}} for each in accuracies]
+    runs = [
+        {"final_accuracy": each, "train_seconds": 1.0, "config": {"ast": {"mode": "ast"}}}
+        for each in accuracies
+    ]
     runs[0]["classes"] = {"val_samples": [1, pictures - 1]}
-    assert run_experiment.verdict(*runs).startswith(f"verdict: {words}: ast {accuracies[0]:.2f} % in 1.0 s, ")
+    assert run_experiment.verdict(*runs).startswith(
+        f"verdict: {words}: ast {accuracies[0]:.2f} % in 1.0 s, "
+    )
 
 
 def test_no_verdict_on_a_twin_without_an_accuracy():
@@ -293,6 +440,9 @@ def test_no_verdict_on_a_twin_without_an_accuracy():
 def test_a_random_epoch_reports_the_share_it_drew(target, share, tmp_path):
     """Of 1,437 samples two batches of 512 are a dense epoch."""
     request = ["ast.mode=random", f"ast.target_activation={target}", "training.batch_size=512"]
-    assert run_digits(tmp_path, *request, "dataset.max_train_samples=null", "dataset.image_size=8") == 0
+    assert (
+        run_digits(tmp_path, *request, "dataset.max_train_samples=null", "dataset.image_size=8")
+        == 0
+    )
     (result,) = results_of(tmp_path)
     assert result["training_history"]["activation_rate"] == [1.0, pytest.approx(share)]

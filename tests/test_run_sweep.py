@@ -1,4 +1,6 @@
-"""The sweep as a command: real runs, signals, resumption, wrong requests, and a summary that holds each run once."""
+"""The sweep as a command: real runs, signals, resumption, wrong requests, and a summary that holds
+each run once.
+"""
 
 import json
 import os
@@ -13,14 +15,19 @@ import pytest
 
 from conftest import REPO
 from helpers import processes
-from lab.cli import run_cli
-from lab.data import cache
-from lab.errors import RequestError
+from lab.base.errors import RequestError
+from lab.data.cache import loaders as cache
+from lab.study.cli import run_cli
 from run_sweep import main
 from runs import command, wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
-QUICK = ["training.epochs=2", "ast.warmup_epochs=1", "dataset.max_train_samples=64", "training.batch_size=16"]
+QUICK = [
+    "training.epochs=2",
+    "ast.warmup_epochs=1",
+    "dataset.max_train_samples=64",
+    "training.batch_size=16",
+]
 ENDLESS = ["training.epochs=100000", "dataset.max_train_samples=64"]
 
 
@@ -30,11 +37,31 @@ def rows_of(folder):
 
 
 def test_failed_and_killed_runs_are_listed_and_the_others_complete(tmp_path, capsys):
-    """A bad value, a run that dies of it, one that is killed, one that is sound; then the same again with --resume."""
-    killer = threading.Thread(target=lambda: os.kill(wait_until(lambda: processes("training.lr=0.002"))[0], 9))
+    """A bad value, a run that dies of it, one that is killed, one that is sound; then the same
+    again with --resume.
+    """
+    killer = threading.Thread(
+        target=lambda: os.kill(wait_until(lambda: processes("training.lr=0.002"))[0], 9)
+    )
     killer.start()
-    common = ["--configs", DIGITS, "--output-dir", str(tmp_path), *QUICK, "ast.mode=dense", "training.optimizer=sgd"]
-    args = [*common, "--grid", "training.lr=-1,1e20,0.002,0.003", "--seeds", "7", "--runs-per-gpu", "3"]
+    common = [
+        "--configs",
+        DIGITS,
+        "--output-dir",
+        str(tmp_path),
+        *QUICK,
+        "ast.mode=dense",
+        "training.optimizer=sgd",
+    ]
+    args = [
+        *common,
+        "--grid",
+        "training.lr=-1,1e20,0.002,0.003",
+        "--seeds",
+        "7",
+        "--runs-per-gpu",
+        "3",
+    ]
     assert run_cli(lambda: main(args)) == 1
     killer.join()
     rows = rows_of(tmp_path)
@@ -51,12 +78,17 @@ def test_failed_and_killed_runs_are_listed_and_the_others_complete(tmp_path, cap
     assert killed["error"] == "ended by SIGKILL: by hand, or for want of memory"
     result = json.loads(Path(done["results_file"]).read_text())
     assert (done["status"], done["exit_code"], done["seed"]) == ("completed", 0, 7)
-    assert all(done[key] == result[key] for key in ("best_accuracy", "final_accuracy", "train_seconds", "energy_kj"))
+    assert all(
+        done[key] == result[key]
+        for key in ("best_accuracy", "final_accuracy", "train_seconds", "energy_kj")
+    )
     assert done["duration_seconds"] > done["train_seconds"] > 0
 
     files = sorted(tmp_path.glob("final_results_*.json"))
     again = [*common, "--grid", "training.lr=-1,0.003", "--seeds", "7", "--resume"]
-    assert run_cli(lambda: main(again)) == 1  # the bad one is bad again, the finished one is not repeated
+    assert (
+        run_cli(lambda: main(again)) == 1
+    )  # the bad one is bad again, the finished one is not repeated
     assert sorted(row["id"] for row in rows_of(tmp_path)) == sorted(row["id"] for row in rows)
     assert sorted(tmp_path.glob("final_results_*.json")) == files
 
@@ -64,9 +96,16 @@ def test_failed_and_killed_runs_are_listed_and_the_others_complete(tmp_path, cap
 def test_a_sweep_killed_in_the_middle_resumes_without_repeating_a_finished_run(tmp_path):
     grid = ["--configs", DIGITS, "--seeds", "0", "1", "--output-dir", str(tmp_path), *QUICK]
     sweep = subprocess.Popen(
-        [sys.executable, "scripts/run_sweep.py", *grid], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "scripts/run_sweep.py", *grid],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
-    wait_until(lambda: len(list(tmp_path.glob("final_results_*.json"))) == 1 and processes("training.seed=1"))
+    wait_until(
+        lambda: (
+            len(list(tmp_path.glob("final_results_*.json"))) == 1 and processes("training.seed=1")
+        )
+    )
     sweep.kill()
     sweep.communicate()
     wait_until(lambda: not processes("training.seed=1"), 10)  # it takes its runs with it
@@ -91,7 +130,12 @@ def test_ctrl_c_lets_the_running_ones_save_and_starts_no_other(tmp_path, capsys)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    overrides = [*ENDLESS, f"logging.jsonl_path={tmp_path}/log.jsonl", "--output-dir", str(tmp_path)]
+    overrides = [
+        *ENDLESS,
+        f"logging.jsonl_path={tmp_path}/log.jsonl",
+        "--output-dir",
+        str(tmp_path),
+    ]
     assert run_cli(lambda: main(["--configs", DIGITS, *overrides, "--seeds", "0", "1"])) == 130
     (row,) = rows_of(tmp_path)
     assert (row["status"], row["exit_code"]) == ("interrupted", 130)
@@ -100,8 +144,21 @@ def test_ctrl_c_lets_the_running_ones_save_and_starts_no_other(tmp_path, capsys)
 
 
 def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
-    grid = ["--grid", "ast.mode=ast,dense", "ast.target_activation=0.25,0.5", "--seeds", "0", "0", "1"]
-    assert main(["--configs", DIGITS, DIGITS, "--output-dir", str(tmp_path / "out"), *grid, "--dry-run"]) == 0
+    grid = [
+        "--grid",
+        "ast.mode=ast,dense",
+        "ast.target_activation=0.25,0.5",
+        "--seeds",
+        "0",
+        "0",
+        "1",
+    ]
+    assert (
+        main(
+            ["--configs", DIGITS, DIGITS, "--output-dir", str(tmp_path / "out"), *grid, "--dry-run"]
+        )
+        == 0
+    )
     *plan, total = capsys.readouterr().out.splitlines()
     assert len(plan) == len(set(plan)) == 8
     assert total == "8 runs, 1 at a time: no finished run to estimate their time from"
@@ -111,12 +168,18 @@ def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--grid", "ast.target_activaton=0.1"], "ast.target_activaton: unknown key; did you mean ast.target_act"),
+        (
+            ["--grid", "ast.target_activaton=0.1"],
+            "ast.target_activaton: unknown key; did you mean ast.target_act",
+        ),
         (["training.epochz=3"], "training.epochz: unknown key; did you mean training.epochs?"),
         (["--grid", "training.lr="], "--grid training.lr: expected key=value,value..."),
         (["--grid", "training.lr"], "--grid training.lr: expected key=value,value..."),
         (["--grid", "training.lr=1", "training.lr=2"], "--grid training.lr: given twice"),
-        (["--grid", "logging.output_dir=a,b"], "--grid logging.output_dir: does not make a run another"),
+        (
+            ["--grid", "logging.output_dir=a,b"],
+            "--grid logging.output_dir: does not make a run another",
+        ),
         (["--grid", "training.seed=1", "--seeds", "2"], "--seeds: training.seed is in --grid too"),
         (["--seeds", "one"], "--seeds: expected whole numbers, got 'one'"),
         (["--runs-per-gpu", "0"], "--runs-per-gpu: expected at least 1, got 0"),
@@ -128,7 +191,8 @@ def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
         ),
         (
             ["--grid", "training.lr=-1,0", "--dry-run"],
-            "training.lr=-1: training.lr: expected greater than 0, got -1; none of 2 runs can start",
+            "training.lr=-1: training.lr: expected greater than 0, got -1; none of 2 runs "
+            "can start",
         ),
     ],
 )
@@ -142,7 +206,11 @@ def test_a_wrong_request_starts_nothing(args, message, tmp_path, capsys):
 
 
 def test_variants_are_sets_of_overrides_that_go_together(tmp_path, capsys):
-    variants = ["ast.mode=dense training.epochs=3", "ast.mode=random", "ast.scoring=history ast.target_activation=0.5"]
+    variants = [
+        "ast.mode=dense training.epochs=3",
+        "ast.mode=random",
+        "ast.scoring=history ast.target_activation=0.5",
+    ]
     args = [
         "--configs",
         DIGITS,
@@ -158,7 +226,9 @@ def test_variants_are_sets_of_overrides_that_go_together(tmp_path, capsys):
     assert main(args) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
-    assert [line.endswith("ast.mode=dense training.epochs=3 training.seed=1") for line in lines[:2]] == [False, True]
+    assert [
+        line.endswith("ast.mode=dense training.epochs=3 training.seed=1") for line in lines[:2]
+    ] == [False, True]
     assert len({line.split()[0] for line in lines[:6]}) == 6
     with pytest.raises(RequestError, match="ast.mod: unknown key; did you mean ast.mode?"):
         main(["--configs", DIGITS, "--variants", "ast.mod=dense"])
@@ -168,10 +238,19 @@ def test_variants_are_sets_of_overrides_that_go_together(tmp_path, capsys):
 def test_runs_in_one_process_end_as_those_in_their_own(tmp_path):
     """Resident data, a failing run among them; the same summary lines but for times and places."""
     common = ["--configs", DIGITS, *QUICK, "dataset.cache=device", "training.num_workers=0"]
-    common += ["--variants", "ast.mode=dense", "ast.scoring=history ast.target_activation=0.5", "training.lr=1e30"]
+    common += [
+        "--variants",
+        "ast.mode=dense",
+        "ast.scoring=history ast.target_activation=0.5",
+        "training.lr=1e30",
+    ]
     ends = []
     for name, flags in (("own", []), ("one", ["--one-process"])):
-        code = run_cli(lambda flags=flags, name=name: main([*common, *flags, "--output-dir", str(tmp_path / name)]))
+        code = run_cli(
+            lambda flags=flags, name=name: main(
+                [*common, *flags, "--output-dir", str(tmp_path / name)]
+            )
+        )
         assert code == 1
         rows = {row["id"]: row for row in rows_of(tmp_path / name)}
         ends.append(rows)
@@ -189,14 +268,16 @@ def test_one_process_takes_no_slots():
 
 
 @pytest.mark.parametrize("flags", [[], ["--one-process"], ["--dry-run"]])
-def test_missing_configs_are_refused_and_write_nothing_anywhere(flags, tmp_path, monkeypatch, capsys):
+def test_missing_configs_are_refused_and_write_nothing_anywhere(
+    flags, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     args = ["--configs", "no.yaml", "nor.yaml", "--output-dir", "out", *flags]
     assert run_cli(lambda: main(args)) == 2
     assert (
-        "error: no.yaml: cannot read the config: No such file or directory; none of 2 runs can start\n"
-        in capsys.readouterr().err
-    )
+        "error: no.yaml: cannot read the config: No such file or directory; none of 2 "
+        "runs can start\n"
+    ) in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,12 +287,19 @@ def sweep_from_stdin(text, *args):
 
 @pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.long), ["--one-process"]])
 def test_a_config_that_can_be_read_only_once_reaches_every_run(flags, tmp_path):
-    text = "model: {name: test_resnet}\ntraining: {epochs: 1, device: cpu}\nast: {mode: dense}  # and so on\n"
+    text = (
+        "model: {name: test_resnet}\ntraining: {epochs: 1, device: cpu}\nast: {mode: dense}  "
+        "# and so on\n"
+    )
     text += "dataset: {max_train_samples: 64}\n"
     done = sweep_from_stdin(text, "--seeds", "0", "1", "--output-dir", str(tmp_path), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = [json.loads(path.read_text())["config"] for path in tmp_path.glob("final_results_*.json")]
-    assert [(each["model"]["name"], each["training"]["epochs"]) for each in results] == [("test_resnet", 1)] * 2
+    results = [
+        json.loads(path.read_text())["config"] for path in tmp_path.glob("final_results_*.json")
+    ]
+    assert [(each["model"]["name"], each["training"]["epochs"]) for each in results] == [
+        ("test_resnet", 1)
+    ] * 2
     assert {row["config"] for row in rows_of(tmp_path)} == {"/dev/stdin"}
     (copy,) = (tmp_path / "logs").glob("stdin.*.yaml")
     assert copy.read_text() == text
@@ -229,14 +317,20 @@ def test_an_empty_config_of_a_sweep_is_refused(tmp_path):
 def test_a_second_sweep_into_the_same_folder_is_refused_and_disturbs_nothing(tmp_path, capsys):
     args = ["--configs", DIGITS, "--output-dir", str(tmp_path), *ENDLESS]
     first = subprocess.Popen(
-        [sys.executable, "scripts/run_sweep.py", *args], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "scripts/run_sweep.py", *args],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
-    (log,) = wait_until(lambda: [path for path in tmp_path.glob("logs/*.log") if "dense" in path.read_text()])
+    (log,) = wait_until(
+        lambda: [path for path in tmp_path.glob("logs/*.log") if "dense" in path.read_text()]
+    )
     before = log.read_text()
     for again in (args, [*args, "--resume"], [*args, "--one-process", "--seeds", "5"]):
         assert run_cli(lambda again=again: main(again)) == 2
         refusal = (
-            f"error: {tmp_path}: another sweep is writing to it; wait for it to end, or set another --output-dir\n"
+            f"error: {tmp_path}: another sweep is writing to it; wait for it to end, or set "
+            f"another --output-dir\n"
         )
         assert capsys.readouterr().err == refusal
     assert main([*args, "--dry-run"]) == 0
@@ -252,8 +346,17 @@ def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path
     for name in ("train/red/3.jpg", "val/blue/0.jpg"):
         (image_folder / name).write_bytes(b"no image")
     (tmp_path / "config.yaml").write_text("model: {name: test_resnet}\nast: {mode: dense}\n")
-    data = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    data += ["dataset.cache=device", "dataset.max_bad_images=2", "training.num_workers=0", "training.epochs=1"]
+    data = [
+        "dataset.type=folder",
+        f"dataset.train_dir={image_folder}/train",
+        f"dataset.val_dir={image_folder}/val",
+    ]
+    data += [
+        "dataset.cache=device",
+        "dataset.max_bad_images=2",
+        "training.num_workers=0",
+        "training.epochs=1",
+    ]
     args = [
         "--configs",
         str(tmp_path / "config.yaml"),
@@ -264,7 +367,12 @@ def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path
         "0",
         "1",
     ]
-    assert run_cli(lambda: main([*args, "--one-process", "training.batch_size=8", "training.device=cpu"])) == 0
+    assert (
+        run_cli(
+            lambda: main([*args, "--one-process", "training.batch_size=8", "training.device=cpu"])
+        )
+        == 0
+    )
     rows = rows_of(tmp_path / "out")
     listed = [json.loads(Path(row["results_file"]).read_text())["bad_images"] for row in rows]
     assert [len(each) for each in listed] == [2, 2]

@@ -6,15 +6,33 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import BatchNormNet, LayerNormNet, make_batch, make_config, make_run, scores_of, sparse_step
+from conftest import (
+    BatchNormNet,
+    LayerNormNet,
+    make_batch,
+    make_config,
+    make_run,
+    scores_of,
+    sparse_step,
+)
 from helpers import run_digits
-from lab.models import count_flops, eval_view, get_model
-from lab.runtime.checkpoint import load_checkpoint
-from lab.sections import ModelConfig
+from lab.config.sections import ModelConfig
+from lab.engine.checkpoint import load_checkpoint
+from lab.models.building import count_flops, eval_view, get_model
 from train_ast import auto_target, significance, train
 
-CIFAR = ["dataset.image_size=16", "training.batch_size=32", "dataset.max_train_samples=256", "training.lr=0.1"]
-CIFAR += ["dataset.max_val_samples=64", "model.name=small_conv", "training.num_workers=0", "ast.warmup_epochs=1"]
+CIFAR = [
+    "dataset.image_size=16",
+    "training.batch_size=32",
+    "dataset.max_train_samples=256",
+    "training.lr=0.1",
+]
+CIFAR += [
+    "dataset.max_val_samples=64",
+    "model.name=small_conv",
+    "training.num_workers=0",
+    "ast.warmup_epochs=1",
+]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +52,13 @@ def test_auto_follows_the_share_of_wrong_predictions(wrong, cost, target):
 
 
 def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
-    keys = ["ast.target_activation=auto", "ast.warmup_epochs=1", "training.epochs=8", "ast.pack=true", *CIFAR]
+    keys = [
+        "ast.target_activation=auto",
+        "ast.warmup_epochs=1",
+        "training.epochs=8",
+        "ast.pack=true",
+        *CIFAR,
+    ]
     result, _ = train(make_config(*keys, "ast.rule=topk", f"logging.output_dir={tmp_path}"))
     history = result["training_history"]
     sparse = [target is not None for target in history["target"]]
@@ -43,9 +67,13 @@ def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
     for epoch in range(1, 8):
         target = auto_target(1 - history["train_acc"][epoch - 1] / 100, 1 / 3)
         assert history["target"][epoch] == (None if target == 1 else pytest.approx(target))
-        assert history["samples_scored"][epoch] == (0 if target == 1 else 256)  # dense epochs score nothing
+        assert history["samples_scored"][epoch] == (
+            0 if target == 1 else 256
+        )  # dense epochs score nothing
         assert history["activation_rate"][epoch] == pytest.approx(target, abs=1 / 32)
-    assert history["lr"][-1] < 0.1 * 0.1  # planned anew with each target, the schedule still ends at its end
+    assert (
+        history["lr"][-1] < 0.1 * 0.1
+    )  # planned anew with each target, the schedule still ends at its end
     assert history["lr"] == sorted(history["lr"], reverse=True)
 
 
@@ -56,16 +84,28 @@ def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
             ["ast.target_activation=auto", "ast.mode=random"],
             "ast.target_activation: auto needs ast.mode=ast and scored",
         ),
-        (["ast.target_activation=auto", "ast.scoring=history"], "ast.target_activation: auto needs ast.mode=ast"),
+        (
+            ["ast.target_activation=auto", "ast.scoring=history"],
+            "ast.target_activation: auto needs ast.mode=ast",
+        ),
         (["ast.target_activation=often"], "ast.target_activation: expected"),
         (["ast.target_activation=1.5"], "ast.target_activation: expected"),
-        (["ast.scoring=proxy", "ast.proxy_model=reznet"], "ast.proxy_model: no model 'reznet'; did you mean"),
+        (
+            ["ast.scoring=proxy", "ast.proxy_model=reznet"],
+            "ast.proxy_model: no model 'reznet'; did you mean",
+        ),
         (
             ["ast.scoring=proxy", "ast.proxy_model=vit_b_16", "ast.proxy_resolution=12"],
             "ast.proxy_model: vit_b_16 does",
         ),
-        (["ast.scoring=proxy", "ast.proxy_resolution=64"], "ast.proxy_resolution: larger than dataset.image_size=16"),
-        (["ast.scoring=proxy", "ast.score_resolution=16"], "ast.score_resolution: with ast.scoring=proxy it is"),
+        (
+            ["ast.scoring=proxy", "ast.proxy_resolution=64"],
+            "ast.proxy_resolution: larger than dataset.image_size=16",
+        ),
+        (
+            ["ast.scoring=proxy", "ast.score_resolution=16"],
+            "ast.score_resolution: with ast.scoring=proxy it is",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(overrides, line, tmp_path, capfd):
@@ -79,9 +119,11 @@ def test_scores_by_batch_statistics_are_those_of_training_and_leave_the_averages
     torch.manual_seed(0)
     model = get_model(ModelConfig(name="small_conv"), 10, 16)
     model.train()(torch.randn(64, 3, 16, 16) * 3 + 1)
-    before, images = copy.deepcopy(model.state_dict()), torch.randn(32, 3, 16, 16)
+    before = copy.deepcopy(model.state_dict())
+    images = torch.randn(32, 3, 16, 16)
     with torch.no_grad():
-        got, running = eval_view(model, batch_statistics=True)(images), eval_view(model)(images)
+        got = eval_view(model, batch_statistics=True)(images)
+        running = eval_view(model)(images)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert not torch.allclose(got, running)
         assert torch.allclose(running, copy.deepcopy(model).eval()(images))
@@ -90,7 +132,8 @@ def test_scores_by_batch_statistics_are_those_of_training_and_leave_the_averages
 
 def test_dropout_is_off_where_scores_are_by_batch_statistics():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
-    view, images = eval_view(model, batch_statistics=True), torch.randn(8, 3, 8, 8)
+    view = eval_view(model, batch_statistics=True)
+    images = torch.randn(8, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(view(images), view(images))
 
@@ -98,7 +141,9 @@ def test_dropout_is_off_where_scores_are_by_batch_statistics():
 def test_a_run_scores_by_the_statistics_that_it_names():
     images, labels = make_batch()
     for statistics in ("running", "batch"):
-        run = make_run(BatchNormNet(), f"ast.score_statistics={statistics}", "ast.entropy_weight=0.5")
+        run = make_run(
+            BatchNormNet(), f"ast.score_statistics={statistics}", "ast.entropy_weight=0.5"
+        )
         with torch.no_grad():
             model = copy.deepcopy(run.network.model).train(statistics == "batch")
             expected = significance(model(run.network.normalise(images)), labels, 0.5)
@@ -107,18 +152,34 @@ def test_a_run_scores_by_the_statistics_that_it_names():
 
 @pytest.mark.parametrize("rule", ["pi", "topk"])
 def test_a_proxy_scores_learns_and_is_counted(rule, tmp_path):
-    keys = ["ast.scoring=proxy", f"ast.rule={rule}", "ast.pack=true", "ast.target_activation=0.5", "training.epochs=6"]
-    keys += [*CIFAR, "model.name=test_resnet", "ast.proxy_every=2", "ast.kp=1", f"logging.output_dir={tmp_path}"]
+    keys = [
+        "ast.scoring=proxy",
+        f"ast.rule={rule}",
+        "ast.pack=true",
+        "ast.target_activation=0.5",
+        "training.epochs=6",
+    ]
+    keys += [
+        *CIFAR,
+        "model.name=test_resnet",
+        "ast.proxy_every=2",
+        "ast.kp=1",
+        f"logging.output_dir={tmp_path}",
+    ]
     config = make_config(*keys)
     result, _ = train(config)
-    history, ledger = result["training_history"], result["ledger"]
+    history = result["training_history"]
+    ledger = result["ledger"]
     assert ledger["scored"] == 5 * 256  # the first epoch is dense
     assert history["activation_rate"][-1] == pytest.approx(0.5, abs=0.1)
-    state = load_checkpoint(next(tmp_path.glob("checkpoints/*/last.pt")), config)["selection"]["proxy"]
+    state = load_checkpoint(next(tmp_path.glob("checkpoints/*/last.pt")), config)["selection"][
+        "proxy"
+    ]
     assert state["batches"] == 5 * 8
     steps = {int(each["step"]) for each in state["optimizer"]["state"].values()}
     assert steps == {5 * 8 // 2}
-    # the total holds the proxy's forward of each scored sample, and its training on every second batch
+    # the total holds the proxy's forward of each scored sample, and its training on every second
+    # batch
     spent = 1e9 * (history["total_flops_g"][-1] - history["est_flops_g"][-1]) / ledger["scored"]
     proxy = get_model(ModelConfig(name="small_conv"), 10, 16)
     assert spent == pytest.approx(count_flops(proxy, 16) * (1 / 3 + 1 / 2), rel=1e-6)
@@ -129,15 +190,25 @@ def test_a_proxy_leaves_the_network_its_random_numbers(tmp_path):
     ways = {"proxy": ["ast.scoring=proxy"], "own": []}
     first = {}
     for name, way in ways.items():
-        keys = [*CIFAR, "model.name=test_resnet", "training.epochs=2", *way, f"logging.output_dir={tmp_path / name}"]
+        keys = [
+            *CIFAR,
+            "model.name=test_resnet",
+            "training.epochs=2",
+            *way,
+            f"logging.output_dir={tmp_path / name}",
+        ]
         first[name] = train(make_config(*keys))[0]["training_history"]["train_loss"][0]
     assert first["proxy"] == first["own"]
 
 
 def test_a_proxys_predictions_do_not_count_as_the_networks():
-    run = make_run(LayerNormNet(), "ast.scoring=proxy", "ast.initial_threshold=0", "ast.min_active=0")
+    run = make_run(
+        LayerNormNet(), "ast.scoring=proxy", "ast.initial_threshold=0", "ast.min_active=0"
+    )
     assert sparse_step(run, *make_batch()) == 16
-    assert run.metrics.ledger.scored == run.metrics.meter.predicted == 16  # the predictions of the training forward
+    assert (
+        run.metrics.ledger.scored == run.metrics.meter.predicted == 16
+    )  # the predictions of the training forward
     run.selection.controller.threshold = 99.0
     assert sparse_step(run, *make_batch()) == 0
     assert (run.metrics.ledger.scored, run.metrics.meter.predicted) == (32, 16)

@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import LayerNormNet, as_batch, make_batch, make_run
+from lab.base.errors import TrainingFailed
 from lab.data.loading import Scores
-from lab.errors import TrainingFailed
 from train_ast import ast_forward, per_sample_entropy, select_active, significance
 
 
 def test_entropy_of_known_distributions():
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -math.inf, -math.inf]])
+    logits = torch.tensor(
+        [[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -math.inf, -math.inf]]
+    )
     expected = [math.log(4), 0.0, -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))]
     assert per_sample_entropy(logits).tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -26,7 +28,9 @@ def test_significance_is_loss_plus_weighted_entropy_in_float32():
     loss = F.cross_entropy(logits.float(), labels, reduction="none")
     got = significance(logits, labels, 0.5)
     assert got.dtype == torch.float32
-    assert torch.allclose(got, loss + 0.5 * torch.distributions.Categorical(logits=logits.float()).entropy())
+    assert torch.allclose(
+        got, loss + 0.5 * torch.distributions.Categorical(logits=logits.float()).entropy()
+    )
     assert torch.equal(significance(logits, labels, 0.0), loss)
 
 
@@ -37,7 +41,13 @@ def test_significance_is_loss_plus_weighted_entropy_in_float32():
         ([0.1, 0.9, 0.5, 0.7], 0.7, 0, [1], 0.25),  # above, not at, the threshold
         ([0.1, 0.9, 0.5, 0.7], 2.0, 0, [], 0.0),
         ([0.1, 0.9, 0.5, 0.7], -1.0, 0, [0, 1, 2, 3], 1.0),
-        ([0.1, 0.9, 0.5, 0.7], 2.0, 3, [1, 2, 3], 0.0),  # the floor takes the top ones; activation does not see it
+        (
+            [0.1, 0.9, 0.5, 0.7],
+            2.0,
+            3,
+            [1, 2, 3],
+            0.0,
+        ),  # the floor takes the top ones; activation does not see it
         ([0.1, 0.9, 0.5, 0.7], 0.4, 2, [1, 2, 3], 0.75),  # no floor where enough are active
         ([0.5, 0.5, 0.5, 0.5], 0.5, 2, [0, 1], 0.0),  # of equal scores the earlier
         ([0.5, 0.8, 0.5, 0.8], 0.9, 3, [0, 1, 3], 0.0),
@@ -50,7 +60,11 @@ def test_which_samples_are_active(scores, threshold, min_active, indices, activa
     assert chosen.activation == activation
 
 
-@given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=40), st.floats(0, 10, width=32), st.integers(0, 8))
+@given(
+    st.lists(st.floats(0, 10, width=32), min_size=1, max_size=40),
+    st.floats(0, 10, width=32),
+    st.integers(0, 8),
+)
 def test_every_active_sample_outranks_every_other(scores, threshold, min_active):
     chosen = select_active(torch.tensor(scores), threshold, min_active)
     active = set(chosen.indices.tolist())
@@ -71,8 +85,15 @@ def test_a_batch_with_a_score_that_is_not_finite_is_left_out(bad):
     run = make_run(LayerNormNet(), "ast.initial_threshold=1", "training.max_nonfinite_steps=1")
     rows = torch.stack([torch.full((16,), 2.0), torch.zeros(16)])
     rows[0, 3] = bad
-    assert ast_forward(as_batch(*make_batch()), Scores(rows, None), run.selection, run.queue, run.trainer) == 0
+    assert (
+        ast_forward(
+            as_batch(*make_batch()), Scores(rows, None), run.selection, run.queue, run.trainer
+        )
+        == 0
+    )
     assert run.selection.activations == []
     assert run.metrics.ledger.trained == 0
     with pytest.raises(TrainingFailed, match="non-finite loss in epoch 1, step 1"):
-        ast_forward(as_batch(*make_batch()), Scores(rows, None), run.selection, run.queue, run.trainer)
+        ast_forward(
+            as_batch(*make_batch()), Scores(rows, None), run.selection, run.queue, run.trainer
+        )

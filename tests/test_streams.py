@@ -1,4 +1,6 @@
-"""Standard streams that are closed, full or cut off change neither the exit code nor the files of a command."""
+"""Standard streams that are closed, full or cut off change neither the exit code nor the files of a
+command.
+"""
 
 import json
 import subprocess
@@ -9,19 +11,34 @@ import pytest
 from conftest import REPO
 from helpers import write_run
 
-QUICK = "model.name=test_resnet dataset.image_size=8 dataset.max_train_samples=32 dataset.max_val_samples=16 "
-QUICK += "training.device=cpu training.num_workers=2 training.epochs=1 ast.mode=dense training.batch_size=16"
+QUICK = (
+    "model.name=test_resnet dataset.image_size=8 dataset.max_train_samples=32 "
+    "dataset.max_val_samples=16 "
+)
+QUICK += (
+    "training.device=cpu training.num_workers=2 training.epochs=1 ast.mode=dense "
+    "training.batch_size=16"
+)
 
 
 def shell(command, redirection, folder):
-    """The exit code of a command of scripts/ with its streams redirected, and what is left of stderr."""
+    """The exit code of a command of scripts/ with its streams redirected, and what is left of
+    stderr.
+    """
     line = f"{sys.executable} scripts/{command} --output-dir {folder} {redirection}"
     if command.startswith("analyze"):
         line = line.replace(f" --output-dir {folder}", "")
-    return subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=REPO, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
 
-BOTH_CLOSED, BOTH_FULL = ">&- 2>&-", ">/dev/full 2>/dev/full"
+BOTH_CLOSED = ">&- 2>&-"
+BOTH_FULL = ">/dev/full 2>/dev/full"
 BAD = [">&-", "2>&-", BOTH_CLOSED, ">/dev/full", "2>/dev/full", BOTH_FULL, "| true"]
 
 
@@ -38,7 +55,9 @@ LONG = pytest.mark.long  # one more process a case
     ],
 )
 def test_a_run_ends_as_it_would_have(redirection, tmp_path):
-    done = shell(f"run_experiment.py --config configs/digits_smoke.yaml {QUICK}", redirection, tmp_path)
+    done = shell(
+        f"run_experiment.py --config configs/digits_smoke.yaml {QUICK}", redirection, tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     (path,) = tmp_path.glob("final_results_*.json")
     assert json.loads(path.read_text())["status"] == "completed"
@@ -56,7 +75,11 @@ def test_a_run_ends_as_it_would_have(redirection, tmp_path):
 def test_a_sweep_ends_as_it_would_have(redirection, flag, tmp_path):
     """One of its two runs is refused: the exit code says so."""
     seeds = "--seeds 0 99999999999999999999"
-    done = shell(f"run_sweep.py --configs configs/digits_smoke.yaml {QUICK} {seeds} {flag}", redirection, tmp_path)
+    done = shell(
+        f"run_sweep.py --configs configs/digits_smoke.yaml {QUICK} {seeds} {flag}",
+        redirection,
+        tmp_path,
+    )
     assert (done.returncode, done.stderr) == (1, "")
     (summary,) = tmp_path.glob("sweep_summary_*.jsonl")
     rows = [json.loads(line) for line in summary.read_text().splitlines()]
@@ -66,7 +89,10 @@ def test_a_sweep_ends_as_it_would_have(redirection, flag, tmp_path):
 @pytest.mark.parametrize("redirection", BAD)
 def test_an_analysis_writes_its_files_all_the_same(redirection, tmp_path):
     write_run(tmp_path, "1")
-    command = f"analyze_results.py --results-dir {tmp_path} --csv {tmp_path}/a.csv --report {tmp_path}/a.html"
+    command = (
+        f"analyze_results.py --results-dir {tmp_path} --csv {tmp_path}/a.csv --report "
+        f"{tmp_path}/a.html"
+    )
     done = shell(command, redirection, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "a.csv").read_text().count("\n") == 2
@@ -76,12 +102,18 @@ def test_an_analysis_writes_its_files_all_the_same(redirection, tmp_path):
 def test_a_table_that_cannot_be_printed_is_a_failure(tmp_path):
     write_run(tmp_path, "1")
     done = shell(f"analyze_results.py --results-dir {tmp_path}", ">/dev/full", tmp_path)
-    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: standard output: No space left on device\n",
+    )
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", BOTH_CLOSED])
 def test_a_wrong_request_keeps_its_exit_code(redirection, tmp_path):
-    for command in ("analyze_results.py --results-dir /nowhere", "analyze_results.py --no-such-option"):
+    for command in (
+        "analyze_results.py --results-dir /nowhere",
+        "analyze_results.py --no-such-option",
+    ):
         assert shell(command, redirection, tmp_path).returncode == 2
 
 
@@ -99,6 +131,9 @@ def test_streams_without_unicode_get_question_marks(tmp_path, monkeypatch):
     assert (done.returncode, done.stderr) == (0, "")
     assert "? 95 %" in done.stdout
     folder = tmp_path / "表"
-    assert shell(f"run_sweep.py --configs configs/digits_smoke.yaml {QUICK}", "", folder).returncode == 0
+    assert (
+        shell(f"run_sweep.py --configs configs/digits_smoke.yaml {QUICK}", "", folder).returncode
+        == 0
+    )
     (summary,) = folder.glob("sweep_summary_*.jsonl")
     assert json.loads(summary.read_text())["results_file"].startswith(str(folder))

@@ -1,4 +1,6 @@
-"""Text and numbers reach the program as they were typed: from flags, overrides, sweeps and files, to every process."""
+"""Text and numbers reach the program as they were typed: from flags, overrides, sweeps and files,
+to every process.
+"""
 
 import json
 import os
@@ -11,17 +13,67 @@ import pytest
 import run_experiment
 import run_sweep
 from conftest import REPO
-from lab.cli import run_cli
-from lab.config import Config, dump_config
+from lab.config.loading import Config, dump_config
+from lab.study.cli import run_cli
 from runs import command
 from train_ast import load_config
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
-QUICK = ["model.name=test_resnet", "training.epochs=1", "ast.mode=dense", "dataset.max_train_samples=32"]
-QUICK += ["dataset.max_val_samples=16", "training.device=cpu", "training.num_workers=0", "dataset.image_size=8"]
-TEXTS = ["/x/exp #3", "2026-11-26", "@x", "1234567", "12:30", "[x]/y", "{a}", "010", "1e3", "0x10", "true", "~", "a: b"]
-TEXTS += ["'quoted'", '"quoted"', " spaces ", "C:\\data", "Müll/表", "*a", "&a", "!x", "%x", "- x", "tab\there", "yes"]
-TEXTS += ["line\nbreak", "null.x", ".inf", "${local_rank}", "$$", "1_000", "=", "<<", "# x", "a,b", "\u2028", "`x`"]
+QUICK = [
+    "model.name=test_resnet",
+    "training.epochs=1",
+    "ast.mode=dense",
+    "dataset.max_train_samples=32",
+]
+QUICK += [
+    "dataset.max_val_samples=16",
+    "training.device=cpu",
+    "training.num_workers=0",
+    "dataset.image_size=8",
+]
+TEXTS = [
+    "/x/exp #3",
+    "2026-11-26",
+    "@x",
+    "1234567",
+    "12:30",
+    "[x]/y",
+    "{a}",
+    "010",
+    "1e3",
+    "0x10",
+    "true",
+    "~",
+    "a: b",
+]
+TEXTS += [
+    "'quoted'",
+    '"quoted"',
+    " spaces ",
+    "C:\\data",
+    "Müll/表",
+    "*a",
+    "&a",
+    "!x",
+    "%x",
+    "- x",
+    "tab\there",
+    "yes",
+]
+TEXTS += [
+    "line\nbreak",
+    "null.x",
+    ".inf",
+    "${local_rank}",
+    "$$",
+    "1_000",
+    "=",
+    "<<",
+    "# x",
+    "a,b",
+    "\u2028",
+    "`x`",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -33,7 +85,9 @@ def test_text_is_taken_as_it_is_typed(text, tmp_path, capsys):
     config = load_config(tmp_path / "resolved.yaml")
     assert (config.logging.output_dir, config.dataset.subset) == (text, text)
     assert config == load_config(DIGITS, [f"logging.output_dir={text}", f"dataset.subset={text}"])
-    (tmp_path / "same.json").write_text(json.dumps(config.model_dump(), indent="\t"), encoding="utf-8")
+    (tmp_path / "same.json").write_text(
+        json.dumps(config.model_dump(), indent="\t"), encoding="utf-8"
+    )
     assert load_config(tmp_path / "same.json") == config
 
 
@@ -51,7 +105,15 @@ def test_the_word_null_goes_into_a_file_in_quotes(tmp_path):
     assert load_config(tmp_path / "b.yaml") == config
 
 
-NUMBERS = [("010", 10), ("+7", 7), ("0", 0), ("0x10", None), ("0o10", None), ("1_000", None), ("12:30", None)]
+NUMBERS = [
+    ("010", 10),
+    ("+7", 7),
+    ("0", 0),
+    ("0x10", None),
+    ("0o10", None),
+    ("1_000", None),
+    ("12:30", None),
+]
 NUMBERS += [
     ("1e3", None),
     ("１０", None),
@@ -82,7 +144,8 @@ def test_a_whole_number_has_one_meaning(text, number, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("1e-3", 0.001), (".5", 0.5), ("0010", 10.0), ("1_0.5", None), ("1:30", None)]
+    ("text", "number"),
+    [("1e-3", 0.001), (".5", 0.5), ("0010", 10.0), ("1_0.5", None), ("1:30", None)],
 )
 def test_a_decimal_number_has_one_meaning(text, number, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"training:\n  lr: {text}\n")
@@ -94,11 +157,16 @@ def test_a_decimal_number_has_one_meaning(text, number, tmp_path, capsys):
 
 
 def test_a_date_in_a_file_is_text_and_a_number_needs_quotes(tmp_path, capsys):
-    (tmp_path / "a.yaml").write_text("logging: {output_dir: 2026-11-26}\ndataset: {subset: 12:30}\n")
+    (tmp_path / "a.yaml").write_text(
+        "logging: {output_dir: 2026-11-26}\ndataset: {subset: 12:30}\n"
+    )
     config = load_config(tmp_path / "a.yaml")
     assert (config.logging.output_dir, config.dataset.subset) == ("2026-11-26", "12:30")
     (tmp_path / "b.yaml").write_text("dataset: {revision: 1234567}\n")
-    assert run_cli(lambda: run_experiment.main(["--config", str(tmp_path / "b.yaml"), "--dry-run"])) == 2
+    assert (
+        run_cli(lambda: run_experiment.main(["--config", str(tmp_path / "b.yaml"), "--dry-run"]))
+        == 2
+    )
     assert capsys.readouterr().err.endswith("got 1234567; in quotes it is text\n")
 
 
@@ -140,7 +208,10 @@ def refusal(path, *args):
 )
 def test_text_that_no_file_can_take_is_refused(text, tmp_path, capsys):
     (tmp_path / "a.json").write_text(text)
-    assert run_cli(lambda: run_experiment.main(["--config", str(tmp_path / "a.json"), "--dry-run"])) == 2
+    assert (
+        run_cli(lambda: run_experiment.main(["--config", str(tmp_path / "a.json"), "--dry-run"]))
+        == 2
+    )
     line = capsys.readouterr().err
     assert line.startswith(f"error: {tmp_path / 'a.json'}: ")
     assert line.count("\n") == 1
@@ -148,7 +219,9 @@ def test_text_that_no_file_can_take_is_refused(text, tmp_path, capsys):
 
 def test_arguments_that_are_no_text_are_refused():
     assert "logging.output_dir: expected" in refusal(DIGITS, "--output-dir", b"a\xff")
-    assert "cannot read the config" in refusal(b"/nowhere/\xff.yaml".decode("utf-8", "surrogateescape"))
+    assert "cannot read the config" in refusal(
+        b"/nowhere/\xff.yaml".decode("utf-8", "surrogateescape")
+    )
 
 
 def test_an_env_file_that_is_not_utf_8_is_named(tmp_path):
@@ -164,13 +237,23 @@ def test_every_process_of_a_run_gets_the_text_as_it_is(tmp_path):
     """torchrun replaces ${local_rank} and $$ in what it passes on."""
     folder = tmp_path / "a  b #3 ${local_rank} $$ 'c' \"d\""
     log = folder / "1_000: [x].jsonl"
-    args = ["--config", DIGITS, "--nproc", "2", "--output-dir", str(folder), f"logging.jsonl_path={log}", *QUICK]
+    args = [
+        "--config",
+        DIGITS,
+        "--nproc",
+        "2",
+        "--output-dir",
+        str(folder),
+        f"logging.jsonl_path={log}",
+        *QUICK,
+    ]
     done = command(["scripts/run_experiment.py", *args])
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     (path,) = folder.glob("final_results_*.json")
     assert (
-        json.loads(path.read_text())["config"]["logging"] | {"output_dir": str(folder), "jsonl_path": str(log)}
+        json.loads(path.read_text())["config"]["logging"]
+        | {"output_dir": str(folder), "jsonl_path": str(log)}
         == (json.loads(path.read_text())["config"]["logging"])
     )
     assert len(log.read_text().splitlines()) == 1
@@ -178,47 +261,92 @@ def test_every_process_of_a_run_gets_the_text_as_it_is(tmp_path):
 
 @pytest.mark.long
 def test_a_sweep_passes_text_on_as_it_is(tmp_path, monkeypatch, capsys):
-    """Two runs whose texts differ behind a # only, each with its own log; a config file with = in its name."""
-    path, folder = tmp_path / "lr=1.yaml", tmp_path / "exp #3\u2028x"
+    """Two runs whose texts differ behind a # only, each with its own log; a config file with = in
+    its name.
+    """
+    path = tmp_path / "lr=1.yaml"
+    folder = tmp_path / "exp #3\u2028x"
     path.write_text("model: {name: test_resnet}\n")
-    args = ["--configs", str(path), "--output-dir", str(folder), f"logging.jsonl_path={tmp_path}/log #1.jsonl", *QUICK]
-    args += ["--grid", "dataset.subset=12:30 #1,12:30 #2", "--variants", "dataset.revision=1234567 dataset.name=it\\x"]
+    args = [
+        "--configs",
+        str(path),
+        "--output-dir",
+        str(folder),
+        f"logging.jsonl_path={tmp_path}/log #1.jsonl",
+        *QUICK,
+    ]
+    args += [
+        "--grid",
+        "dataset.subset=12:30 #1,12:30 #2",
+        "--variants",
+        "dataset.revision=1234567 dataset.name=it\\x",
+    ]
     assert run_cli(lambda: run_sweep.main(args)) == 0, capsys.readouterr()
-    configs = [json.loads(each.read_text())["config"] for each in folder.glob("final_results_*.json")]
+    configs = [
+        json.loads(each.read_text())["config"] for each in folder.glob("final_results_*.json")
+    ]
     assert sorted(each["dataset"]["subset"] for each in configs) == ["12:30 #1", "12:30 #2"]
-    assert {(each["dataset"]["revision"], each["dataset"]["name"]) for each in configs} == {("1234567", "it\\x")}
+    assert {(each["dataset"]["revision"], each["dataset"]["name"]) for each in configs} == {
+        ("1234567", "it\\x")
+    }
     assert len(list(tmp_path.glob("log #1.*.jsonl"))) == 2
     (summary,) = folder.glob("sweep_summary_*.jsonl")
     assert all(json.loads(line)["results_file"] for line in summary.read_text().splitlines())
 
 
 def test_a_quote_that_is_not_closed_is_refused(capsys):
-    assert run_cli(lambda: run_sweep.main(["--configs", DIGITS, "--variants", "dataset.name=it's"])) == 2
-    assert capsys.readouterr().err == 'error: --variants "dataset.name=it\'s": No closing quotation\n'
+    assert (
+        run_cli(lambda: run_sweep.main(["--configs", DIGITS, "--variants", "dataset.name=it's"]))
+        == 2
+    )
+    assert (
+        capsys.readouterr().err == 'error: --variants "dataset.name=it\'s": No closing quotation\n'
+    )
 
 
 def test_an_error_of_an_override_names_it_and_not_the_file(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("training: {lr: 0.1, min_lr: 0.01}\nast: {anneal_epochs: 2}\n")
     expected = {
         "training.lr=x": "override 'training.lr=x': training.lr: expected a valid number, got 'x'",
-        "training.lr=0.001": "override 'training.lr=0.001': training.min_lr: at most training.lr=0.001",
-        "training.epochs=3": "override 'training.epochs=3': ast.warmup_epochs: with 1 dense epochs at the start and 2 "
-        "at the end, none of training.epochs=3 is sparse; lower ast.warmup_epochs or ast.anneal_epochs, or raise "
+        "training.lr=0.001": (
+            "override 'training.lr=0.001': training.min_lr: at most training.lr=0.001"
+        ),
+        "training.epochs=3": "override 'training.epochs=3': ast.warmup_epochs: with 1 dense epochs "
+        "at the "
+        "start and 2 "
+        "at the end, none of training.epochs=3 is sparse; lower ast.warmup_epochs or "
+        "ast.anneal_epochs, or raise "
         "training.epochs",
-        "dataset.type=folder": "override 'dataset.type=folder': dataset.train_dir: needed with dataset.type=folder",
+        "dataset.type=folder": (
+            "override 'dataset.type=folder': dataset.train_dir: needed with dataset.type=folder"
+        ),
         "traning.lr=3": "override 'traning.lr=3': traning: unknown key; did you mean training?",
     }
     for override, line in expected.items():
-        code = run_cli(lambda override=override: run_experiment.main(["--config", str(tmp_path / "a.yaml"), override]))
+        code = run_cli(
+            lambda override=override: run_experiment.main(
+                ["--config", str(tmp_path / "a.yaml"), override]
+            )
+        )
         assert (code, capsys.readouterr().err) == (2, f"error: {line}\n")
     (tmp_path / "a.yaml").write_text("training: {lr: -1}\n")
-    assert run_cli(lambda: run_experiment.main(["--config", str(tmp_path / "a.yaml"), "training.epochs=3"])) == 2
+    assert (
+        run_cli(
+            lambda: run_experiment.main(["--config", str(tmp_path / "a.yaml"), "training.epochs=3"])
+        )
+        == 2
+    )
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'a.yaml'}: training.lr: ")
 
 
-@pytest.mark.parametrize(("key", "near"), [("training.warmup_epochs", "training.lr_warmup_epochs"),
-                                           ("dataset.resolution", "dataset.cache_resolution"),
-                                           ("ast.batch_size", "training.batch_size")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("training.warmup_epochs", "training.lr_warmup_epochs"),
+        ("dataset.resolution", "dataset.cache_resolution"),
+        ("ast.batch_size", "training.batch_size"),
+    ],
+)
 def test_a_suggestion_comes_from_the_same_section_first(key, near, capsys):
     assert run_cli(lambda: run_experiment.main(["--config", DIGITS, f"{key}=3"])) == 2
     assert capsys.readouterr().err.endswith(f"{key}: unknown key; did you mean {near}?\n")

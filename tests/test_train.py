@@ -14,19 +14,29 @@ import torch._inductor.config
 import torch.nn.functional as F
 
 from conftest import BatchNormNet, LayerNormNet, make_batch, make_config, make_run, trained_on
-from lab.errors import RequestError, TrainingFailed
-from lab.runtime.clock import Stop
-from lab.runtime.devices import resolve_amp_dtype, resolve_device
-from lab.runtime.optimizer import lr_at
-from lab.runtime.outputs import save_results
-from lab.sections import TrainingConfig
-from lab.state import warm_up
+from lab.base.errors import RequestError, TrainingFailed
+from lab.config.sections import TrainingConfig
+from lab.engine.optimizer import lr_at
+from lab.engine.state import warm_up
+from lab.machine.clock import Stop
+from lab.machine.devices import resolve_amp_dtype, resolve_device
+from lab.outputs.result import save_results
 from runs import exit_code, program, running, wait_until
 from train_ast import HISTORY_KEYS, Run, train
 
 DOCUMENTED = ["best_accuracy", "total_time_hours", "epochs_completed", "training_history"]
-FAST = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=64", "ast.pack=true"]
-FAST += ["dataset.max_train_samples=512", "training.epochs=3", "ast.warmup_epochs=1", "training.lr=0.05"]
+FAST = [
+    "model.name=test_resnet",
+    "dataset.image_size=16",
+    "training.batch_size=64",
+    "ast.pack=true",
+]
+FAST += [
+    "dataset.max_train_samples=512",
+    "training.epochs=3",
+    "ast.warmup_epochs=1",
+    "training.lr=0.05",
+]
 
 
 def run_digits(tmp_path, *overrides):
@@ -47,7 +57,10 @@ def test_rate_warms_up_and_decays_to_its_end():
 @pytest.mark.parametrize("kind", ["folder", "hf", "digits"])
 def test_each_kind_of_data_trains_dense_and_sparse(kind, tmp_path, image_folder, parquet_folder):
     data = {
-        "folder": [f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"],
+        "folder": [
+            f"dataset.train_dir={image_folder}/train",
+            f"dataset.val_dir={image_folder}/val",
+        ],
         "hf": [f"dataset.name={parquet_folder}", "dataset.split_val=test"],
         "digits": [],
     }[kind]
@@ -67,7 +80,8 @@ def test_each_kind_of_data_trains_dense_and_sparse(kind, tmp_path, image_folder,
 def test_history_adds_up(tmp_path):
     log = tmp_path / "log" / "run.jsonl"
     result, path = run_digits(tmp_path, f"logging.jsonl_path={log}", "metrics.gpu_tdp_watts=100")
-    history, ledger = result["training_history"], result["ledger"]
+    history = result["training_history"]
+    ledger = result["ledger"]
     assert [json.loads(line) for line in log.read_text().splitlines()] == [
         {key: history[key][i] for key in HISTORY_KEYS} for i in range(3)
     ]
@@ -82,11 +96,17 @@ def test_history_adds_up(tmp_path):
         spent = history["samples_trained"][i] + history["samples_scored"][i] / 3
         assert history["energy_savings"][i] == pytest.approx(1 - spent / 512)
     assert history["est_flops_g"][-1] == pytest.approx(1e6 * ledger["trained"] / 1e9)
-    assert history["total_flops_g"][-1] == pytest.approx(1e6 * (ledger["trained"] + ledger["scored"] / 3) / 1e9)
+    assert history["total_flops_g"][-1] == pytest.approx(
+        1e6 * (ledger["trained"] + ledger["scored"] / 3) / 1e9
+    )
     assert history["est_energy_kj"][-1] == pytest.approx(result["train_seconds"] * 0.1)
     assert history["train_seconds"] == sorted(history["train_seconds"])
     assert history["energy_kj"] == [None] * 3
-    assert result["best_accuracy"] == max(history["val_acc"]) == history["val_acc"][result["best_epoch"] - 1]
+    assert (
+        result["best_accuracy"]
+        == max(history["val_acc"])
+        == history["val_acc"][result["best_epoch"] - 1]
+    )
     assert result["final_accuracy"] == history["val_acc"][-1]
     assert "HOME" not in path.read_text()
     assert result["environment"]["torch"] == torch.__version__
@@ -97,7 +117,9 @@ def test_the_same_seed_gives_the_same_run(mode, tmp_path):
     timed = {"step_time_ms", "est_energy_kj", "train_seconds"}
 
     def history(seed):
-        kept, _ = run_digits(tmp_path, f"ast.mode={mode}", f"training.seed={seed}", "training.epochs=2")
+        kept, _ = run_digits(
+            tmp_path, f"ast.mode={mode}", f"training.seed={seed}", "training.epochs=2"
+        )
         return {key: values for key, values in kept["training_history"].items() if key not in timed}
 
     assert history(1) == history(1)
@@ -126,8 +148,15 @@ def test_warm_up_leaves_no_trace():
 
 
 def test_early_stop_waits_for_its_patience(tmp_path):
-    still = ["training.lr=1e-30", "training.epochs=9", "ast.mode=dense", "training.early_stop_patience=2"]
-    result, _ = run_digits(tmp_path, *still, "model.name=test_vit", "dataset.image_size=32")  # ViT: no running stats
+    still = [
+        "training.lr=1e-30",
+        "training.epochs=9",
+        "ast.mode=dense",
+        "training.early_stop_patience=2",
+    ]
+    result, _ = run_digits(
+        tmp_path, *still, "model.name=test_vit", "dataset.image_size=32"
+    )  # ViT: no running stats
     assert result["status"] == "early_stopped"
     assert result["epochs_completed"] == 3
 
@@ -135,7 +164,9 @@ def test_early_stop_waits_for_its_patience(tmp_path):
 def test_time_cap_ends_inside_an_epoch_and_still_validates(tmp_path):
     cap = 0.1  # minutes
     started = time.monotonic()
-    result, _ = run_digits(tmp_path, f"training.max_minutes={cap}", "training.epochs=100000", "ast.mode=dense")
+    result, _ = run_digits(
+        tmp_path, f"training.max_minutes={cap}", "training.epochs=100000", "ast.mode=dense"
+    )
     assert result["status"] == "time_capped"
     assert time.monotonic() - started < 60 * cap + 10  # the machine may have other work
     assert len(result["training_history"]["val_acc"]) - result["epochs_completed"] in (0, 1)
@@ -151,7 +182,9 @@ def test_non_finite_loss_ends_the_run_with_what_was_finished(tmp_path):
 
 
 def test_an_image_that_breaks_later_keeps_the_finished_epochs(tmp_path, image_folder):
-    """The file goes bad once the log has an epoch: one line names it, results and log keep what was finished."""
+    """The file goes bad once the log has an epoch: one line names it, results and log keep what was
+    finished.
+    """
     victim = image_folder / "train" / "red" / "0.jpg"
 
     class Spoiler(Stop):
@@ -161,16 +194,24 @@ def test_an_image_that_breaks_later_keeps_the_finished_epochs(tmp_path, image_fo
             return None
 
     config = make_config(
-        *FAST, "dataset.type=folder", f"dataset.train_dir={image_folder}/train", "training.num_workers=0",
-        f"dataset.val_dir={image_folder}/val", "training.batch_size=4", "ast.mode=dense",
-        f"logging.output_dir={tmp_path}/out", f"logging.jsonl_path={tmp_path}/out/log.jsonl",
-    )  # fmt: skip
+        *FAST,
+        "dataset.type=folder",
+        f"dataset.train_dir={image_folder}/train",
+        "training.num_workers=0",
+        f"dataset.val_dir={image_folder}/val",
+        "training.batch_size=4",
+        "ast.mode=dense",
+        f"logging.output_dir={tmp_path}/out",
+        f"logging.jsonl_path={tmp_path}/out/log.jsonl",
+    )
     with pytest.raises(RequestError, match=r"red/0\.jpg"):
         train(config, Spoiler())
     (path,) = (tmp_path / "out").glob("final_results_*.json")
     saved = json.loads(path.read_text())
     assert saved["status"] == "failed"
-    logged = [json.loads(line)["epoch"] for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line)["epoch"] for line in (tmp_path / "out/log.jsonl").read_text().splitlines()
+    ]
     assert saved["training_history"]["epoch"] == logged
     assert logged in ([1], [1, 2])  # the log is written beside the next epoch's first steps
 
@@ -178,13 +219,19 @@ def test_an_image_that_breaks_later_keeps_the_finished_epochs(tmp_path, image_fo
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_with_its_results(number, code, tmp_path):
     log = tmp_path / "log.jsonl"
-    overrides = [*FAST, "training.epochs=100000", f"logging.output_dir={tmp_path}", f"logging.jsonl_path={log}"]
+    overrides = [
+        *FAST,
+        "training.epochs=100000",
+        f"logging.output_dir={tmp_path}",
+        f"logging.jsonl_path={log}",
+    ]
     work = program(["scripts/train_ast.py", "--config", "configs/digits_smoke.yaml", *overrides])
     with running(work, tmp_path / "out", tmp_path / "err") as child:
         wait_until(lambda: log.exists() and log.read_text())
         os.kill(child, number)
         ended = exit_code(child)
-    out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
+    out = (tmp_path / "out").read_text()
+    err = (tmp_path / "err").read_text()
     assert ended == code, err
     (path,) = tmp_path.glob("final_results_*.json")
     saved = json.loads(path.read_text())
@@ -210,7 +257,9 @@ def test_devices_and_types():
     cpu = torch.device("cpu")
     assert resolve_amp_dtype(TrainingConfig(), cpu) is None
     assert resolve_amp_dtype(TrainingConfig(amp_dtype="bfloat16"), cpu) == torch.bfloat16
-    assert resolve_amp_dtype(TrainingConfig(amp_dtype="float16", mixed_precision=False), cpu) is None
+    assert (
+        resolve_amp_dtype(TrainingConfig(amp_dtype="float16", mixed_precision=False), cpu) is None
+    )
     assert resolve_device(TrainingConfig(device="cpu")) == cpu
     if not torch.cuda.is_available():
         with pytest.raises(RequestError, match="training.device: cuda, but torch sees no GPU"):
@@ -219,8 +268,16 @@ def test_devices_and_types():
 
 
 def test_sparse_training_learns_and_holds_its_target(tmp_path):
-    """The whole point, small: digits at a quarter of the backward passes, activation where it was asked to be."""
-    gains = ["ast.kp=1.0", "ast.ki=0.05", "ast.warmup_epochs=3", "training.epochs=10", "training.batch_size=32"]
+    """The whole point, small: digits at a quarter of the backward passes, activation where it was
+    asked to be.
+    """
+    gains = [
+        "ast.kp=1.0",
+        "ast.ki=0.05",
+        "ast.warmup_epochs=3",
+        "training.epochs=10",
+        "training.batch_size=32",
+    ]
     adam = ["training.optimizer=adamw", "training.lr=0.003", "dataset.max_train_samples=null"]
     result, _ = run_digits(tmp_path, *gains, *adam)
     history = result["training_history"]
@@ -232,13 +289,21 @@ def test_sparse_training_learns_and_holds_its_target(tmp_path):
 
 def test_a_schedule_over_time_ends_at_its_budget_fully_decayed(tmp_path):
     budget = 3.0  # seconds
-    schedule = ["training.lr_decay=time", f"training.max_minutes={budget / 60}", "training.epochs=1000"]
-    result, _ = run_digits(tmp_path, *schedule, "ast.mode=dense", "training.lr=0.1", "training.min_lr=0.001")
+    schedule = [
+        "training.lr_decay=time",
+        f"training.max_minutes={budget / 60}",
+        "training.epochs=1000",
+    ]
+    result, _ = run_digits(
+        tmp_path, *schedule, "ast.mode=dense", "training.lr=0.1", "training.min_lr=0.001"
+    )
     rates = result["training_history"]["lr"]
     assert result["status"] == "completed"
     assert result["epochs_completed"] < 1000
     seconds = result["training_history"]["train_seconds"]
-    assert [0.0, *seconds][-2] < budget <= seconds[-1] == result["train_seconds"]  # none begun after its time
+    assert (
+        [0.0, *seconds][-2] < budget <= seconds[-1] == result["train_seconds"]
+    )  # none begun after its time
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 0.05
     assert rates[-1] == pytest.approx(0.001, abs=1e-3)
@@ -246,17 +311,27 @@ def test_a_schedule_over_time_ends_at_its_budget_fully_decayed(tmp_path):
 
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_scoring_at_a_lower_resolution_is_counted(cache, tmp_path):
-    more = ["dataset.image_size=16", "ast.score_resolution=8", f"dataset.cache={cache}", "training.epochs=2"]
+    more = [
+        "dataset.image_size=16",
+        "ast.score_resolution=8",
+        f"dataset.cache={cache}",
+        "training.epochs=2",
+    ]
     result, _ = run_digits(tmp_path, "ast.warmup_epochs=0", *more)
-    ledger, flop = result["ledger"], result["base_flop_per_sample"] / 1e9
+    ledger = result["ledger"]
+    flop = result["base_flop_per_sample"] / 1e9
     assert ledger["scored"] == ledger["loaded"] > 0
-    spent = flop * (ledger["trained"] + ledger["scored"] / 12)  # half the side: a quarter of a third
+    spent = flop * (
+        ledger["trained"] + ledger["scored"] / 12
+    )  # half the side: a quarter of a third
     assert result["training_history"]["total_flops_g"][-1] == pytest.approx(spent)
 
 
 def test_a_machine_that_cannot_compile_is_told_so(tmp_path):
     no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent/c++")})
-    message = r"training.compile: nothing can be compiled here \(.*/nonexistent/c.*\); install .* or set"
+    message = (
+        r"training.compile: nothing can be compiled here \(.*/nonexistent/c.*\); install .* or set"
+    )
     with no_compiler, pytest.raises(RequestError, match=message):
         run_digits(tmp_path, "training.compile=default")
     assert list(tmp_path.iterdir()) == []
@@ -267,7 +342,12 @@ def test_a_machine_that_cannot_compile_is_told_so(tmp_path):
     [
         ["ast.mode=dense"],
         ["ast.mode=dense", "training.label_smoothing=0.3"],
-        ["ast.scoring=history", "ast.target_activation=0.5", "ast.explore=0.25", "ast.explore_weight_cap=4"],
+        [
+            "ast.scoring=history",
+            "ast.target_activation=0.5",
+            "ast.explore=0.25",
+            "ast.explore_weight_cap=4",
+        ],
         [
             "ast.scoring=history",
             "ast.target_activation=0.5",
@@ -291,7 +371,8 @@ def test_the_reported_loss_is_the_plain_mean_over_the_trained_samples(settings):
 
 
 def test_without_smoothing_and_weights_the_loss_is_the_objective_bit_for_bit():
-    run, (images, labels) = make_run(LayerNormNet(), "ast.mode=dense"), make_batch()
+    run = make_run(LayerNormNet(), "ast.mode=dense")
+    (images, labels) = make_batch()
     objective, _, loss = run.network.forward(images, labels)
     assert loss.item() == objective.item()
     objective, _, loss, _ = run.network.forward(images, labels, torch.ones(16))
@@ -300,7 +381,12 @@ def test_without_smoothing_and_weights_the_loss_is_the_objective_bit_for_bit():
 
 def test_weighted_and_smoothed_runs_report_a_loss_like_any_other(tmp_path):
     """Ten classes from nothing: about ln 10 in the first epoch, whatever the objective adds."""
-    request = ["training.label_smoothing=0.9", "training.lr=1e-6", "training.epochs=1", "ast.mode=dense"]
+    request = [
+        "training.label_smoothing=0.9",
+        "training.lr=1e-6",
+        "training.epochs=1",
+        "ast.mode=dense",
+    ]
     result, _ = run_digits(tmp_path, *request)
     plain, _ = run_digits(tmp_path, *request, "training.label_smoothing=0")
     losses = [each["training_history"]["train_loss"][0] for each in (result, plain)]

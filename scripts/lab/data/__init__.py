@@ -1,1 +1,5 @@
-"""From an image file to a batch on the device."""
+"""Pictures on their way from a file to the device: data sets, augmentation, loading, packing,
+caches.
+
+Imports `base`, `config` and `machine`.
+"""

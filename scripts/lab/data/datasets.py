@@ -1,7 +1,7 @@
 """Data sets: a picture and a label by index, and what could not be read.
 
-A loader asks a data set for samples and collates them to batches. Pictures come from a folder, from the `datasets`
-library (`train_ast.HFDataset`) or from scikit-learn's digits.
+A loader asks a data set for samples and collates them to batches. Pictures come from a folder, from
+the `datasets` library (`train_ast.HFDataset`) or from scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lab.config import first_complaint
-from lab.console import print_rank0
+from lab.base.console import print_rank0
+from lab.base.errors import RequestError, one_line
+from lab.base.hub import quick_hub
+from lab.config.loading import first_complaint
+from lab.config.sections import DatasetConfig
 from lab.data.folders import read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
-from lab.errors import RequestError, one_line
-from lab.hub import quick_hub
-from lab.sections import DatasetConfig
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about a picture
 
@@ -39,8 +39,8 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing abou
 class Sample(NamedTuple):
     """One item of an ImageDataset.
 
-    An unreadable picture is replaced by the next readable one, with the label of that one; `index` stays the one that
-    was asked for.
+    An unreadable picture is replaced by the next readable one, with the label of that one; `index`
+    stays the one that was asked for.
     """
 
     image: Tensor | None  # uint8 [3, H, W]; None where no replacement could be read either
@@ -61,22 +61,33 @@ class LoaderBatch(NamedTuple):
 def collate(samples: list[Sample]) -> LoaderBatch:
     """Samples as one batch, without those that have no image."""
     good = [sample for sample in samples if sample.image is not None]
-    images = default_collate([sample.image for sample in good]) if good else torch.empty(0, dtype=torch.uint8)
+    images = (
+        default_collate([sample.image for sample in good])
+        if good
+        else torch.empty(0, dtype=torch.uint8)
+    )
     labels = torch.tensor([sample.label for sample in good], dtype=torch.int64)
     indices = torch.tensor([sample.index for sample in good], dtype=torch.int64)
-    return LoaderBatch(images, labels, indices, [text for sample in samples for text in sample.unreadable])
+    return LoaderBatch(
+        images, labels, indices, [text for sample in samples for text in sample.unreadable]
+    )
 
 
 class ReadErrors:
-    """The pictures that could not be read, "<name>: <reason>", each once, in the order they were met."""
+    """The pictures that could not be read, "<name>: <reason>", each once, in the order they were
+    met.
+    """
 
     def __init__(self, limit: int):
         """limit: how many are allowed, `dataset.max_bad_images`."""
-        self.limit, self.found = limit, []
+        self.limit = limit
+        self.found = []
 
     def add(self, unreadable: Iterable[str]) -> None:
         """Take in what is new. Raises RequestError naming the first picture beyond `limit`."""
-        reasons = {text.partition(": ")[0]: text for text in [*unreadable, *self.found]}  # those found keep theirs
+        reasons = {
+            text.partition(": ")[0]: text for text in [*unreadable, *self.found]
+        }  # those found keep theirs
         known = {text.partition(": ")[0] for text in self.found}
         self.found += [text for name, text in reasons.items() if name not in known]
         if len(self.found) > self.limit:
@@ -87,9 +98,10 @@ class ReadErrors:
 class ImageDataset(Dataset):
     """Pictures with labels. The item at (index, uniforms) is a Sample whose image is augmented.
 
-    An item's index may lie beyond the last sample: with `dataset.repeat` the samples come several times, and copy c of
-    sample i has the index i + c * len(self). The uniforms, float64 [UNIFORMS_PER_SAMPLE], decide the augmentation; a
-    training epoch takes them from `loading.EpochPlan`.
+    An item's index may lie beyond the last sample: with `dataset.repeat` the samples come several
+    times, and copy c of sample i has the index i + c * len(self). The uniforms, float64
+    [UNIFORMS_PER_SAMPLE], decide the augmentation; a training epoch takes them from
+    `loading.EpochPlan`.
 
     `build_datasets` sets the attributes that depend on the config.
     """
@@ -106,19 +118,28 @@ class ImageDataset(Dataset):
         raise NotImplementedError
 
     def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
-        """samples: (a file's path, its bytes or a uint8 tensor [3, H, W]; label). classes: the name of each label."""
-        self.samples, self.classes = samples, classes
+        """samples: (a file's path, its bytes or a uint8 tensor [3, H, W]; label). classes: the name
+        of each label.
+        """
+        self.samples = samples
+        self.classes = classes
         self.augmentation: Augmentation | None = None
         self.max_bad_images = 0  # how many samples after an unreadable one are tried in its place
-        self.label_shifts: np.ndarray | None = None  # int64 [samples], see `randomness.label_shifts`
+        self.label_shifts: np.ndarray | None = (
+            None  # int64 [samples], see `randomness.label_shifts`
+        )
         self.name_prefix = ""  # before "sample <index>", the name of a sample that is no file
-        self.skipped: dict[str, int] = {}  # how many files and folders are no part of it, by the reason why
+        self.skipped: dict[
+            str, int
+        ] = {}  # how many files and folders are no part of it, by the reason why
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Path | bytes | Tensor, int]:
-        """The picture of a sample, not yet decoded, and its label. Raises ValueError where the sample has none."""
+        """The picture of a sample, not yet decoded, and its label. Raises ValueError where the
+        sample has none.
+        """
         return self.samples[index]
 
     def load(self, index: int) -> Sample:
@@ -128,7 +149,8 @@ class ImageDataset(Dataset):
         """
         unreadable = []
         for at in range(index, index + self.max_bad_images + 1):
-            at, source = at % len(self), None
+            at = at % len(self)
+            source = None
             try:
                 source, label = self.read(at)
                 data = read_picture(source) if isinstance(source, Path) else source
@@ -162,7 +184,9 @@ class ImageDataset(Dataset):
         return (label for _, label in self.samples)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the class names, the labels and the names of the files: processes compare their data by it."""
+        """SHA-256 over the class names, the labels and the names of the files: processes compare
+        their data by it.
+        """
         digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
         digest.update(np.fromiter(self.labels(), np.int64).tobytes())
         for source, _ in self.samples if isinstance(self.samples, list) else ():
@@ -170,8 +194,9 @@ class ImageDataset(Dataset):
         return digest.hexdigest()
 
     def content(self) -> str:
-        """A hash that tells by cheap signs whether pictures and labels are the same: path, size and time of each file,
-        or the fingerprint that the `datasets` library gives."""
+        """A hash that tells by cheap signs whether pictures and labels are the same: path, size and
+        time of each file, or the fingerprint that the `datasets` library gives.
+        """
         if not isinstance(self.samples, list):
             return self.samples._fingerprint
         digest = hashlib.sha256()
@@ -192,16 +217,25 @@ class ImageDataset(Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[Sample]:
         """The samples of several keys; a DataLoader asks for a batch at a time.
 
-        Four are worked on together. Their boxes cost less than one by one, and four pictures still fit into the
-        processor's cache.
+        Four are worked on together. Their boxes cost less than one by one, and four pictures still
+        fit into the processor's cache.
         """
-        return [sample for start in range(0, len(keys), 4) for sample in self._augmented(keys[start : start + 4])]
+        return [
+            sample
+            for start in range(0, len(keys), 4)
+            for sample in self._augmented(keys[start : start + 4])
+        ]
 
     def _augmented(self, keys: Sequence[tuple[int, np.ndarray]]) -> list[Sample]:
         samples = [self.load(index) for index, _ in keys]
         if self.label_shifts is not None:
-            labels = self.noisy_labels([sample.label for sample in samples], [sample.index for sample in samples])
-            samples = [sample._replace(label=int(label)) for sample, label in zip(samples, labels, strict=True)]
+            labels = self.noisy_labels(
+                [sample.label for sample in samples], [sample.index for sample in samples]
+            )
+            samples = [
+                sample._replace(label=int(label))
+                for sample, label in zip(samples, labels, strict=True)
+            ]
         good = [i for i, sample in enumerate(samples) if sample.image is not None]
         if good:
             uniforms = torch.from_numpy(np.stack([keys[i][1] for i in good]))
@@ -215,11 +249,12 @@ MEASURED = 2000  # pictures that `measure_moments` looks at: enough for means to
 
 
 def measure_moments(dataset: ImageDataset, indices: np.ndarray) -> dict[str, tuple[float, ...]]:
-    """By `mean` and `std`, those of the red, green and blue pixels, 0 to 1, of the pictures at `indices`, int64 [n].
+    """By `mean` and `std`, those of the red, green and blue pixels, 0 to 1, of the pictures at
+    `indices`, int64 [n].
 
-    Of more than MEASURED pictures a random part is measured, the same in every run. Each picture counts alike, whatever
-    its size. Rounded, so that every machine gets the same. Raises RequestError where none can be read, or where all
-    pixels are alike.
+    Of more than MEASURED pictures a random part is measured, the same in every run. Each picture
+    counts alike, whatever its size. Rounded, so that every machine gets the same. Raises
+    RequestError where none can be read, or where all pixels are alike.
     """
     sums = []
     for index in np.random.default_rng(0).permutation(np.unique(indices % len(dataset)))[:MEASURED]:
@@ -230,44 +265,65 @@ def measure_moments(dataset: ImageDataset, indices: np.ndarray) -> dict[str, tup
     mean, square = torch.stack(sums).mean(0) if sums else torch.zeros(2, 3)
     std = (square - mean**2).clamp(min=0).sqrt()
     if not (std > 0.001).all():
-        raise RequestError("dataset.normalise: measured: no picture can be read, or all of its pixels are alike")
-    return {name: tuple(round(value, 4) for value in each.tolist()) for name, each in (("mean", mean), ("std", std))}
+        raise RequestError(
+            "dataset.normalise: measured: no picture can be read, or all of its pixels are alike"
+        )
+    return {
+        name: tuple(round(value, 4) for value in each.tolist())
+        for name, each in (("mean", mean), ("std", std))
+    }
 
 
 def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> ImageDataset:
     """The pictures of a folder, <folder>/<class>/<image>; `folders.scan_folder` has the rules.
 
-    classes: the class names in the order of their labels; None takes those of the folder, sorted. With them, a class
-    may lack its folder, and a line says so. Another says what was skipped, and the data set's `skipped` counts it.
+    classes: the class names in the order of their labels; None takes those of the folder, sorted.
+    With them, a class may lack its folder, and a line says so. Another says what was skipped, and
+    the data set's `skipped` counts it.
 
-    Raises RequestError naming the config `key` where a folder cannot be read, is none of `classes` or holds no picture.
+    Raises RequestError naming the config `key` where a folder cannot be read, is none of `classes`
+    or holds no picture.
     """
     try:
         pictures, skipped = scan_folder(folder)
     except OSError as error:
-        raise RequestError(f"{key}: {one_line(error.filename or folder)}: {error.strerror}") from None
+        raise RequestError(
+            f"{key}: {one_line(error.filename or folder)}: {error.strerror}"
+        ) from None
     if not pictures:
-        raise RequestError(f"{key}: {folder}: no class folders in it; expected <folder>/<class>/<image>")
+        raise RequestError(
+            f"{key}: {folder}: no class folders in it; expected <folder>/<class>/<image>"
+        )
     classes = list(pictures) if classes is None else classes
     if unknown := sorted(set(pictures) - set(classes)):
-        raise RequestError(f"{key}: {folder}: class {unknown[0]!r} is not among the training classes")
+        raise RequestError(
+            f"{key}: {folder}: class {unknown[0]!r} is not among the training classes"
+        )
     if empty := [name for name, paths in pictures.items() if not paths]:
         more = f" and in {len(empty) - 1} more" if len(empty) > 1 else ""
         endings = f"their names end in {', '.join(IMG_EXTENSIONS)}"
-        raise RequestError(f"{key}: {folder}: no images in class folder {empty[0]!r}{more}; {endings}")
+        raise RequestError(
+            f"{key}: {folder}: no images in class folder {empty[0]!r}{more}; {endings}"
+        )
     if absent := [name for name in classes if name not in pictures]:
-        print_rank0(f"note: {key}: {folder}: no folder for {len(absent)} of {len(classes)} classes, as {absent[0]!r}")
+        print_rank0(
+            f"note: {key}: {folder}: no folder for {len(absent)} of {len(classes)} "
+            f"classes, as {absent[0]!r}"
+        )
     if skipped:
         counts = ", ".join(f"{kind} {count:,}" for kind, count in sorted(skipped.items()))
         print_rank0(f"{key}: skipped: {counts}")
     labels = {name: label for label, name in enumerate(classes)}
-    dataset = ImageDataset([(path, labels[name]) for name, paths in pictures.items() for path in paths], classes)
+    dataset = ImageDataset(
+        [(path, labels[name]) for name, paths in pictures.items() for path in paths], classes
+    )
     dataset.skipped = dict(skipped)
     return dataset
 
 
 def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak, UCI 1998), which need no download.
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (Alpaydin & Kaynak, UCI 1998), which
+    need no download.
 
     A fifth of them, the same in every run and stratified by class, is for validation.
     """
@@ -276,20 +332,30 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    grey = torch.from_numpy(np.round(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
+    grey = (
+        torch.from_numpy(np.round(pixels * (255 / 16)).astype(np.uint8))
+        .view(-1, 1, 8, 8)
+        .expand(-1, 3, -1, -1)
+    )
     chosen = parts[0 if part == "train" else 1]
-    return DigitsDataset([(grey[i], int(labels[i])) for i in chosen], [str(digit) for digit in range(10)])
+    return DigitsDataset(
+        [(grey[i], int(labels[i])) for i in chosen], [str(digit) for digit in range(10)]
+    )
 
 
 def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val"]) -> Any:
-    """A split of a data set of the `datasets` library; `key` is the config key that names the split.
+    """A split of a data set of the `datasets` library; `key` is the config key that names the
+    split.
 
     Raises RequestError naming the config key where there is no such data set or split.
     """
     import datasets
 
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its message becomes part of our one line
-    name, split = config.name, getattr(config, key)
+    logging.getLogger("datasets").setLevel(
+        logging.CRITICAL
+    )  # its message becomes part of our one line
+    name = config.name
+    split = getattr(config, key)
     if name.startswith((".", "/")) and not Path(name).exists():
         raise RequestError(f"dataset.name: {name}: no such folder")
     options = {"split": split, "revision": config.revision, "cache_dir": config.cache_dir}
@@ -298,14 +364,24 @@ def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val
         with contextlib.nullcontext(True) if Path(name).exists() else quick_hub() as answers:
             rows = datasets.load_dataset(name, config.subset, **options)
             del options["split"]
-            return with_own_names(rows, datasets.load_dataset_builder(name, config.subset, **options))
+            return with_own_names(
+                rows, datasets.load_dataset_builder(name, config.subset, **options)
+            )
     except Exception as error:  # dozens of kinds, all of them about the request or the network
         why = f"{type(error).__name__}: {one_line(error)[:300]}"
         if isinstance(error, ValueError) and "split" in str(error).lower():
             raise RequestError(f"dataset.{key}: no split {split!r} in {name}: {why}") from None
-        hint = "check the name, subset and revision, the network and HF_TOKEN in .env, or give a local folder"
+        hint = (
+            "check the name, subset and revision, the network and HF_TOKEN in .env, or give a "
+            "local folder"
+        )
         network = (
-            "" if answers else "the hub does not answer or HF_HUB_OFFLINE is set, and it was not downloaded before; "
+            ""
+            if answers
+            else (
+                "the hub does not answer or HF_HUB_OFFLINE is set, and it was not downloaded "
+                "before; "
+            )
         )
         raise RequestError(f"dataset.name: cannot load {name!r} ({why}); {network}{hint}") from None
 
@@ -313,8 +389,9 @@ def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val
 def with_own_names(rows: Any, builder: Any) -> Any:
     """A split of parquet files whose label columns have the class names of its own files.
 
-    The `datasets` library gives every split the names of the first split, whatever their order in the others. The first
-    file of a split is asked; a file on the hub that cannot be reached now is taken to have the same names.
+    The `datasets` library gives every split the names of the first split, whatever their order in
+    the others. The first file of a split is asked; a file on the hub that cannot be reached now is
+    taken to have the same names.
     """
     import datasets
 
@@ -328,16 +405,21 @@ def with_own_names(rows: Any, builder: Any) -> Any:
         return rows
     for column, feature in own.items():
         given = rows.features.get(column)
-        if isinstance(feature, datasets.ClassLabel) and isinstance(given, datasets.ClassLabel) and given != feature:
+        if (
+            isinstance(feature, datasets.ClassLabel)
+            and isinstance(given, datasets.ClassLabel)
+            and given != feature
+        ):
             rows = rows.cast_column(column, feature)
     return rows
 
 
 def find_column(key: str, asked: str | None, features: Any, kind: type) -> str:
-    """The name of the image or label column: the one `asked` for, or else the only one whose feature is of `kind`.
+    """The name of the image or label column: the one `asked` for, or else the only one whose
+    feature is of `kind`.
 
-    Without either, a column that is named like the config key without "_key". Raises RequestError naming the `key`
-    where that leaves none or several.
+    Without either, a column that is named like the config key without "_key". Raises RequestError
+    naming the `key` where that leaves none or several.
     """
     usual = key.removesuffix("_key")
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
@@ -374,37 +456,59 @@ class FolderDataset(ImageDataset):
         return train, folder_dataset("dataset.val_dir", config.val_dir, train.classes)
 
 
-MAX_CLASSES = 100_000  # in a column of integers; larger numbers are taken for the ids of something else
+MAX_CLASSES = (
+    100_000  # in a column of integers; larger numbers are taken for the ids of something else
+)
 
 
-def read_classes(rows: Any, column: str, key: str, training: list[str] | None = None) -> tuple[list[str], list[int]]:
-    """(class names, the label of each number in a label column) of a split of the `datasets` library.
+def read_classes(
+    rows: Any, column: str, key: str, training: list[str] | None = None
+) -> tuple[list[str], list[int]]:
+    """(class names, the label of each number in a label column) of a split of the `datasets`
+    library.
 
-    The names are those of the column. A column of integers gets "0", "1" and so on. key: the config key that names the
-    split, dataset.split_train or dataset.split_val. training: the class names of the training split, for validation.
-    The names are then these. Numbers of a column with names get the label that the same name has in training, so that
-    the order of the names does not matter. Numbers of a column without names are labels as they are.
+    The names are those of the column. A column of integers gets "0", "1" and so on. key: the config
+    key that names the split, dataset.split_train or dataset.split_val. training: the class names of
+    the training split, for validation. The names are then these. Numbers of a column with names get
+    the label that the same name has in training, so that the order of the names does not matter.
+    Numbers of a column without names are labels as they are.
 
-    Raises RequestError naming dataset.label_key where the column holds no classes, and `key` where no sample has one
-    or where a class is not among the training classes.
+    Raises RequestError naming dataset.label_key where the column holds no classes, and `key` where
+    no sample has one or where a class is not among the training classes.
     """
     feature = rows.features[column]
     if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-        raise RequestError(f"dataset.label_key: column {column!r} holds no class labels or integers")
-    numbers = rows.select_columns([column]).with_format("arrow")[:].column(column).drop_null().to_numpy()
-    names, largest = getattr(feature, "names", None), int(numbers.max()) if len(numbers) else -1
+        raise RequestError(
+            f"dataset.label_key: column {column!r} holds no class labels or integers"
+        )
+    numbers = (
+        rows.select_columns([column]).with_format("arrow")[:].column(column).drop_null().to_numpy()
+    )
+    names = getattr(feature, "names", None)
+    largest = int(numbers.max()) if len(numbers) else -1
     if names is None and largest >= MAX_CLASSES:
-        problem = f"numbers up to {largest:,}, and there may be {MAX_CLASSES:,} classes, numbered from 0"
+        problem = (
+            f"numbers up to {largest:,}, and there may be {MAX_CLASSES:,} classes, numbered from 0"
+        )
         raise RequestError(f"dataset.label_key: column {column!r} holds {problem}")
     count = largest + 1 if names is None else len(names)
     if len(rows) and not ((numbers >= 0) & (numbers < count)).any():
-        found = f"all are {numbers[0]}" if len(np.unique(numbers)) == 1 else "none of them is a class's number"
+        found = (
+            f"all are {numbers[0]}"
+            if len(np.unique(numbers)) == 1
+            else "none of them is a class's number"
+        )
         hint = "choose another split, or another dataset.label_key"
-        raise RequestError(f"{key}: no sample of split {str(rows.split)!r} has a class in {column!r}, {found}; {hint}")
+        raise RequestError(
+            f"{key}: no sample of split {str(rows.split)!r} has a class in {column!r}, "
+            f"{found}; {hint}"
+        )
     if training is None:
         return names or [str(number) for number in range(count)], list(range(count))
     if names is None and count > len(training):
-        raise RequestError(f"{key}: label {largest} in column {column!r}, and {len(training)} training classes")
+        raise RequestError(
+            f"{key}: label {largest} in column {column!r}, and {len(training)} training classes"
+        )
     if unknown := [name for name in names or () if name not in training]:
         raise RequestError(f"{key}: class {unknown[0]!r} is not among the training classes")
     return training, [training.index(name) for name in names] if names else list(range(count))
@@ -413,23 +517,30 @@ def read_classes(rows: Any, column: str, key: str, training: list[str] | None = 
 class HFDataset(ImageDataset):
     """A split of a Hugging Face dataset; its image and label columns are found from the features.
 
-    key: split_train or split_val. classes: those of the training split, for validation; see `read_classes`.
+    key: split_train or split_val. classes: those of the training split, for validation; see
+    `read_classes`.
     """
 
     @classmethod
     def check(cls, config: DatasetConfig) -> None:
-        first_complaint((not config.name, "dataset.name: dataset.type=hf needs a hub id or a local folder"))
+        first_complaint(
+            (not config.name, "dataset.name: dataset.type=hf needs a hub id or a local folder")
+        )
 
     @classmethod
     def splits(cls, config: DatasetConfig) -> tuple[HFDataset, HFDataset]:
         train = cls(load_hub_split(config, "split_train"), config, "split_train")
         return train, cls(load_hub_split(config, "split_val"), config, "split_val", train.classes)
 
-    def __init__(self, rows: Any, config: DatasetConfig, key: str, classes: list[str] | None = None):
+    def __init__(
+        self, rows: Any, config: DatasetConfig, key: str, classes: list[str] | None = None
+    ):
         import datasets
 
         self.image_key = find_column("image_key", config.image_key, rows.features, datasets.Image)
-        self.label_key = find_column("label_key", config.label_key, rows.features, datasets.ClassLabel)
+        self.label_key = find_column(
+            "label_key", config.label_key, rows.features, datasets.ClassLabel
+        )
         classes, self.label_of = read_classes(rows, self.label_key, f"dataset.{key}", classes)
         if isinstance(rows.features[self.image_key], datasets.Image):
             rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
@@ -442,7 +553,8 @@ class HFDataset(ImageDataset):
 
     def read(self, index: int) -> tuple[Path | bytes, int]:
         row = self.samples[index]
-        image, number = row[self.image_key], row[self.label_key]
+        image = row[self.image_key]
+        number = row[self.label_key]
         if not isinstance(number, int) or not 0 <= number < len(self.label_of):
             raise ValueError(f"label {number!r} is no class")
         if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):

@@ -1,4 +1,6 @@
-"""The pictures of a folder: which of its folders are classes, which files are pictures, and what is skipped."""
+"""The pictures of a folder: which of its folders are classes, which files are pictures, and what is
+skipped.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-MAX_FILE_BYTES = 2**30  # of a picture: a larger file is called unreadable, before it fills the memory
+MAX_FILE_BYTES = (
+    2**30
+)  # of a picture: a larger file is called unreadable, before it fills the memory
 
 HIDDEN = "hidden folders"
 REPEATED = "folders reached twice"
@@ -29,12 +33,14 @@ class FolderScan(NamedTuple):
 def scan_folder(folder: str) -> FolderScan:
     """The pictures of a folder in torchvision's ImageFolder layout, <folder>/<class>/.../<picture>.
 
-    Classes, pictures and their order are those of ImageFolder: each folder in `folder` is a class, and each file below
-    it whose name ends as one of IMG_EXTENSIONS is a picture of it. Other than there
+    Classes, pictures and their order are those of ImageFolder: each folder in `folder` is a class,
+    and each file below it whose name ends as one of IMG_EXTENSIONS is a picture of it. Other than
+    there
     - folders whose names start with a dot are ignored, at every depth;
-    - only regular files are pictures, and links to them. So are broken links, for reading to name them;
-    - a folder is read once, however many links lead to it. Its own place goes before a link to it; a link to `folder`,
-      or to one that holds it, is never followed.
+    - only regular files are pictures, and links to them. So are broken links, for reading to name
+      them;
+    - a folder is read once, however many links lead to it. Its own place goes before a link to it;
+      a link to `folder`, or to one that holds it, is never followed.
 
     Raises OSError where `folder` or one below it cannot be read.
     """
@@ -77,19 +83,23 @@ def _kind(entry: os.DirEntry) -> str:
         return HIDDEN if entry.name.startswith(".") else "folder"
     if not has_file_allowed_extension(entry.name, IMG_EXTENSIONS):
         return OTHER
-    sound = os.path.isfile(entry.path) or not os.path.exists(entry.path) if link else entry.is_file()
+    sound = (
+        os.path.isfile(entry.path) or not os.path.exists(entry.path) if link else entry.is_file()
+    )
     return "picture" if sound else SPECIAL
 
 
 def read_picture(path: Path) -> bytes:
     """The bytes of a file.
 
-    Raises OSError where it cannot be read, and ValueError where it has more than MAX_FILE_BYTES or is no regular file:
-    opening a FIFO would wait for somebody to write to it.
+    Raises OSError where it cannot be read, and ValueError where it has more than MAX_FILE_BYTES or
+    is no regular file: opening a FIFO would wait for somebody to write to it.
     """
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError("not a regular file")
     if facts.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"not a readable image ({facts.st_size:,} bytes; a picture may have {MAX_FILE_BYTES:,})")
+        raise ValueError(
+            f"not a readable image ({facts.st_size:,} bytes; a picture may have {MAX_FILE_BYTES:,})"
+        )
     return path.read_bytes()

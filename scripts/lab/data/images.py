@@ -1,8 +1,9 @@
 """Decoding, augmenting and resizing pictures.
 
-A picture is a uint8 tensor [3, H, W]. A box is the part of it that a crop keeps: (top, left, height, width) in whole
-pixels. Streamed pictures are cut one by one (`Augmentation.__call__`), cached ones in batches: squares by
-`crop_resize`, pictures of several sizes by `views.cut`. All get their boxes from `Augmentation.boxes`.
+A picture is a uint8 tensor [3, H, W]. A box is the part of it that a crop keeps: (top, left,
+height, width) in whole pixels. Streamed pictures are cut one by one (`Augmentation.__call__`),
+cached ones in batches: squares by `crop_resize`, pictures of several sizes by `views.cut`. All get
+their boxes from `Augmentation.boxes`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lab.base.errors import one_line
+from lab.config.sections import DatasetConfig
 from lab.data.randomness import as_seed, own_generator
-from lab.errors import one_line
-from lab.runtime.devices import IMAGENET_MOMENTS
-from lab.sections import DatasetConfig
+from lab.machine.devices import IMAGENET_MOMENTS
 
 try:
     import simplejpeg
@@ -35,10 +36,12 @@ except ImportError:
 def decode_image(data: bytes) -> Tensor:
     """The picture in the bytes of an image file, uint8 [3, H, W].
 
-    A picture is turned upright by the orientation in its EXIF data, as the `datasets` library and Pillow's
-    exif_transpose do, whatever its format and wherever it comes from. Damaged EXIF data count as none.
+    A picture is turned upright by the orientation in its EXIF data, as the `datasets` library and
+    Pillow's exif_transpose do, whatever its format and wherever it comes from. Damaged EXIF data
+    count as none.
 
-    Raises ValueError where the bytes are no readable picture, or one whose range of grey levels is not known.
+    Raises ValueError where the bytes are no readable picture, or one whose range of grey levels is
+    not known.
     """
     pixels = decode_jpeg(data) if data[:3] == b"\xff\xd8\xff" else None
     try:
@@ -48,15 +51,18 @@ def decode_image(data: bytes) -> Tensor:
         pixels = pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
         return torch.from_numpy(pixels).permute(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        why = re.sub(r" <_io\.BytesIO.*?>", "", one_line(error))  # an address in memory, new in every run
+        why = re.sub(
+            r" <_io\.BytesIO.*?>", "", one_line(error)
+        )  # an address in memory, new in every run
         raise ValueError(f"not a readable image ({why})") from None
 
 
 def decode_jpeg(data: bytes) -> np.ndarray | None:
     """The pixels of a JPEG as they are stored, uint8 [H, W, 3], by simplejpeg (libjpeg-turbo).
 
-    None for what it does not take: a damaged file, or one in CMYK. None too where simplejpeg is not installed: there
-    are machines without a wheel of it. Pillow then decodes, by the same library to the same pixels, but more slowly.
+    None for what it does not take: a damaged file, or one in CMYK. None too where simplejpeg is not
+    installed: there are machines without a wheel of it. Pillow then decodes, by the same library to
+    the same pixels, but more slowly.
     """
     if simplejpeg is None:
         return None
@@ -76,7 +82,8 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 def _decode_by_pillow(data: bytes) -> Tensor:
     with Image.open(io.BytesIO(data)) as opened:
         opened.load()
-        image, turn = _eight_bits(opened), _turn(opened)
+        image = _eight_bits(opened)
+        turn = _turn(opened)
         image = image if turn is None else image.transpose(turn)
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
@@ -111,13 +118,16 @@ TURNS = {  # by EXIF orientation (CIPA DC-008, tag 0x0112): what turns the pictu
 def _eight_bits(image: Image.Image) -> Image.Image:
     """A picture of 12 or 16 bits a pixel reduced to the upper 8 of them, any other one as it is.
 
-    Pillow's own conversion would clip the values. It opens such pictures in the modes I;16, and in mode I those of PPM
-    and, in older versions, of PNG, scaled to 16 bits. Other pictures of mode I hold 32-bit or signed integers, those
-    of mode F floating-point numbers. Neither mode says what is black and what white. Raises ValueError for these.
+    Pillow's own conversion would clip the values. It opens such pictures in the modes I;16, and in
+    mode I those of PPM and, in older versions, of PNG, scaled to 16 bits. Other pictures of mode I
+    hold 32-bit or signed integers, those of mode F floating-point numbers. Neither mode says what
+    is black and what white. Raises ValueError for these.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
-        raise ValueError(f"{kind} grey levels, whose black and white are not known; convert it to 8 or 16 bits")
+        raise ValueError(
+            f"{kind} grey levels, whose black and white are not known; convert it to 8 or 16 bits"
+        )
     if not image.mode.startswith("I"):
         return image
     bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # tag BitsPerSample: 12 or 16
@@ -125,41 +135,63 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def random_crops(
-    uniforms: Tensor, aspects: Tensor, sides: Tensor, areas: tuple[float, float] = (0.08, 1.0), ratio: float = 4 / 3
+    uniforms: Tensor,
+    aspects: Tensor,
+    sides: Tensor,
+    areas: tuple[float, float] = (0.08, 1.0),
+    ratio: float = 4 / 3,
 ) -> Tensor:
     """Random boxes, float64 [n, 4], for training.
 
-    A box covers a share of its picture from `areas`, at a ratio of width to height from 1 / ratio to ratio. By default
-    these are those of Szegedy et al. 2015, section 6. As in torchvision's RandomResizedCrop, the first of ten random
-    boxes that fits into the picture is taken. If none fits, the box lies in the middle and is as large as the ratios
-    allow.
+    A box covers a share of its picture from `areas`, at a ratio of width to height from 1 / ratio
+    to ratio. By default these are those of Szegedy et al. 2015, section 6. As in torchvision's
+    RandomResizedCrop, the first of ten random boxes that fits into the picture is taken. If none
+    fits, the box lies in the middle and is as large as the ratios allow.
 
-    uniforms: float64 [n, >= 22] in [0, 1): ten areas, ten ratios, a vertical and a horizontal position.
+    uniforms: float64 [n, >= 22] in [0, 1): ten areas, ten ratios, a vertical and a horizontal
+    position.
     aspects: float64 [n], height / width of the original pictures.
-    sides: float64 [n, 2] or [1, 2], height and width in pixels of the pictures that the boxes are cut from.
+    sides: float64 [n, 2] or [1, 2], height and width in pixels of the pictures that the boxes are
+    cut from.
     """
     smallest, largest = areas
     area = smallest + (largest - smallest) * uniforms[:, :10]
     shape = torch.exp(math.log(ratio) * (2 * uniforms[:, 10:20] - 1))
-    tries = torch.stack([area / shape / aspects[:, None], area * shape * aspects[:, None]], 1).sqrt()  # [n, 2, 10]
+    tries = torch.stack(
+        [area / shape / aspects[:, None], area * shape * aspects[:, None]], 1
+    ).sqrt()  # [n, 2, 10]
     fits = (tries <= 1).all(1)
-    found, first = fits.any(1, keepdim=True), fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
+    found = fits.any(1, keepdim=True)
+    first = fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
     middle = torch.stack([ratio / aspects, ratio * aspects], 1).clamp(max=1)
-    lengths = (torch.where(found, tries.gather(2, first)[..., 0], middle) * sides).round().clamp(min=1)
-    starts = torch.where(found, uniforms[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2).floor()
+    lengths = (
+        (torch.where(found, tries.gather(2, first)[..., 0], middle) * sides).round().clamp(min=1)
+    )
+    starts = torch.where(
+        found, uniforms[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2
+    ).floor()
     return torch.cat([starts, lengths], 1)
 
 
-CENTRE = 0.875  # side of the validation crop / shorter side of the picture, with random_resized_crop
+CENTRE = (
+    0.875  # side of the validation crop / shorter side of the picture, with random_resized_crop
+)
 
 
 def centre_crops(aspects: Tensor, sides: Tensor) -> Tensor:
-    """Square boxes in the middle of the pictures, float64 [n, 4], for validation; arguments as of `random_crops`."""
-    lengths = (CENTRE * sides * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round().clamp(min=1)
+    """Square boxes in the middle of the pictures, float64 [n, 4], for validation; arguments as of
+    `random_crops`.
+    """
+    lengths = (
+        (CENTRE * sides * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round().clamp(min=1)
+    )
     return torch.cat([((sides - lengths) / 2).floor(), lengths], 1)
 
 
-POLICIES = {"rand_augment": v2.RandAugment, "trivial_augment": v2.TrivialAugmentWide}  # dataset.augment_policy
+POLICIES = {
+    "rand_augment": v2.RandAugment,
+    "trivial_augment": v2.TrivialAugmentWide,
+}  # dataset.augment_policy
 
 
 class Augmentation:
@@ -167,46 +199,64 @@ class Augmentation:
 
     `dataset.augment` names the kind:
     - random_resized_crop: a random crop, mirrored by chance. Validation: the crop in the middle.
-    - pad_crop: the whole picture, resized to `size`, shifted by up to `margin` pixels and mirrored by chance (He et al.
-      2016, section 4.2). Validation: neither shifted nor mirrored. Beyond the edge the picture is black, or with
-      `dataset.padding: reflect` its own reflection.
+    - pad_crop: the whole picture, resized to `size`, shifted by up to `margin` pixels and mirrored
+      by chance (He et al. 2016, section 4.2). Validation: neither shifted nor mirrored. Beyond the
+      edge the picture is black, or with `dataset.padding: reflect` its own reflection.
     - none: the whole picture, resized to `size`.
 
     In training, `dataset.augment_policy` and then `dataset.random_erasing` follow.
 
-    `crops`: whether parts of pictures are cut out and resized. `random`: whether the uniform numbers matter.
+    `crops`: whether parts of pictures are cut out and resized. `random`: whether the uniform
+    numbers matter.
     """
 
     def __init__(self, config: DatasetConfig, train: bool):
-        augment, self.size = config.resolved_augment(), config.image_size
-        self.crops, self.random = augment == "random_resized_crop", train and augment != "none"
+        augment = config.resolved_augment()
+        self.size = config.image_size
+        self.crops = augment == "random_resized_crop"
+        self.random = train and augment != "none"
         self.margin = max(1, self.size // 8)  # pixels; 4 at a size of 32
-        self.reflected = self.margin if config.padding == "reflect" and not self.crops else 0  # pixels
+        self.reflected = (
+            self.margin if config.padding == "reflect" and not self.crops else 0
+        )  # pixels
         policy = POLICIES.get(config.augment_policy) if train else None
         self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR)
         self.erasing = config.random_erasing if train else 0.0  # chance
-        self.grey = torch.tensor(IMAGENET_MOMENTS["mean"]).mul(255).round().to(torch.uint8)  # what it covers with
+        self.grey = (
+            torch.tensor(IMAGENET_MOMENTS["mean"]).mul(255).round().to(torch.uint8)
+        )  # what it covers with
 
     def boxes(self, uniforms: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes, float64 [n, 4], and which pictures are mirrored, bool [n].
 
-        uniforms: float64 [n, UNIFORMS_PER_SAMPLE]. aspects, sides: as of `random_crops`. Boxes of pad_crop begin
-        outside the picture where it is shifted: top and left lie between -margin and margin.
+        uniforms: float64 [n, UNIFORMS_PER_SAMPLE]. aspects, sides: as of `random_crops`. Boxes of
+        pad_crop begin outside the picture where it is shifted: top and left lie between -margin and
+        margin.
         """
         mirror = (uniforms[:, 22] < 0.5) & self.random
         if self.crops:
-            return random_crops(uniforms, aspects, sides) if self.random else centre_crops(aspects, sides), mirror
+            return random_crops(uniforms, aspects, sides) if self.random else centre_crops(
+                aspects, sides
+            ), mirror
         starts = ((uniforms[:, :2] * (2 * self.margin + 1)).floor() - self.margin) * self.random
         return torch.cat([starts, torch.full_like(starts, self.size)], 1), mirror
 
     def __call__(self, images: Sequence[Tensor], uniforms: Tensor) -> list[Tensor]:
-        """The pictures [3, H, W], of any sizes, augmented to [3, size, size]. uniforms: [n, UNIFORMS_PER_SAMPLE]."""
+        """The pictures [3, H, W], of any sizes, augmented to [3, size, size]. uniforms: [n,
+        UNIFORMS_PER_SAMPLE].
+        """
         if not self.crops:
-            images = [image if image.shape[1:] == (self.size,) * 2 else resize(image, self.size) for image in images]
+            images = [
+                image if image.shape[1:] == (self.size,) * 2 else resize(image, self.size)
+                for image in images
+            ]
         if images and (self.crops or self.random):
             sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
             boxes, mirrors = self.boxes(uniforms, sides[:, 0] / sides[:, 1], sides)
-            images = [self._cut(*each) for each in zip(images, boxes.int().tolist(), mirrors.tolist(), strict=True)]
+            images = [
+                self._cut(*each)
+                for each in zip(images, boxes.int().tolist(), mirrors.tolist(), strict=True)
+            ]
         if images and self.policy is not None:
             images = self._by_policy(images, uniforms[:, 23].tolist())
         if images and self.erasing:
@@ -214,7 +264,9 @@ class Augmentation:
         return list(images)
 
     def _by_policy(self, images: Sequence[Tensor], numbers: Sequence[float]) -> list[Tensor]:
-        """The pictures after the policy. What it draws is a function of a picture's own uniform number."""
+        """The pictures after the policy. What it draws is a function of a picture's own uniform
+        number.
+        """
         changed = []
         with own_generator() as generator:
             for image, number in zip(images, numbers, strict=True):
@@ -225,8 +277,9 @@ class Augmentation:
     def erasures(self, uniforms: Tensor) -> Tensor:
         """The boxes that are erased, float64 [n, 4]; their sides are 0 where nothing is.
 
-        Zhong et al. 2020, "Random erasing data augmentation", algorithm 1, with timm's areas and ratios. Neither timm
-        nor torchvision draws them for a whole batch by each picture's own numbers without waiting for the device.
+        Zhong et al. 2020, "Random erasing data augmentation", algorithm 1, with timm's areas and
+        ratios. Neither timm nor torchvision draws them for a whole batch by each picture's own
+        numbers without waiting for the device.
         """
         square = torch.ones(len(uniforms), dtype=uniforms.dtype, device=uniforms.device)
         sides = torch.full((1, 2), self.size, dtype=uniforms.dtype, device=uniforms.device)
@@ -238,9 +291,12 @@ class Augmentation:
         if not self.crops:
             around = [self.margin] * 4
             image = (
-                F.pad(image[None].float(), around, "reflect")[0].to(image) if self.reflected else F.pad(image, around)
+                F.pad(image[None].float(), around, "reflect")[0].to(image)
+                if self.reflected
+                else F.pad(image, around)
             )
-            top, left = top + self.margin, left + self.margin
+            top = top + self.margin
+            left = left + self.margin
         image = image[:, top : top + height, left : left + width]
         image = resize(image, self.size) if self.crops else image
         return image.flip(-1) if mirror else image
@@ -248,15 +304,21 @@ class Augmentation:
 
 def resize(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     """uint8 [3, H, W] -> uint8 [3, size, size] or [3, *size], bilinear with antialiasing."""
-    image = image[None].contiguous(memory_format=torch.channels_last)  # as decoders leave it, and the fast layout
-    return F.interpolate(image, (size, size) if isinstance(size, int) else size, mode="bilinear", antialias=True)[0]
+    image = image[None].contiguous(
+        memory_format=torch.channels_last
+    )  # as decoders leave it, and the fast layout
+    return F.interpolate(
+        image, (size, size) if isinstance(size, int) else size, mode="bilinear", antialias=True
+    )[0]
 
 
 def erase(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
     """uint8 [batch, 3, H, W] with a colour, uint8 [3], in the boxes, float [batch, 4]."""
-    boxes, within = boxes.float(), []
+    boxes = boxes.float()
+    within = []
     for axis, side in enumerate(images.shape[2:]):
-        pixels, start = torch.arange(side, device=images.device), boxes[:, axis, None]
+        pixels = torch.arange(side, device=images.device)
+        start = boxes[:, axis, None]
         within.append((pixels >= start) & (pixels < start + boxes[:, axis + 2, None]))
     rows, columns = within
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
@@ -264,26 +326,36 @@ def erase(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
 
 
 def axis_weights(
-    start: Tensor, length: Tensor, size: int, side: int, mirror: Tensor | None = None, reflected: int = 0
+    start: Tensor,
+    length: Tensor,
+    size: int,
+    side: int,
+    mirror: Tensor | None = None,
+    reflected: int = 0,
 ) -> Tensor:
     """The matrices that crop and resize one axis of a batch of pictures: [batch, size, side].
 
-    Row i of a matrix holds the weights with which the `side` pixels of the picture make up pixel i of the result. The
-    result shows the interval [start, start + length). Weights are bilinear with antialiasing, as in Pillow and
-    torchvision: a triangle whose half width is max(1, length / size) pixels. Each row sums to 1, but a row whose pixels
-    all lie outside the picture is 0, which makes them black.
+    Row i of a matrix holds the weights with which the `side` pixels of the picture make up pixel i
+    of the result. The result shows the interval [start, start + length). Weights are bilinear with
+    antialiasing, as in Pillow and torchvision: a triangle whose half width is max(1, length / size)
+    pixels. Each row sums to 1, but a row whose pixels all lie outside the picture is 0, which makes
+    them black.
 
-    start, length: float [batch], whole pixels. mirror: bool [batch], which pictures are turned round on this axis.
-    reflected: so many pixels beyond each edge are the picture's reflection, without its edge pixels repeated.
-    float32 on the CPU; float16 on a GPU, which holds every grey level exactly.
+    start, length: float [batch], whole pixels. mirror: bool [batch], which pictures are turned
+    round on this axis. reflected: so many pixels beyond each edge are the picture's reflection,
+    without its edge pixels repeated. float32 on the CPU; float16 on a GPU, which holds every grey
+    level exactly.
     """
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    start = start.float()[:, None, None]
+    length = length.float()[:, None, None]
     scale = length / size
     outputs = torch.arange(size, device=start.device) + 0.5
     if mirror is not None:
         outputs = torch.where(mirror[:, None], size - outputs, outputs)
     pixels = torch.arange(-reflected, side + reflected, device=start.device) + 0.5 - start
-    weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(
+        min=0
+    )
     weights = weights * ((pixels > 0) & (pixels < length))
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
     if reflected:  # the weight of a reflected pixel goes to the pixel it shows
@@ -294,10 +366,14 @@ def axis_weights(
     return weights.to(torch.float16 if start.is_cuda else torch.float32)
 
 
-def crop_resize(images: Tensor, boxes: Tensor, mirror: Tensor, size: int, reflected: int = 0) -> Tensor:
-    """Crop, resize and mirror each picture of a batch: uint8 [batch, 3, S, S] -> uint8 [batch, 3, size, size].
+def crop_resize(
+    images: Tensor, boxes: Tensor, mirror: Tensor, size: int, reflected: int = 0
+) -> Tensor:
+    """Crop, resize and mirror each picture of a batch: uint8 [batch, 3, S, S] -> uint8 [batch, 3,
+    size, size].
 
-    Two products of matrices, one for each axis (see `axis_weights`). boxes: float [batch, 4]; mirror: bool [batch].
+    Two products of matrices, one for each axis (see `axis_weights`). boxes: float [batch, 4];
+    mirror: bool [batch].
     reflected: pixels beyond the edges that are the picture's reflection.
     """
     side = images.shape[-1]
@@ -313,16 +389,21 @@ SHRUNK = 25 / 14  # short side of cached pictures / image_size: 400 px for 224
 def cached_side(config: DatasetConfig) -> int:
     """Short side, in pixels, that no cached picture exceeds.
 
-    Crops are cut out of pictures that keep their shape. A view of 224 px out of 400 px then differs from the streamed
-    one by 0.4 grey levels on average, out of 320 px by 2.0, and out of 256 px by 3.0 (125 pictures of ImageNet). Where
-    nothing is cropped, pictures are cached as squares of `image_size`.
+    Crops are cut out of pictures that keep their shape. A view of 224 px out of 400 px then differs
+    from the streamed one by 0.4 grey levels on average, out of 320 px by 2.0, and out of 256 px by
+    3.0 (125 pictures of ImageNet). Where nothing is cropped, pictures are cached as squares of
+    `image_size`.
     """
     cropped = config.resolved_augment() == "random_resized_crop"
-    return config.cache_resolution or (round(config.image_size * SHRUNK) if cropped else config.image_size)
+    return config.cache_resolution or (
+        round(config.image_size * SHRUNK) if cropped else config.image_size
+    )
 
 
 def shrink(image: Tensor, side: int) -> Tensor:
-    """A picture, uint8 [3, H, W], whose shorter side is at most `side` pixels, in the same shape. None is enlarged."""
+    """A picture, uint8 [3, H, W], whose shorter side is at most `side` pixels, in the same shape.
+    None is enlarged.
+    """
     height, width = image.shape[1:]
     scale = side / min(height, width)
     return image if scale >= 1 else resize(image, (round(height * scale), round(width * scale)))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lab.config import Config
+from lab.base.launch import launched_here
+from lab.config.loading import Config
+from lab.config.sections import TrainingConfig
 from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
-from lab.launch import launched_here
-from lab.runtime.distributed import Dist
-from lab.sections import TrainingConfig
+from lab.machine.distributed import Dist
 
 Loader = Iterable[LoaderBatch]
 
@@ -38,38 +38,58 @@ def as_is(batch: Any) -> Any:
 class EpochPlan(Sampler):
     """Which samples an epoch loads, in which order and in which batches.
 
-    Iterating over it gives the batches of the current epoch, as lists of (index, uniforms) keys for an ImageDataset.
-    The order is a function of (seed, epoch). The uniforms of a sample are a function of (seed, epoch, index).
-    Neither workers nor resumption nor a cache change how a sample looks.
+    Iterating over it gives the batches of the current epoch, as lists of (index, uniforms) keys for
+    an ImageDataset. The order is a function of (seed, epoch). The uniforms of a sample are a
+    function of (seed, epoch, index). Neither workers nor resumption nor a cache change how a sample
+    looks.
 
-    All batches hold `batch_size` samples, so that every step has one shape: a smaller one at the end is left out,
-    unless it is the only one. With several processes, each gets its part of every batch. What a batch holds does not
-    depend on their number.
+    All batches hold `batch_size` samples, so that every step has one shape: a smaller one at the
+    end is left out, unless it is the only one. With several processes, each gets its part of every
+    batch. What a batch holds does not depend on their number.
     """
 
     def __init__(
-        self, indices: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float], dist: Dist | None = None
+        self,
+        indices: np.ndarray,
+        batch_size: int,
+        seed: int,
+        share: Callable[[int], float],
+        dist: Dist | None = None,
     ):
-        """indices: int64 [n], the samples that a dense epoch goes through. share: the part of them, 0 to 1, that the
-        epoch of this number loads."""
-        self.indices, self.batch_size, self.seed, self.share = indices, batch_size, seed, share
+        """indices: int64 [n], the samples that a dense epoch goes through. share: the part of them,
+        0 to 1, that the epoch of this number loads.
+        """
+        self.indices = indices
+        self.batch_size = batch_size
+        self.seed = seed
+        self.share = share
         self.dist = dist or Dist()
-        self._permutation: tuple[int, np.ndarray] = (-1, indices)  # of the epoch that the first one names
+        self._permutation: tuple[int, np.ndarray] = (
+            -1,
+            indices,
+        )  # of the epoch that the first one names
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int, first_batch: int = 0, mask: np.ndarray | None = None) -> None:
         """Make `epoch` the current one. A resumed epoch starts at batch number `first_batch`.
 
-        mask: uint8, by index, not 0 for the samples to load; None loads a random `share(epoch)` of them.
+        mask: uint8, by index, not 0 for the samples to load; None loads a random `share(epoch)` of
+        them.
         """
-        self.epoch, self.first_batch, self.mask = epoch, first_batch, mask
+        self.epoch = epoch
+        self.first_batch = first_batch
+        self.mask = mask
 
     def _in_full_batches(self, samples: int) -> int:
-        """How many of so many samples fill whole batches; all, where they do not fill a single one."""
+        """How many of so many samples fill whole batches; all, where they do not fill a single
+        one.
+        """
         return samples - samples % self.batch_size or samples
 
     def planned_samples(self, epoch: int) -> int:
-        """How many samples `epoch` loads, as far as `share` tells. With a mask the number may differ a little."""
+        """How many samples `epoch` loads, as far as `share` tells. With a mask the number may
+        differ a little.
+        """
         return self._in_full_batches(max(1, round(self.share(epoch) * len(self.indices))))
 
     def planned_steps(self, epoch: int) -> int:
@@ -82,25 +102,32 @@ class EpochPlan(Sampler):
         return self._in_full_batches(len(self.indices))
 
     def considered_samples(self, epoch: int) -> int:
-        """Out of how many samples those that `epoch` loads are drawn: all, but for what fills no batch where it loads
-        all."""
+        """Out of how many samples those that `epoch` loads are drawn: all, but for what fills no
+        batch where it loads all.
+        """
         return self.dense_samples if self.share(epoch) == 1 else len(self.indices)
 
     def __len__(self) -> int:
         """How many batches the current epoch has, those before `first_batch` included."""
         if self.mask is None:
             return self.planned_steps(self.epoch)
-        return math.ceil(self._in_full_batches(np.count_nonzero(self.mask[self.indices])) / self.batch_size)
+        return math.ceil(
+            self._in_full_batches(np.count_nonzero(self.mask[self.indices])) / self.batch_size
+        )
 
     def permutation(self) -> np.ndarray:
-        """All indices in the order of the current epoch, int64 [n], whether it loads them or not."""
+        """All indices in the order of the current epoch, int64 [n], whether it loads them or
+        not.
+        """
         if self._permutation[0] != self.epoch:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
             self._permutation = self.epoch, order
         return self._permutation[1]
 
     def indices_to_load(self) -> np.ndarray:
-        """The indices that the current epoch loads, in its order; of all processes, and from batch 0 on."""
+        """The indices that the current epoch loads, in its order; of all processes, and from batch
+        0 on.
+        """
         order = self.permutation()
         if self.mask is None:
             return order[: self.planned_samples(self.epoch)]
@@ -111,17 +138,20 @@ class EpochPlan(Sampler):
         order = self.indices_to_load()
         for start in range(self.first_batch * self.batch_size, len(order), self.batch_size):
             indices = self.dist.shard(order[start : start + self.batch_size])
-            uniforms = uniform(self.seed, self.epoch, torch.from_numpy(indices), UNIFORMS_PER_SAMPLE)
+            uniforms = uniform(
+                self.seed, self.epoch, torch.from_numpy(indices), UNIFORMS_PER_SAMPLE
+            )
             yield list(zip(indices.tolist(), uniforms.numpy(), strict=True))
 
 
 def device_batches(
     loader: Loader, device: torch.device, read_errors: ReadErrors | None = None
 ) -> Iterator[DeviceBatch]:
-    """The loader's batches on `device`. On a GPU each is copied while the one before it is worked on.
+    """The loader's batches on `device`. On a GPU each is copied while the one before it is worked
+    on.
 
-    read_errors: takes in what could not be read; None allows nothing. Raises RequestError naming the first picture
-    that it does not allow.
+    read_errors: takes in what could not be read; None allows nothing. Raises RequestError naming
+    the first picture that it does not allow.
     """
     read_errors = read_errors or ReadErrors(0)
     copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -145,7 +175,9 @@ def device_batches(
 
 
 def await_copy(tensors: Sequence[Tensor], copied: torch.cuda.Event) -> None:
-    """Let the current stream wait until tensors are copied, and keep their memory until that stream has used them."""
+    """Let the current stream wait until tensors are copied, and keep their memory until that stream
+    has used them.
+    """
     stream = torch.cuda.current_stream(tensors[0].device)
     stream.wait_event(copied)
     for tensor in tensors:
@@ -153,9 +185,12 @@ def await_copy(tensors: Sequence[Tensor], copied: torch.cuda.Event) -> None:
 
 
 class Scores(NamedTuple):
-    """The scores of a batch on their way to the host; of several processes, of the batches of all ranks in order."""
+    """The scores of a batch on their way to the host; of several processes, of the batches of all
+    ranks in order.
+    """
 
-    # float32 [2, batch], on the host unless the rule chooses on the device: significance, nats; 1 if predicted right
+    # float32 [2, batch], on the host unless the rule chooses on the device: significance, nats; 1
+    # if predicted right
     rows: Tensor
     arrived: torch.cuda.Event | None  # when they are there; None: now
     is_model: bool = True  # whether the predictions are those of the network that is trained
@@ -167,32 +202,45 @@ class Scores(NamedTuple):
         return self.rows
 
     def read(self) -> tuple[Tensor, int | Tensor]:
-        """(significance float32 [batch], number of correct predictions); both on the device where they stayed there."""
+        """(significance float32 [batch], number of correct predictions); both on the device where
+        they stayed there.
+        """
         significance, correct = self.wait()
         if significance.is_cuda:
             return significance, correct.sum()
-        if len(significance) and significance.min() == -math.inf:  # padding of a rank with a smaller part
+        if (
+            len(significance) and significance.min() == -math.inf
+        ):  # padding of a rank with a smaller part
             significance, correct = self.rows[:, significance != -math.inf]
         return significance, int(correct.sum())
 
 
 class ScoreAhead:
-    """Gives each batch with its scores while the scoring of the next one has already started (`ast.score_ahead`).
+    """Gives each batch with its scores while the scoring of the next one has already started
+    (`ast.score_ahead`).
 
-    So the device has work while the host reads scores and chooses. The price: scores come from the weights before the
-    previous batch was trained on. The threshold is not delayed, because the host chooses.
+    So the device has work while the host reads scores and chooses. The price: scores come from the
+    weights before the previous batch was trained on. The threshold is not delayed, because the host
+    chooses.
     """
 
     def __init__(self, score: Callable[[DeviceBatch], Scores] | None, ahead: bool):
-        """score: starts scoring a batch; None: nothing is scored. ahead: if false, each is scored at its turn."""
-        self.score, self.depth = score, int(ahead and score is not None)
+        """score: starts scoring a batch; None: nothing is scored. ahead: if false, each is scored
+        at its turn.
+        """
+        self.score = score
+        self.depth = int(ahead and score is not None)
         self.pending: Scores | None = None  # of a batch that is scored and not yet trained on
 
-    def pairs(self, batches: Iterable[DeviceBatch], scoring: bool) -> Iterator[tuple[DeviceBatch, Scores | None]]:
+    def pairs(
+        self, batches: Iterable[DeviceBatch], scoring: bool
+    ) -> Iterator[tuple[DeviceBatch, Scores | None]]:
         """The batches with their scores; with None where `scoring` is false."""
         waiting: list[tuple[DeviceBatch, Scores | None]] = []
         depth = self.depth if scoring else 0
-        restored, self.pending = self.pending, None  # of a checkpoint: the weights that gave these scores are gone
+        # of a checkpoint: the weights that gave these scores are gone
+        restored = self.pending
+        self.pending = None
         for batch in batches:
             scores = restored or (self.score(batch) if scoring else None)
             restored = None
@@ -206,17 +254,27 @@ class ScoreAhead:
 
 
 def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
-    """training.num_workers, or by default one a core of this process, at most 16; none for data in memory."""
+    """training.num_workers, or by default one a core of this process, at most 16; none for data in
+    memory.
+    """
     if training.num_workers is not None:
         return training.num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return 0 if in_memory else min(16, max(1, cores // launched_here()))
 
 
 def loader_options(config: Config, device: torch.device, dataset: ImageDataset) -> dict[str, Any]:
-    """Of the DataLoader. It draws from a generator of its own, and leaves the model's random numbers alone."""
+    """Of the DataLoader. It draws from a generator of its own, and leaves the model's random
+    numbers alone.
+    """
     workers = loader_processes(config.training, in_memory=dataset.IN_MEMORY)
     shared = {"num_workers": workers, "generator": torch.Generator()}
     if config.dataset.cache != "none":
         return shared
-    return shared | {"collate_fn": collate, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
+    return shared | {
+        "collate_fn": collate,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0,
+    }

@@ -6,31 +6,43 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lab.config.sections import TrainingConfig
 from lab.data.randomness import MIXING_EPOCH, as_seed, own_generator, uniform
-from lab.runtime.distributed import Dist
-from lab.sections import TrainingConfig
+from lab.machine.distributed import Dist
 
 
 class Mixing:
     """Mixes the pictures of a training step, and their labels, by torchvision.
 
-    `training.mixup`: a weighted mean of two pictures (Zhang et al. 2018, "mixup: beyond empirical risk minimization").
-    `training.cutmix`: a rectangle of one picture in another (Yun et al. 2019, "CutMix"). With both, each step takes one
-    of them with the same chance. Each picture is mixed with the one before it in the batch.
+    `training.mixup`: a weighted mean of two pictures (Zhang et al. 2018, "mixup: beyond empirical
+    risk minimization"). `training.cutmix`: a rectangle of one picture in another (Yun et al. 2019,
+    "CutMix"). With both, each step takes one of them with the same chance. Each picture is mixed
+    with the one before it in the batch.
 
-    What is drawn is a function of the seed, the epoch, the step and the process. It is drawn on the host, so that the
-    device is not waited for.
+    What is drawn is a function of the seed, the epoch, the step and the process. It is drawn on the
+    host, so that the device is not waited for.
     """
 
     def __init__(self, training: TrainingConfig, classes: int, dist: Dist):
-        self.seed, self.dist = training.seed, dist
+        self.seed = training.seed
+        self.dist = dist
         alphas = {v2.MixUp: training.mixup, v2.CutMix: training.cutmix}
-        self.choice = v2.RandomChoice([kind(alpha=a, num_classes=classes) for kind, a in alphas.items() if a])
-        self.in_float = training.mixup > 0  # grey levels between whole numbers; always, for a step has one type
+        self.choice = v2.RandomChoice(
+            [kind(alpha=a, num_classes=classes) for kind, a in alphas.items() if a]
+        )
+        self.in_float = (
+            training.mixup > 0
+        )  # grey levels between whole numbers; always, for a step has one type
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """uint8 [batch, 3, H, W], int64 [batch] -> uint8 or float32 [batch, 3, H, W], float32 [batch, classes]."""
+    def __call__(
+        self, images: Tensor, labels: Tensor, epoch: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """uint8 [batch, 3, H, W], int64 [batch] -> uint8 or float32 [batch, 3, H, W], float32
+        [batch, classes].
+        """
         place = torch.tensor([step * self.dist.world + self.dist.rank])
         with own_generator() as generator:
-            generator.manual_seed(as_seed(uniform(self.seed, MIXING_EPOCH + epoch, place, 1).item()))
+            generator.manual_seed(
+                as_seed(uniform(self.seed, MIXING_EPOCH + epoch, place, 1).item())
+            )
             return self.choice(images.float() if self.in_float else images, labels)

@@ -9,20 +9,22 @@ import numpy as np
 import torch
 
 from lab.data.loading import DeviceBatch
-from lab.runtime.distributed import Dist
+from lab.machine.distributed import Dist
 
 
 class ActiveQueue:
-    """Collects samples on the device until a full batch is there, so that every training step has one shape.
+    """Collects samples on the device until a full batch is there, so that every training step has
+    one shape.
 
     Keeps uint8 pixels [pending, 3, H, W], labels and indices. What is pending carries over epochs.
 
-    Of several processes each keeps its own samples and knows how many the others have. Together they form the batches
-    that one process would form, spread evenly.
+    Of several processes each keeps its own samples and knows how many the others have. Together
+    they form the batches that one process would form, spread evenly.
     """
 
     def __init__(self, batch_size: int, dist: Dist | None = None):
-        self.batch_size, self.dist = batch_size, dist or Dist()
+        self.batch_size = batch_size
+        self.dist = dist or Dist()
         self.clear()
 
     def __len__(self) -> int:
@@ -33,13 +35,19 @@ class ActiveQueue:
         self.pending = [0] * self.dist.world  # samples that each rank keeps
 
     def push(self, batch: DeviceBatch, counts: Sequence[int] = ()) -> DeviceBatch | None:
-        """Add samples, at most batch_size over all ranks. Returns the oldest batch_size samples once there are so many,
-        else None. counts: how many each rank adds, where there are several."""
+        """Add samples, at most batch_size over all ranks. Returns the oldest batch_size samples
+        once there are so many, else None. counts: how many each rank adds, where there are several.
+        """
         counts = counts or [len(batch.labels)]
         if self.samples is not None:
-            batch = DeviceBatch(*(torch.cat(pair) for pair in zip(self.samples, batch, strict=True)))
-        room, taken = self.batch_size - sum(self.pending), []
-        for pending, new in zip(self.pending, counts, strict=True):  # of the new ones, those of the first ranks
+            batch = DeviceBatch(
+                *(torch.cat(pair) for pair in zip(self.samples, batch, strict=True))
+            )
+        room = self.batch_size - sum(self.pending)
+        taken = []
+        for pending, new in zip(
+            self.pending, counts, strict=True
+        ):  # of the new ones, those of the first ranks
             taken.append(pending + min(new, room))
             room -= min(new, room)
         self.pending = [pending + new for pending, new in zip(self.pending, counts, strict=True)]
@@ -55,12 +63,19 @@ class ActiveQueue:
         """All that is pending on any rank, and how many samples are each rank's. Collective."""
         samples = self.samples
         if self.dist.world > 1 and sum(self.pending):
-            parts = self.dist.all_gather_objects(None if samples is None else [each.cpu() for each in samples])
-            samples = [torch.cat(each) for each in zip(*(part for part in parts if part is not None), strict=True)]
+            parts = self.dist.all_gather_objects(
+                None if samples is None else [each.cpu() for each in samples]
+            )
+            samples = [
+                torch.cat(each)
+                for each in zip(*(part for part in parts if part is not None), strict=True)
+            ]
         return {"samples": None if samples is None else list(samples), "pending": self.pending}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take this rank's part. Each keeps what it had; where the number of ranks has changed, they share evenly."""
+        """Take this rank's part. Each keeps what it had; where the number of ranks has changed,
+        they share evenly.
+        """
         self.clear()
         if state["samples"] is not None:
             edges = self.dist.shard_edges(len(state["samples"][1]))

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-UNIFORMS_PER_SAMPLE = 47  # uniform numbers that the augmentation of one sample may use, see `images.Augmentation`
+UNIFORMS_PER_SAMPLE = (
+    47  # uniform numbers that the augmentation of one sample may use, see `images.Augmentation`
+)
 LABEL_NOISE_EPOCH = 2**40  # stands for an epoch in `label_shifts`; no run gets so far
 MIXING_EPOCH = 2**41  # added to an epoch in `mixing.Mixing`
 
@@ -17,12 +19,15 @@ MIXING_EPOCH = 2**41  # added to an epoch in `mixing.Mixing`
 def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
     """`count` uniform numbers in [0, 1) for each sample: [n] -> float64 [n, count].
 
-    The numbers of a sample depend on (seed, epoch, its index) and on nothing else. The method is SplitMix64's output
-    function over a counter (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 17).
-    It is written in int64 arithmetic, so that CPU and GPU give the same numbers.
+    The numbers of a sample depend on (seed, epoch, its index) and on nothing else. The method is
+    SplitMix64's output function over a counter (Steele, Lea & Flood 2014, "Fast splittable
+    pseudorandom number generators", figure 17). It is written in int64 arithmetic, so that CPU and
+    GPU give the same numbers.
     """
 
-    def shift_right(x: Tensor, bits: int) -> Tensor:  # a logical shift; int64's own repeats the sign
+    def shift_right(
+        x: Tensor, bits: int
+    ) -> Tensor:  # a logical shift; int64's own repeats the sign
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
     def mix(x: Tensor) -> Tensor:
@@ -38,7 +43,9 @@ def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
 
 @contextlib.contextmanager
 def own_generator() -> Iterator[torch.Generator]:
-    """torch's generator of the host, to be seeded for what a library draws; afterwards it is as before."""
+    """torch's generator of the host, to be seeded for what a library draws; afterwards it is as
+    before.
+    """
     with torch.random.fork_rng(devices=[]):
         yield torch.default_generator
 
@@ -49,10 +56,11 @@ def as_seed(number: float) -> int:
 
 
 def label_shifts(samples: int, classes: int, share: float, seed: int) -> np.ndarray | None:
-    """By how many classes symmetric label noise moves each label, int64 [samples]; None without noise.
+    """By how many classes symmetric label noise moves each label, int64 [samples]; None without
+    noise.
 
-    A `share` of the labels moves, to each of the other classes with the same chance. The shift of a sample is a
-    function of the seed and its index.
+    A `share` of the labels moves, to each of the other classes with the same chance. The shift of a
+    sample is a function of the seed and its index.
     """
     if not share:
         return None
@@ -61,7 +69,8 @@ def label_shifts(samples: int, classes: int, share: float, seed: int) -> np.ndar
 
 
 def random_subset(size: int, limit: int | None) -> np.ndarray:
-    """Ascending indices, int64, of `limit` random samples out of `size`; of all where there are no more than that.
+    """Ascending indices, int64, of `limit` random samples out of `size`; of all where there are no
+    more than that.
 
     The subset is the same for every seed of a run.
     """

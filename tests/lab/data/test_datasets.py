@@ -10,10 +10,10 @@ from PIL import Image
 
 from conftest import COLOURS, make_config, save_picture
 from helpers import folder_config, hf_config, write_parquet
+from lab.base.errors import RequestError
 from lab.data.datasets import collate
 from lab.data.loading import device_batches
 from lab.data.randomness import UNIFORMS_PER_SAMPLE
-from lab.errors import RequestError
 from train_ast import build_dataloaders, build_datasets
 
 CPU = torch.device("cpu")
@@ -46,7 +46,9 @@ def test_hf_columns_can_be_named_and_integers_are_classes(parquet_folder, tmp_pa
     config = hf_config(tmp_path / "plain", "dataset.label_key=kind")
     train, _ = build_datasets(config.dataset)
     assert train.classes == ["0", "1", "2"]
-    with pytest.raises(RequestError, match="dataset.label_key: cannot tell the column; set it to one of img, kind"):
+    with pytest.raises(
+        RequestError, match="dataset.label_key: cannot tell the column; set it to one of img, kind"
+    ):
         build_datasets(hf_config(tmp_path / "plain").dataset)
 
 
@@ -62,7 +64,9 @@ def test_digits_are_the_real_ones():
 def test_an_unreadable_image_is_named(image_folder, workers):
     bad = image_folder / "train" / "green" / "3.jpg"
     bad.write_bytes(bad.read_bytes()[:200])
-    loader, _, _, _ = build_dataloaders(folder_config(image_folder, f"training.num_workers={workers}"), CPU)
+    loader, _, _, _ = build_dataloaders(
+        folder_config(image_folder, f"training.num_workers={workers}"), CPU
+    )
     with pytest.raises(RequestError, match=r"green/3\.jpg: not a readable image"):
         list(device_batches(loader, CPU))
 
@@ -81,7 +85,11 @@ def test_a_bad_row_of_a_parquet_file_is_named(parquet_folder):
     rows[5] = {**rows[5], "kind": None}
     train.samples = rows
     samples = [train[(index, np.zeros(UNIFORMS_PER_SAMPLE))] for index in (3, 4, 5)]
-    assert samples[1].unreadable[0].startswith(f"{parquet_folder} [train] sample 4: not a readable image")
+    assert (
+        samples[1]
+        .unreadable[0]
+        .startswith(f"{parquet_folder} [train] sample 4: not a readable image")
+    )
     assert "no class" in samples[2].unreadable[0]
     batch = collate(samples)
     assert len(batch.images) == len(batch.labels) == 1
@@ -98,15 +106,23 @@ def test_missing_data_is_named(image_folder, parquet_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
     assert "dataset.train_dir" in complaint(folder_config("/nowhere"))
-    assert "no class folders" in complaint(folder_config(image_folder, f"dataset.train_dir={tmp_path}/empty"))
-    assert "no images" in complaint(folder_config(image_folder, f"dataset.train_dir={tmp_path}/hollow"))
+    assert "no class folders" in complaint(
+        folder_config(image_folder, f"dataset.train_dir={tmp_path}/empty")
+    )
+    assert "no images" in complaint(
+        folder_config(image_folder, f"dataset.train_dir={tmp_path}/hollow")
+    )
     (image_folder / "val" / "zebra").mkdir()
     save_picture(image_folder / "val" / "zebra" / "1.jpg", (1, 2, 3), 0)
-    assert "class 'zebra' is not among the training classes" in complaint(folder_config(image_folder))
+    assert "class 'zebra' is not among the training classes" in complaint(
+        folder_config(image_folder)
+    )
     assert "dataset.num_classes: 10, but the data has 3" in complaint(
         hf_config(parquet_folder, "dataset.num_classes=10")
     )
-    assert "dataset.split_val: no split 'dev'" in complaint(hf_config(parquet_folder, "dataset.split_val=dev"))
+    assert "dataset.split_val: no split 'dev'" in complaint(
+        hf_config(parquet_folder, "dataset.split_val=dev")
+    )
     assert "no column 'image'; set it to one of img, kind" in complaint(
         hf_config(parquet_folder, "dataset.image_key=image")
     )
@@ -125,8 +141,12 @@ def test_a_class_without_validation_images_keeps_the_labels_right(image_folder):
 @pytest.mark.parametrize("file", ["JPEG", "PNG"])
 @pytest.mark.parametrize("kind", ["folder", "hf"])
 def test_every_way_into_a_batch_turns_pictures_upright(kind, file, cache, tmp_path):
-    """White above and black below, stored lying on its side: the orientation 6 says to turn it clockwise."""
-    lying, exif, buffer = Image.new("L", (32, 32)), Image.Exif(), io.BytesIO()
+    """White above and black below, stored lying on its side: the orientation 6 says to turn it
+    clockwise.
+    """
+    lying = Image.new("L", (32, 32))
+    exif = Image.Exif()
+    buffer = io.BytesIO()
     lying.paste(255, (0, 0, 16, 32))
     exif[0x0112] = 6
     lying.save(buffer, file, exif=exif)
@@ -138,7 +158,9 @@ def test_every_way_into_a_batch_turns_pictures_upright(kind, file, cache, tmp_pa
         write_parquet(tmp_path, "train", ["a", "b"], [0, 1], image=buffer.getvalue())
         write_parquet(tmp_path, "test", ["a", "b"], [0, 1], image=buffer.getvalue())
     make = folder_config if kind == "folder" else hf_config
-    config = make(tmp_path, "dataset.augment=none", f"dataset.cache={cache}", "training.num_workers=0")
+    config = make(
+        tmp_path, "dataset.augment=none", f"dataset.cache={cache}", "training.num_workers=0"
+    )
     config.dataset.image_size = 32
     for loader in build_dataloaders(config, CPU)[:2]:
         (batch,) = device_batches(loader, CPU)
@@ -166,13 +188,41 @@ PETS = ["cat", "dog"]
 @pytest.mark.parametrize(
     ("train", "test", "complaint"),
     [
-        ((PETS, [0, 1]), (["cat", "emu"], [0, 0]), "dataset.split_val: class 'emu' is not among the training classes"),
-        ((None, [0, 1]), (None, [1, 2]), "dataset.split_val: label 2 in column 'kind', and 2 training classes"),
-        ((None, [0, 2**60]), (None, [0, 1]), "dataset.label_key: column 'kind' holds numbers up to 1,152,921,504,"),
-        ((None, [0, 1]), (None, [10**9, 1]), "dataset.label_key: column 'kind' holds numbers up to 1,000,000,000, "),
-        ((PETS, [0, 1]), (PETS, [-1, -1]), "dataset.split_val: no sample of split 'test' has a class in 'kind'"),
-        ((None, [0, 1]), (None, [-1, -1]), "in 'kind', all are -1; choose another split, or another dataset.label_key"),
-        ((PETS, [None, None]), (PETS, [0, 1]), "dataset.split_train: no sample of split 'train' has a class in 'kind'"),
+        (
+            (PETS, [0, 1]),
+            (["cat", "emu"], [0, 0]),
+            "dataset.split_val: class 'emu' is not among the training classes",
+        ),
+        (
+            (None, [0, 1]),
+            (None, [1, 2]),
+            "dataset.split_val: label 2 in column 'kind', and 2 training classes",
+        ),
+        (
+            (None, [0, 2**60]),
+            (None, [0, 1]),
+            "dataset.label_key: column 'kind' holds numbers up to 1,152,921,504,",
+        ),
+        (
+            (None, [0, 1]),
+            (None, [10**9, 1]),
+            "dataset.label_key: column 'kind' holds numbers up to 1,000,000,000, ",
+        ),
+        (
+            (PETS, [0, 1]),
+            (PETS, [-1, -1]),
+            "dataset.split_val: no sample of split 'test' has a class in 'kind'",
+        ),
+        (
+            (None, [0, 1]),
+            (None, [-1, -1]),
+            "in 'kind', all are -1; choose another split, or another dataset.label_key",
+        ),
+        (
+            (PETS, [None, None]),
+            (PETS, [0, 1]),
+            "dataset.split_train: no sample of split 'train' has a class in 'kind'",
+        ),
     ],
 )
 def test_labels_that_are_no_classes_are_refused_at_the_start(train, test, complaint, tmp_path):
@@ -189,4 +239,8 @@ def test_a_missing_label_among_integers_is_a_read_error(tmp_path):
     train, _ = build_datasets(hf_config(tmp_path, "dataset.label_key=kind").dataset)
     assert train.classes == ["0", "1"]
     assert list(train.labels()) == [0, -1, 1]
-    assert train[(1, np.zeros(UNIFORMS_PER_SAMPLE))].unreadable[0].endswith("sample 1: label None is no class")
+    assert (
+        train[(1, np.zeros(UNIFORMS_PER_SAMPLE))]
+        .unreadable[0]
+        .endswith("sample 1: label None is no class")
+    )

@@ -1,4 +1,6 @@
-"""Folders of pictures on a real disk: what is a class and a picture, and what is skipped and said to be."""
+"""Folders of pictures on a real disk: what is a class and a picture, and what is skipped and said
+to be.
+"""
 
 import os
 import shutil
@@ -12,11 +14,11 @@ from torchvision.datasets import ImageFolder
 
 from conftest import save_picture
 from helpers import folder_config
-from lab.benchmark.inputs import pil_float_loader
+from lab.base.errors import RequestError
 from lab.data.datasets import folder_dataset
 from lab.data.folders import MAX_FILE_BYTES, scan_folder
 from lab.data.loading import EpochPlan, device_batches
-from lab.errors import RequestError
+from lab.study.benchmark.inputs import pil_float_loader
 from runs import command
 from train_ast import build_dataloaders, build_datasets
 
@@ -25,7 +27,9 @@ CPU = torch.device("cpu")
 
 def names(dataset, folder):
     """What a data set holds, as (path below `folder`, class)."""
-    return [(str(path.relative_to(folder)), dataset.classes[label]) for path, label in dataset.samples]
+    return [
+        (str(path.relative_to(folder)), dataset.classes[label]) for path, label in dataset.samples
+    ]
 
 
 def test_the_pictures_are_those_of_imagefolder_in_its_order(image_folder):
@@ -56,7 +60,10 @@ def test_hidden_folders_are_no_classes_and_hold_no_pictures(image_folder, capsys
     assert names(train, image_folder) == whole
     assert len(val) == 9
     assert train.skipped == val.skipped == {"hidden folders": 2, "files of other types": 1}
-    assert "dataset.train_dir: skipped: files of other types 1, hidden folders 2\n" in capsys.readouterr().out
+    assert (
+        "dataset.train_dir: skipped: files of other types 1, hidden folders 2\n"
+        in capsys.readouterr().out
+    )
     plan = EpochPlan(np.arange(24), 24, 0, lambda epoch: 1.0)
     ((_, labels),) = pil_float_loader(train, 32, plan, {})
     assert labels.tolist() == [index // 8 for index in plan.indices_to_load()]
@@ -73,7 +80,10 @@ def test_a_class_folder_without_a_picture_is_refused(part, image_folder):
     (image_folder / part / "yellow" / "notes.txt").write_text("no picture")
     with pytest.raises(FileNotFoundError, match="Found no valid file for the classes"):
         ImageFolder(str(image_folder / part))
-    complaint = rf"dataset.{part}_dir: .*/{part}: no images in class folder 'yellow' and in 1 more; their names end in"
+    complaint = (
+        rf"dataset.{part}_dir: .*/{part}: no images in class folder 'yellow' and in 1 more; "
+        rf"their names end in"
+    )
     with pytest.raises(RequestError, match=complaint):
         build_datasets(folder_config(image_folder).dataset)
 
@@ -123,13 +133,26 @@ def test_only_regular_files_are_pictures(image_folder, monkeypatch):
     save_picture(image_folder / "train" / "loose.jpg", (9, 9, 9), 0)
     pictures, skipped = scan_folder(str(image_folder / "train"))
     assert skipped == {"FIFOs, sockets and devices": 3, "pictures outside class folders": 1}
-    assert [path.name for path in pictures["red"]] == [*(f"{i}.jpg" for i in range(8)), "broken.jpg", "round.jpg"]
+    assert [path.name for path in pictures["red"]] == [
+        *(f"{i}.jpg" for i in range(8)),
+        "broken.jpg",
+        "round.jpg",
+    ]
 
 
 def test_a_run_on_a_folder_with_a_fifo_goes_through_and_says_so(image_folder, tmp_path):
     os.mkfifo(image_folder / "train" / "red" / "fifo.jpg")
-    keys = ["dataset.type=folder", f"dataset.train_dir={image_folder}/train", f"dataset.val_dir={image_folder}/val"]
-    keys += ["model.name=test_resnet", "training.batch_size=8", "ast.mode=dense", "dataset.image_size=16"]
+    keys = [
+        "dataset.type=folder",
+        f"dataset.train_dir={image_folder}/train",
+        f"dataset.val_dir={image_folder}/val",
+    ]
+    keys += [
+        "model.name=test_resnet",
+        "training.batch_size=8",
+        "ast.mode=dense",
+        "dataset.image_size=16",
+    ]
     keys += ["training.device=cpu", "training.epochs=1", f"logging.output_dir={tmp_path}/out"]
     done = command(["scripts/run_experiment.py", "--config", "configs/digits_smoke.yaml", *keys])
     assert done.returncode == 0, done.stderr
@@ -156,7 +179,10 @@ def test_what_becomes_a_fifo_later_is_named(image_folder):
 def test_a_file_too_large_for_a_picture_is_named(image_folder):
     os.truncate(image_folder / "train" / "red" / "1.jpg", 50 * 2**30)  # sparse: it takes no room
     loader, _, _, _ = build_dataloaders(folder_config(image_folder, "training.num_workers=0"), CPU)
-    complaint = rf"red/1\.jpg: not a readable image \(53,687,091,200 bytes; a picture may have {MAX_FILE_BYTES:,}\)"
+    complaint = (
+        rf"red/1\.jpg: not a readable image \(53,687,091,200 bytes; a picture may have "
+        rf"{MAX_FILE_BYTES:,}\)"
+    )
     with pytest.raises(RequestError, match=complaint):
         list(device_batches(loader, CPU))
 

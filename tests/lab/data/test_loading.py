@@ -30,7 +30,9 @@ def test_an_epoch_draws_without_repeats_in_full_chunks(n, batch_size, share, epo
     again = [key for chunk in plan for key in chunk]  # a function of (seed, epoch)
     assert [index for index, _ in again] == drawn
     rows = uniform(3, epoch, torch.tensor(drawn), UNIFORMS_PER_SAMPLE).numpy()
-    assert all(np.array_equal(uniforms, row) for (_, uniforms), row in zip(again, rows, strict=True))
+    assert all(
+        np.array_equal(uniforms, row) for (_, uniforms), row in zip(again, rows, strict=True)
+    )
 
 
 def test_epochs_and_seeds_order_differently():
@@ -39,7 +41,9 @@ def test_epochs_and_seeds_order_differently():
         plan.epoch = epoch
         return next(iter(plan))
 
-    assert len({str([i for i, _ in order(seed, epoch)]) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert (
+        len({str([i for i, _ in order(seed, epoch)]) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    )
 
 
 def test_random_mode_draws_before_loading_and_dense_phases_load_all(image_folder):
@@ -67,13 +71,19 @@ def test_random_mode_draws_before_loading_and_dense_phases_load_all(image_folder
 @pytest.mark.parametrize("workers", [1, 2])
 def test_neither_workers_nor_order_change_what_a_sample_looks_like(image_folder, workers):
     def batches(n, epoch):
-        loader, _, plan, _ = build_dataloaders(folder_config(image_folder, f"training.num_workers={n}"), CPU)
+        loader, _, plan, _ = build_dataloaders(
+            folder_config(image_folder, f"training.num_workers={n}"), CPU
+        )
         plan.epoch = epoch
         return list(device_batches(loader, CPU))
 
     for epoch in (0, 3):
-        alone, shared = batches(0, epoch), batches(workers, epoch)
-        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, shared, strict=True))
+        alone = batches(0, epoch)
+        shared = batches(workers, epoch)
+        assert all(
+            torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+            for a, b in zip(alone, shared, strict=True)
+        )
 
 
 def test_validation_sees_every_sample_once(image_folder):
@@ -84,8 +94,15 @@ def test_validation_sees_every_sample_once(image_folder):
 
 @pytest.mark.parametrize("cache", ["none", "device"])
 def test_repeated_images_come_so_often_each_time_augmented_anew(cache, image_folder):
-    keys = ["dataset.repeat=3", "dataset.max_train_samples=5", f"dataset.cache={cache}", "training.num_workers=0"]
-    config = folder_config(image_folder, *keys, "training.batch_size=15", "dataset.augment=pad_crop")
+    keys = [
+        "dataset.repeat=3",
+        "dataset.max_train_samples=5",
+        f"dataset.cache={cache}",
+        "training.num_workers=0",
+    ]
+    config = folder_config(
+        image_folder, *keys, "training.batch_size=15", "dataset.augment=pad_crop"
+    )
     train, _, plan, _ = build_dataloaders(config, CPU)
     ((images, labels, indices),) = device_batches(train, CPU)
     assert len(plan.indices) == len(set(indices.tolist())) == 15

@@ -1,0 +1,61 @@
+"""The Hugging Face hub: asked once whether it is there, so that nothing is tried again and again in
+vain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+
+ANSWER_SECONDS = 4.0
+
+
+def hub_answers() -> bool:
+    """Whether the hub answers within ANSWER_SECONDS; False where HF_HUB_OFFLINE forbids to ask."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    found = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # of a network, in dozens of kinds
+            get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)
+            found.append(True)
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    asking = threading.Thread(target=ask, daemon=True)  # to look up a name may take far longer
+    asking.start()
+    asking.join(ANSWER_SECONDS)
+    return bool(found)
+
+
+@contextlib.contextmanager
+def quick_hub() -> Iterator[bool]:
+    """Whether the hub answers. Where it does not, the block has what was downloaded before, and
+    fails at once without.
+
+    The libraries would otherwise try for half a minute, and print a line each time.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    for name in (
+        "datasets",
+        "huggingface_hub",
+        "timm",
+    ):  # what they say becomes part of our one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    flags = [(place, name) for place in (constants, datasets.config) for name in names]
+    before = [(place, flag, getattr(place, flag)) for place, flag in flags if hasattr(place, flag)]
+    answers = hub_answers()
+    try:
+        for place, flag, _ in before if not answers else ():
+            setattr(place, flag, True)
+        yield answers
+    finally:
+        for place, flag, value in before:
+            setattr(place, flag, value)

@@ -1,0 +1,342 @@
+"""The config as a whole: what its sections need of each other, and how a file and overrides become
+one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from lab.base.errors import RequestError, one_line
+from lab.base.reading import BAD_YAML, _Dumper, _Loader, parse_config, read_config
+from lab.config.sections import (
+    ASTConfig,
+    DatasetConfig,
+    LoggingConfig,
+    MetricsConfig,
+    ModelConfig,
+    Section,
+    TrainingConfig,
+)
+
+
+def sparse_span(mode: str, rule: str, epochs: int, warmup_epochs: int, anneal_epochs: int) -> range:
+    """The epochs (from 0) of a run of `epochs` that train on a selection; none in mode dense.
+
+    It stops where the dense epochs at the end begin. InfoBatch has its own number of them, an
+    eighth of the run.
+    """
+    stop = epochs - (math.ceil(epochs / 8) if rule == "infobatch" else anneal_epochs)
+    return range(stop if mode == "dense" else warmup_epochs, stop)
+
+
+def first_complaint(*checks: tuple[object, str]) -> None:
+    """Raises ValueError with the first text whose condition is true."""
+    for wrong, complaint in checks:
+        if wrong:
+            raise ValueError(complaint)
+
+
+def require_known(key: str, value: str, known: Iterable[str]) -> None:
+    """Raises ValueError naming `key` where its value is not among the known ones."""
+    if value not in (names := list(known)):
+        expected = " or ".join(filter(None, [", ".join(map(repr, names[:-1])), repr(names[-1])]))
+        raise ValueError(f"{key}: expected {expected}, got {value!r}")
+
+
+class Config(Section):
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig)
+    ast: ASTConfig = Field(default_factory=ASTConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Config:
+        """What no table of the lab decides; see `load_config` for the rest."""
+        self._check_weights_and_data()
+        self._check_selection()
+        self._check_training()
+        return self
+
+    def _check_weights_and_data(self) -> None:
+        d = self.dataset
+        has_weights = self.model.weights is not None
+        is_trained = has_weights or self.model.pretrained
+        cropped = d.resolved_augment() == "random_resized_crop"
+        on_host = d.augment_policy != "none"
+        in_jpeg = d.cache_format == "jpeg"
+        two_starts = "with model.pretrained=true there are two to start from; leave out one"
+        refitted = "measured is for random weights; trained ones keep their own"
+        first_complaint(
+            (is_trained and d.normalise == "measured", f"dataset.normalise: {refitted}"),
+            (has_weights and self.model.pretrained, f"model.weights: {two_starts}"),
+            (
+                d.cache_resolution and d.cache == "none",
+                "dataset.cache_resolution: needs dataset.cache=device or disk",
+            ),
+            (
+                d.cache_resolution and not cropped,
+                "dataset.cache_resolution: only with augment=random_resized_crop",
+            ),
+            (
+                on_host and d.cache != "none",
+                f"dataset.augment_policy: {d.augment_policy} needs dataset.cache=none",
+            ),
+            (
+                in_jpeg and d.cache != "disk",
+                "dataset.cache_format: jpeg needs dataset.cache=disk",
+            ),
+            (
+                in_jpeg and not cropped,
+                "dataset.cache_format: jpeg needs augment=random_resized_crop",
+            ),
+        )
+
+    def _check_selection(self) -> None:
+        a = self.ast
+        side = self.dataset.image_size
+        batch_size = self.training.batch_size
+        start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
+        first_complaint(
+            (a.mode != "dense" and not self.sparse_span(), self._all_dense()),
+            (
+                (a.score_resolution or side) > side,
+                f"ast.score_resolution: at most dataset.image_size={side}",
+            ),
+            (
+                a.min_active > batch_size,
+                f"ast.min_active: at most training.batch_size={batch_size}",
+            ),
+            (
+                start < a.min_threshold,
+                f"ast.initial_threshold: at least ast.min_threshold={a.min_threshold:g}",
+            ),
+        )
+
+    def _check_training(self) -> None:
+        t = self.training
+        log = self.logging.jsonl_path
+        first_complaint(
+            (
+                t.lr_decay == "time" and not t.max_minutes,
+                "training.max_minutes: needed with training.lr_decay=time",
+            ),
+            (
+                t.label_smoothing and t.loss == "generalised_cross_entropy",
+                "training.label_smoothing: not with training.loss=generalised_cross_entropy",
+            ),
+            (t.min_lr > t.lr, f"training.min_lr: at most training.lr={t.lr:g}"),
+            (
+                t.min_lr and t.lr_schedule == "constant",
+                "training.min_lr: lr_schedule=constant never falls to it",
+            ),
+            (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
+            (
+                t.lr_warmup_epochs > t.epochs,
+                f"training.lr_warmup_epochs: at most training.epochs={t.epochs}",
+            ),
+            (
+                log is not None and Path(log).name in ("", ".."),
+                f"logging.jsonl_path: expected a file, got {log!r}",
+            ),
+        )
+
+    def _all_dense(self) -> str:
+        """Why no epoch is left to train on a selection, and which key to lower."""
+        warmup = self.ast.warmup_epochs
+        epochs = self.training.epochs
+        after = epochs - self.sparse_span().stop
+        own = "" if self.ast.rule == "infobatch" else " or ast.anneal_epochs"
+        return (
+            f"ast.warmup_epochs: with {warmup} dense epochs at the start and {after} at "
+            f"the end, none of "
+            f"training.epochs={epochs} is sparse; lower ast.warmup_epochs{own}, or raise "
+            f"training.epochs"
+        )
+
+    def sparse_span(self) -> range:
+        """The epochs (from 0) that train on a selection rather than on everything."""
+        a = self.ast
+        return sparse_span(a.mode, a.rule, self.training.epochs, a.warmup_epochs, a.anneal_epochs)
+
+    def is_sparse(self, epoch: int) -> bool:
+        """Whether `epoch` (from 0) trains on a selection rather than on everything."""
+        return epoch in self.sparse_span()
+
+
+def config_keys() -> dict[str, tuple[str, Any]]:
+    """Every dotted key with its (description, default)."""
+    return {
+        f"{section}.{name}": (info.description or "", info.default)
+        for section, part in Config.model_fields.items()
+        for name, info in part.annotation.model_fields.items()
+    }
+
+
+SHORT = reprlib.Repr()  # a config may hold far more than its text is long
+SHORT.maxstring = SHORT.maxother = 100
+RENAMED = {"ast.leave_out": "ast.forget_rate"}
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML; `load_config` reads the same from it."""
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+def takes_text(section: str, name: str) -> tuple[bool, bool]:
+    """(whether the values of a key are text, whether it may be null); (False, False) for an unknown
+    key.
+    """
+    part = Config.model_fields.get(section)
+    info = part and part.annotation.model_fields.get(name)
+    if not info:
+        return False, False
+    kinds = [info.annotation]
+    for _ in range(2):  # a union, and the words of a Literal
+        kinds = [kind for each in kinds for kind in (get_args(each) or [each])]
+    return all(
+        kind in (str, NoneType) or isinstance(kind, str) for kind in kinds
+    ), NoneType in kinds
+
+
+def parse_override(override: str) -> tuple[str, str, Any]:
+    """(section, name, value) of "section.name=value".
+
+    Text is taken as it is written; null is null for a key that may be null. Other values are read
+    as in a YAML file. Raises RequestError naming the override where it is malformed.
+    """
+    key, equals, written = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and name):
+        raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
+    is_text, may_be_null = takes_text(section, name)
+    if is_text:
+        return section, name, None if may_be_null and written == "null" else written
+    try:
+        node = yaml.compose(written, Loader=_Loader)
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.value == written
+        return section, name, yaml.load(written, Loader=_Loader) if plain else written
+    except BAD_YAML as error:
+        raise RequestError(f"override {override!r}: not a valid value: {one_line(error)}") from None
+
+
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    text: str | None = None,
+    check: Callable[[Config], None] | None = None,
+) -> Config:
+    """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05", see `parse_override`)
+    over it.
+
+    text: the file's text, where it has been read before. check: raises ValueError for what the
+    lab's tables do not know (`train_ast.check_config`). Raises RequestError, one line naming the
+    file or the override and the key, for a file that is missing, empty or no mapping, an unknown
+    key (with the nearest known one) and a value of the wrong type or range.
+    """
+    if text is None:
+        text = read_config(path) if path else "{}"
+    raw = parse_config(path, text)
+    for override in overrides:
+        section, name, value = parse_override(override)
+        part = raw[section] = {} if raw.get(section) is None else raw[section]
+        if isinstance(part, dict):  # otherwise the validation below names the section
+            part[name] = value
+    try:
+        config = Config.model_validate({k: {} if v is None else v for k, v in raw.items()})
+        if check is not None:
+            check(config)
+    except ValidationError as error:
+        complaint = _explain(error)
+    except ValueError as error:
+        complaint = one_line(error)
+    else:
+        return config
+    raise RequestError(f"{_blamed(complaint, overrides) or path or 'config'}: {complaint}")
+
+
+def _blamed(complaint: str, overrides: Sequence[str]) -> str | None:
+    """The override that a complaint is about: the last one of the key it begins with, or of one
+    that it names.
+    """
+    first = complaint.partition(":")[0]
+    keys = [override.partition("=")[0] for override in overrides]
+    named = [first in (key, key.partition(".")[0]) for key in keys]
+    if not any(named):
+        named = [
+            re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", complaint) is not None
+            for key in keys
+        ]
+    found = [override for override, is_named in zip(overrides, named, strict=True) if is_named]
+    return f"override {one_line(repr(found[-1]), 200)}" if found else None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one line: key, what was expected, nearest key."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return one_line(first["ctx"]["error"])
+    key = ".".join(str(part)[:100] for part in first["loc"][:2])
+    if key in RENAMED:
+        return f"{key}: is now called {RENAMED[key]}"
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(key)}"
+    wrong = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
+    hint = (
+        "; in quotes it is text"
+        if first["type"] == "string_type" and not isinstance(first["input"], dict | list)
+        else ""
+    )
+    expected = " or ".join(
+        e["msg"].replace("Input should be ", "").replace("Input should", "") for e in wrong
+    )
+    return (
+        f"{key}: expected {one_line(expected)}, got "
+        f"{one_line(SHORT.repr(first['input']))[:80]}{hint}"
+    )
+
+
+def _nearest(key: str) -> str:
+    """A hint at the known key that `key` is close to; one of the same section comes first."""
+    key = key[:100]
+    section, _, leaf = key.rpartition(".")
+    known = [*config_keys(), *Config.model_fields]
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    own = {
+        name.rpartition(".")[2]: name
+        for name in config_keys()
+        if section and name.startswith(f"{section}.")
+    }
+    near = [own[name] for name in difflib.get_close_matches(leaf, own, 1, 0.6)]
+    near = near or difflib.get_close_matches(key, known, 1, 0.75)
+    near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
+    near = near or difflib.get_close_matches(key, known, 1, 0.0)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def run_id(config: Config) -> str:
+    """Which run a config is: a hash of what differs from the defaults, the seed included, logging
+    left out.
+
+    A results file's `config` gives the same hash once it is read as a Config.
+    """
+    differing = config.model_dump(exclude={"logging"}, exclude_defaults=True)
+    canonical = json.dumps(differing, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def checkpoint_folder(config: Config) -> Path:
+    return Path(config.logging.output_dir) / "checkpoints" / run_id(config)

@@ -1,0 +1,431 @@
+"""The sections of the config: every key with its unit, meaning and default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+Compile = Literal["off", "default", "reduce-overhead"]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys, wrong types, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _sound_text(cls, value: Any) -> Any:
+        """Text that no file or library could take is refused here."""
+        if isinstance(value, str) and (not value or "\0" in value or _surrogate(value)):
+            raise PydanticCustomError(
+                "text", "text in UTF-8 without zero bytes, and not empty (no value: null)"
+            )
+        return value
+
+
+class ModelConfig(Section):
+    name: str = Field(
+        "resnet18",
+        description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model",
+    )
+    pretrained: bool = Field(
+        False, description="start from published ImageNet weights (downloads them)"
+    )
+    weights: str | None = Field(
+        None,
+        description=(
+            "start from these: the weights folder of a run, a .safetensors or a state_dict file"
+        ),
+    )
+    small_stem: bool = Field(
+        False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool"
+    )
+
+
+class DatasetConfig(Section):
+    type: str = Field(
+        "digits", description="digits (embedded), folder (ImageFolder), hf (Hugging Face datasets)"
+    )
+    train_dir: str | None = Field(None, description="folder: one sub-folder of images a class")
+    val_dir: str | None = Field(None, description="folder: the same classes, for validation")
+    name: str | None = Field(None, description="hf: hub id, or a local folder of parquet files")
+    subset: str | None = Field(
+        None, description="hf: configuration of the dataset, where it has several"
+    )
+    revision: str | None = Field(None, description="hf: branch, tag or commit on the hub")
+    split_train: str = Field("train", description="hf: split to train on")
+    split_val: str = Field("validation", description="hf: split to validate on")
+    image_key: str | None = Field(
+        None, description="hf: image column; null: the only column of images"
+    )
+    label_key: str | None = Field(
+        None, description="hf: label column; null: the only class label column"
+    )
+    cache_dir: str | None = Field(
+        None, description="hf: where downloads are kept; null: the library's own"
+    )
+    num_classes: int | None = Field(
+        None, ge=2, description="checked against the data; null: taken from it"
+    )
+    image_size: int = Field(32, ge=1, description="side of the square model input, pixels")
+    augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
+        "auto", description="auto: none for digits, pad_crop up to 64 px, random_resized_crop above"
+    )
+    augment_policy: Literal["none", "rand_augment", "trivial_augment"] = Field(
+        "none",
+        description="torchvision's policies, after the crop. rand_augment: two operations of "
+        "magnitude 9 (of 30); "
+        "trivial_augment: one of any magnitude. Loader processes apply them, so they need "
+        "cache=none",
+    )
+    random_erasing: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="chance that 2 to 33 % of a training picture are covered by a grey rectangle",
+    )
+    normalise: Literal["imagenet", "measured"] = Field(
+        "imagenet",
+        description="mean and deviation of the pixels for weights that start at random; "
+        "measured: of "
+        "the training "
+        "pictures. Weights that were trained before keep their own",
+    )
+    padding: Literal["black", "reflect"] = Field(
+        "black", description="pad_crop: what lies beyond the picture's edge"
+    )
+    cache: Literal["none", "device", "disk"] = Field(
+        "none",
+        description="decode once, keep the pixels, crop and flip on the training device; "
+        "device: on "
+        "that device; disk: "
+        "in files that later runs find again",
+    )
+    cache_folder: str = Field("data/cache", description="cache=disk: where the files are kept")
+    cache_format: Literal["raw", "jpeg"] = Field(
+        "raw",
+        description=(
+            "cache=disk: raw pixels, or JPEG of quality 95: a sixth of the disk, decoded in "
+            "every epoch"
+        ),
+    )
+    cache_resolution: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "longest shorter side of the kept pictures, pixels; null: image_size, or 25/14 of "
+            "it to crop from"
+        ),
+    )
+    max_bad_images: int = Field(
+        0,
+        ge=0,
+        description=(
+            "images that may be unreadable: the next sample stands in, the results list them"
+        ),
+    )
+    max_train_samples: int | None = Field(
+        None, ge=1, description="train on a fixed random subset of this size"
+    )
+    repeat: int = Field(
+        1,
+        ge=1,
+        description="every training image so many times in the set: redundant data, to study",
+    )
+    label_noise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training labels replaced by another class at random, to study",
+    )
+    max_val_samples: int | None = Field(
+        None, ge=1, description="validate on a fixed random subset of this size"
+    )
+
+    def resolved_augment(self) -> str:
+        """What `augment: auto` stands for."""
+        return auto_augment(self.type, self.image_size) if self.augment == "auto" else self.augment
+
+
+class ASTConfig(Section):
+    mode: Literal["ast", "dense", "random"] = Field(
+        "ast", description="sparse, the baseline, or the control"
+    )
+    measure: str = Field(
+        "loss_entropy", description="significance; loss_entropy: loss + entropy_weight * entropy"
+    )
+    scoring: str = Field(
+        "batch",
+        description="batch: score every loaded sample by a forward; proxy: by one of a small "
+        "network "
+        "that learns "
+        "beside; history: by its loss when last trained on",
+    )
+    proxy_model: str = Field(
+        "small_conv", description="proxy: small_conv (four convolutions) or as model.name"
+    )
+    proxy_resolution: int | None = Field(
+        None,
+        ge=1,
+        description="proxy: side of the pictures that it sees, pixels; null: dataset.image_size",
+    )
+    proxy_every: int = Field(
+        4, ge=1, description="proxy: it learns from every so-manieth scored batch"
+    )
+    rule: str = Field(
+        "pi",
+        description="which samples are active; pi: those over the controlled threshold; topk "
+        "(batch, "
+        "proxy): the top "
+        "share of each batch; infobatch (with history): those over the mean, and half of "
+        "the others, which "
+        "the schedule plans as 0.75 of the set, whatever target_activation says",
+    )
+    forget_rate: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        0.0,
+        description="share of the samples that is not trained on, because their labels may be "
+        "wrong; "
+        "history: so much "
+        "of highest significance; auto: from half of the schedule on those whose label is "
+        "not believed, so many as "
+        "there are; it gained with 40 and more epochs and cost some accuracy with 20; with "
+        "training.loss=early_learning it lowered the accuracy",
+    )
+    explore: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="history: chance of a sample below the threshold to be trained on all the same",
+    )
+    explore_weight_cap: float = Field(
+        1.0,
+        ge=1,
+        description="history: weight of such a sample is 1 / explore, at most this; 1: none. "
+        "At 1 / "
+        "explore or more "
+        "the gradient is that of all samples times 1 / activation, for it is divided by "
+        "the number trained on",
+    )
+    score_resolution: int | None = Field(
+        None,
+        ge=1,
+        description="side at which the same view is scored, pixels; null: dataset.image_size",
+    )
+    score_statistics: Literal["running", "batch"] = Field(
+        "running",
+        description="BatchNorm's statistics while scoring: running averages, as in validation, or "
+        "those of the scored "
+        "batch, as in training",
+    )
+    score_ahead: bool = Field(
+        True,
+        description=(
+            "score a batch before the one before it is trained on: the GPU never waits for the host"
+        ),
+    )
+    pack: bool = Field(
+        False, description="collect active samples into full batches before a training step"
+    )
+    target_activation: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        0.25,
+        description="share of samples to be active, 0 to 1; auto (with scored batches): all while "
+        "many are predicted "
+        "wrongly, later three times their share, at least 0.5; set at each epoch's end",
+    )
+    kp: float = Field(
+        0.1, ge=0, description="proportional gain, threshold units per unit of activation error"
+    )
+    ki: float = Field(
+        0.01, ge=0, description="integral gain, threshold units per unit of summed error"
+    )
+    kp_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which kp rises from 0")
+    ki_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which ki rises from 0")
+    initial_threshold: float | Literal["auto"] = Field(
+        "auto", description="nats; auto: the (1 - target) quantile of the first scored batch"
+    )
+    min_threshold: float = Field(0.0, description="lower bound of the threshold, nats")
+    threshold_unit: Literal["iqr", "raw"] = Field(
+        "iqr",
+        description=(
+            "what the gains move: running inter-quartile ranges of the significance, or nats"
+        ),
+    )
+    entropy_weight: float = Field(
+        1.0, ge=0, description="weight of the entropy in loss + weight * entropy"
+    )
+    min_active: int = Field(
+        2,
+        ge=0,
+        description="train on at least so many samples of a batch (history: of an epoch), the top",
+    )
+    warmup_epochs: int = Field(
+        1, ge=0, description="dense epochs before the sparse (or random) ones"
+    )
+    anneal_epochs: int = Field(0, ge=0, description="dense epochs after them")
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(10, ge=1, description="passes over the training set")
+    batch_size: int = Field(128, ge=1, description="samples a step, of all processes together")
+    optimizer: Literal["sgd", "adam", "adamw", "lamb", "muon"] = Field(
+        "sgd",
+        description=(
+            "norms, biases and a ViT's class token and positions are not decayed; muon trains "
+            "these by AdamW"
+        ),
+    )
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    lr_schedule: Literal["cosine", "linear", "constant", "step"] = Field(
+        "cosine",
+        description=(
+            "how the rate falls after its warm-up; step: to a tenth after each third of the rest"
+        ),
+    )
+    min_lr: float = Field(
+        0.0, ge=0, description="learning rate at the end of the schedule; step: never below it"
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor on the learning rate from a layer to the one before it; 1: all alike",
+    )
+    lr_warmup_epochs: float = Field(
+        0,
+        ge=0,
+        description="epochs over which the rate rises from 0; lr_decay=time: their share of the "
+        "planned steps, as a "
+        "share of max_minutes",
+    )
+    lr_decay: Literal["epochs", "time"] = Field(
+        "epochs",
+        description=(
+            "time: the schedule and the run end after max_minutes of training, validation left out"
+        ),
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd and muon")
+    nesterov: bool = Field(False, description="sgd and muon: Nesterov's form of momentum")
+    weight_decay: float = Field(
+        5e-4, ge=0, description="L2 penalty (sgd, adam) or decoupled decay (the others)"
+    )
+    weight_average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay, an optimizer step, of an exponential moving average of the "
+        "weights; the "
+        "average is "
+        "validated and exported, and selection scores by the weights themselves; 0: none",
+    )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "alpha of MixUp among the samples of a training step, after they were chosen; 0: none"
+        ),
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "alpha of CutMix, likewise; with both, each step takes one of them at random; 0: none"
+        ),
+    )
+    loss: Literal["cross_entropy", "generalised_cross_entropy", "early_learning"] = Field(
+        "cross_entropy",
+        description="that is minimised; the other two are made for wrong labels: on CIFAR-10 "
+        "with 17 "
+        "% of them "
+        "early_learning helped, most in 80 epochs, and generalised_cross_entropy did not",
+    )
+    loss_weight: float = Field(
+        3.0, ge=0, description="early_learning: weight of what it adds to the cross-entropy"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="of the training loss, not of the significance"
+    )
+    grad_clip_norm: float | None = Field(
+        None, gt=0, description="largest gradient norm; null: no clipping"
+    )
+    grad_accum_steps: int = Field(1, ge=1, description="forward passes an optimizer step")
+    mixed_precision: bool = Field(True, description="autocast and, for float16, a GradScaler")
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the GPU has it, else float16; float32 on a CPU"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="auto: a GPU where there is one"
+    )
+    compile: Compile = Field(
+        "off",
+        description=(
+            "torch.compile mode of the training step; reduce-overhead: CUDA graphs; needs one shape"
+        ),
+    )
+    compile_scoring: Compile | None = Field(
+        None, description="the same for scoring and validation; null: as training.compile"
+    )
+    sync_batchnorm: bool = Field(
+        False,
+        description="several GPUs: BatchNorm over the samples of all of them, not each GPU's own",
+    )
+    num_workers: int | None = Field(
+        None, ge=0, description="loader processes; null: one a core, at most 16"
+    )
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "cap on wall time from start or resumption to the results, minutes; see lr_decay"
+        ),
+    )
+    max_nonfinite_steps: int = Field(
+        0,
+        ge=0,
+        description="steps with a loss that is not finite to leave out before the run is given up",
+    )
+    early_stop_patience: int | None = Field(
+        None, ge=1, description="stop after so many epochs without a new best"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of weights, order, augmentation and random selection"
+    )
+
+
+class MetricsConfig(Section):
+    base_flop_per_sample: float | None = Field(
+        None,
+        gt=0,
+        description="forward + backward FLOP of one sample; null: counted from the model, two a "
+        "multiply-add, no input "
+        "gradient in the first layer (ResNet-50 at 224 px: 24.3e9; the often quoted 7.8e9 "
+        "is a forward alone)",
+    )
+    gpu_tdp_watts: float = Field(
+        250.0, gt=0, description="for the energy proxy, watts of one GPU (of one process)"
+    )
+
+
+class LoggingConfig(Section):
+    output_dir: str = Field("results", description="where final_results_<timestamp>.json goes")
+    jsonl_path: str | None = Field(None, description="append one JSON line an epoch to this file")
+    checkpoint_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="checkpoint so often within an epoch too, minutes; null: at epoch ends alone",
+    )
+    tensorboard: bool = Field(
+        False, description="write the same as scalars to <output_dir>/tensorboard/<timestamp>"
+    )
+
+
+def _surrogate(text: str) -> bool:
+    """Whether half a character is in it: from JSON, or from an argument that is not UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def auto_augment(kind: str, image_size: int) -> str:
+    """What `dataset.augment: auto` stands for. kind: `dataset.type`; image_size: pixels."""
+    return "none" if kind == "digits" else "pad_crop" if image_size <= 64 else "random_resized_crop"

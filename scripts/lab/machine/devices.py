@@ -1,0 +1,177 @@
+"""Devices, number types, compilation, and models as functions of shapes."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+
+from lab.base.errors import RequestError
+from lab.base.launch import launched, launched_here
+from lab.config.sections import TrainingConfig
+
+
+def resolve_device(training: TrainingConfig) -> torch.device:
+    """The device to train on; each of several processes has its own.
+
+    Raises RequestError for `cuda` where there is none, or where there are fewer GPUs than
+    processes.
+    """
+    if training.device == "cuda" and not torch.cuda.is_available():
+        raise RequestError(
+            "training.device: cuda, but torch sees no GPU here; set training.device=cpu or auto"
+        )
+    if training.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    _, world, local = launched()
+    if world == 1:
+        return torch.device("cuda")
+    if (processes := launched_here(local + 1)) > torch.cuda.device_count():
+        raise RequestError(
+            f"training.device: {processes} processes and {torch.cuda.device_count()} GPUs here"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def resolve_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype | None:
+    """The autocast type, None for plain float32."""
+    if not training.mixed_precision or (training.amp_dtype == "auto" and device.type == "cpu"):
+        return None
+    if training.amp_dtype != "auto":
+        return getattr(torch, training.amp_dtype)
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
+
+
+def configure_backends(shapes_repeat: bool, device: torch.device) -> None:
+    """On a GPU: TF32 where float32 remains; cuDNN autotuning only where shapes repeat, because it
+    costs a search for each new shape.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = shapes_repeat
+        torch.set_float32_matmul_precision("high")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def compiled(function: Callable, mode: str) -> Callable:
+    """torch.compile for calls of one shape. With reduce-overhead (CUDA graphs) a result lives until
+    the next call.
+    """
+    if mode == "off":
+        return function
+    fast = torch.compile(function, dynamic=False, mode=mode)
+
+    def call(*inputs: Tensor, **named: Tensor) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return fast(*inputs, **named)
+
+    return call if mode == "reduce-overhead" else fast
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and commit behind a result. Environment variables stay out: they may hold
+    secrets.
+    """
+    folder = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    gpu = (
+        {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)}
+        if device.type == "cuda"
+        else {}
+    )
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    return {
+        **versions,
+        "cuda": None,
+        "gpu": None,
+        **gpu,
+        "platform": platform.platform(),
+        "git_commit": commit,
+    }
+
+
+IMAGENET_MOMENTS = {
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}  # of its pixels, 0 to 1
+
+
+class Normalise:
+    """uint8 [batch, 3, H, W] to float32 by the mean and standard deviation that the model expects
+    (of pixels from 0 to 1); and the autocast the model runs under.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        layout: torch.memory_format,
+        dtype: torch.dtype | None,
+    ):
+        self.device = device
+        self.kind = device.type
+        self.layout = layout
+        self.dtype = dtype
+        self.set_moments(mean, std)
+
+    def set_moments(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = (
+            torch.tensor(v, device=self.device).mul(255).view(1, 3, 1, 1) for v in (mean, std)
+        )
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
+
+
+def random_states(device: torch.device) -> list[Tensor | None]:
+    """States of the generators that dropout draws from: the host's and the device's."""
+    return [
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    ]
+
+
+def set_random_states(states: Sequence[Tensor | None], device: torch.device) -> None:
+    """Set what `random_states` returned."""
+    host, cuda = states
+    torch.set_rng_state(host)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
+
+
+def seed_rank(seed: int, rank: int, epoch: int = 0) -> None:
+    """Give a rank random numbers of its own for dropout."""
+    torch.manual_seed(seed + 1000003 * rank + epoch)

@@ -1,0 +1,129 @@
+"""The losses that a network may be trained with: cross-entropy, and two that suffer less from wrong
+labels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lab.config.sections import TrainingConfig
+from lab.machine.distributed import Dist
+from lab.machine.stateful import Stateful
+
+
+class Loss(Stateful):
+    """Cross-entropy, smoothed by `training.label_smoothing`.
+
+    A loss may keep a row of numbers a sample. A step reads the rows of its samples (`recall`),
+    computes new ones with the loss, and stores them (`remember`). So what is compiled changes no
+    memory of its own.
+    """
+
+    def __init__(
+        self, training: TrainingConfig, samples: int, classes: int, device: torch.device, dist: Dist
+    ):
+        """samples: how many indices the training set has."""
+        self.smoothing = training.label_smoothing
+        self.weight = training.loss_weight
+        self.is_plain = type(self) is Loss and not self.smoothing  # nothing but the cross-entropy
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(the loss of each sample, float32 [batch]; their new rows). logits: float32 [batch,
+        classes].
+        """
+        return F.cross_entropy(
+            logits, labels, reduction="none", label_smoothing=self.smoothing
+        ), None
+
+    def recall(self, indices: Tensor) -> Tensor | None:
+        """The rows of the samples int64 [batch]; None where this loss keeps none."""
+        return None
+
+    def remember(self, indices: Tensor, rows: Tensor) -> None:
+        """Keep the new rows of the samples int64 [batch]."""
+
+    def merge(self) -> None:
+        """Give all processes the rows that any of them has stored. Collective."""
+
+
+class GeneralisedCrossEntropy(Loss):
+    """(1 - p^q) / q of the label's probability p, with q = 0.7 (Zhang & Sabuncu 2018, "Generalized
+    cross entropy loss for training deep neural networks with noisy labels", equation 6).
+
+    A label that the network finds unlikely has a smaller gradient than with cross-entropy.
+    """
+
+    Q = 0.7
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        unlikely = F.cross_entropy(logits, labels, reduction="none")
+        return -torch.expm1(-self.Q * unlikely) / self.Q, None
+
+
+class EarlyLearning(Loss):
+    """Cross-entropy + weight * log(1 - <t, p>) with t a running mean of the sample's own
+    predictions p (Liu et al. 2020, "Early-learning regularization prevents memorization of noisy
+    labels", equations 6 and 9).
+
+    The network learns right labels first. The added term keeps it near what it predicted then. t
+    takes in a share of 1 - DECAY of p at each visit, before it is used. A weight of 3 is the
+    paper's for CIFAR-10.
+    """
+
+    DECAY = 0.7
+    STATE = ("targets",)
+
+    def __init__(
+        self, training: TrainingConfig, samples: int, classes: int, device: torch.device, dist: Dist
+    ):
+        super().__init__(training, samples, classes, device, dist)
+        self.dist = dist
+        self.targets = torch.zeros(samples, classes, device=device)
+        self.fresh = (
+            torch.zeros(samples, dtype=torch.bool, device=device) if dist.world > 1 else None
+        )
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        losses, _ = super().__call__(logits, labels)
+        probabilities = logits.softmax(-1).clamp(1e-4, 1 - 1e-4)
+        predicted = probabilities.detach()
+        rows = self.DECAY * rows + (1 - self.DECAY) * predicted / predicted.sum(-1, keepdim=True)
+        return losses + self.weight * torch.log1p(-(rows * probabilities).sum(-1)), rows
+
+    def recall(self, indices: Tensor) -> Tensor:
+        return self.targets[indices]
+
+    def remember(self, indices: Tensor, rows: Tensor) -> None:
+        self.targets.index_copy_(0, indices, rows)
+        if self.fresh is not None:
+            self.fresh.index_fill_(0, indices, True)
+
+    def merge(self) -> None:
+        """A sample comes once an epoch, to one of the processes. Its new row goes to all."""
+        if self.fresh is None:
+            return
+        owners = self.dist.all_sum(self.fresh.float())
+        sums = self.dist.all_sum(self.targets * self.fresh[:, None])
+        self.targets.copy_(
+            torch.where(owners[:, None] > 0, sums / owners.clamp(min=1)[:, None], self.targets)
+        )
+        self.fresh.fill_(False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        self.merge()
+        return super().state_dict()
+
+
+LOSSES: dict[str, type[Loss]] = {  # training.loss
+    "cross_entropy": Loss,
+    "generalised_cross_entropy": GeneralisedCrossEntropy,
+    "early_learning": EarlyLearning,
+}

@@ -1,0 +1,170 @@
+"""What every training sample was worth when it was last trained on, and what the network made of
+its label.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lab.machine.distributed import Dist
+
+MEMORY = 4  # visits that the running means of loss and confidence are taken over
+
+
+class Visit(NamedTuple):
+    """What a training forward says of its samples, each [batch]."""
+
+    significance: Tensor  # float32, nats
+    loss: Tensor  # float32, nats: the plain cross-entropy of the given label
+    confidence: Tensor  # float32, 0 to 1: the probability of the predicted class
+    predicted: Tensor  # int64
+    given: Tensor  # int64: the labels trained on
+
+
+class SampleStore:
+    """What each sample of the training set was worth when it was last trained on, on the device.
+
+    significance: float32, nats; infinite for a sample never seen or without a finite loss. seen:
+    int16, epoch of the last visit, -1 for never. 6 bytes a sample, indexed by the data set's own
+    index.
+
+    With `labels`, 17 bytes more. loss and confidence: float32, exponential running means over some
+    MEMORY visits. predicted: int32, the class of the last visit. given: int32, the label. streak:
+    uint8, at how many visits in a row up to the last one the network has predicted this same class
+    and not the label.
+
+    Of several processes each keeps a range of the indices, a share of those bytes. What a process
+    records is sent to the rank that keeps it when the store is read or saved.
+    """
+
+    def __init__(
+        self, samples: int, device: torch.device, dist: Dist | None = None, labels: bool = False
+    ):
+        self.dist = dist or Dist()
+        self.edges = self.dist.shard_edges(samples)
+        self.own = slice(self.edges[self.dist.rank], self.edges[self.dist.rank + 1])
+        self.significance = torch.full((self.own.stop - self.own.start,), math.inf, device=device)
+        self.columns = {"significance": self.significance}
+        self.columns["seen"] = self.seen = torch.full_like(self.significance, -1, dtype=torch.int16)
+        self.labels = labels
+        if labels:
+            self.columns |= {
+                name: torch.zeros_like(self.significance) for name in ("loss", "confidence")
+            }
+            self.columns |= {
+                name: torch.full_like(self.seen, -1, dtype=torch.int32)
+                for name in ("predicted", "given")
+            }
+            self.columns["streak"] = torch.zeros_like(self.seen, dtype=torch.uint8)
+        self.unsent: list[
+            tuple[Tensor, Tensor]
+        ] = []  # (indices, rows) recorded by one of several processes
+        self.unsent_epoch = -1
+
+    def record(self, indices: Tensor, visit: Visit, epoch: int) -> None:
+        """Keep what a visit says of the samples int64 [batch]."""
+        given = visit if self.labels else visit[:1]
+        rows = torch.stack(
+            [column.float() for column in given]
+        )  # float32 holds every class's number
+        rows = torch.nan_to_num(rows, nan=math.inf, posinf=math.inf)
+        if self.dist.world > 1:
+            self.unsent.append((indices, rows))
+            self.unsent_epoch = epoch
+        else:
+            self._keep(indices, rows, epoch)
+
+    def _keep(self, indices: Tensor, rows: Tensor, epoch: int) -> None:
+        """rows: float32 [1 or 5, batch], the fields of a Visit."""
+        if self.labels:
+            self._keep_labels(indices, *rows[1:])
+        self.significance.index_copy_(0, indices, rows[0])
+        self.seen.index_fill_(
+            0, indices, epoch
+        )  # `seen[indices] = epoch` would wait for the device
+
+    def _keep_labels(
+        self, indices: Tensor, loss: Tensor, confidence: Tensor, predicted: Tensor, given: Tensor
+    ) -> None:
+        before = {name: column[indices] for name, column in self.columns.items()}
+        sound = loss.isfinite()
+        first = before["given"] < 0
+        for name, new in (("loss", loss), ("confidence", confidence)):
+            mean = torch.where(first, new, before[name] + (new - before[name]) / MEMORY)
+            self.columns[name].index_copy_(0, indices, torch.where(sound, mean, before[name]))
+        again = (predicted == before["predicted"]).to(torch.uint8) * before["streak"].clamp(
+            max=254
+        ) + 1
+        streak = torch.where(sound & (predicted != given), again, 0)
+        given = torch.where(sound, given, before["given"])
+        for name, new in (("streak", streak), ("predicted", predicted), ("given", given)):
+            self.columns[name].index_copy_(0, indices, new.to(self.columns[name].dtype))
+
+    def merge(self) -> None:
+        """Send what was recorded since the last merge, 12 bytes a sample and 16 more with labels,
+        to the ranks that keep it. Collective; at least once an epoch.
+        """
+        if self.dist.world == 1:
+            return
+        nothing = (
+            self.significance[:0].long(),
+            self.significance.new_empty(5 if self.labels else 1, 0),
+        )
+        indices, rows = (torch.cat(each, -1) for each in zip(nothing, *self.unsent, strict=True))
+        self.unsent = []
+        owners = torch.searchsorted(
+            torch.tensor(self.edges[1:], device=indices.device), indices, right=True
+        )
+        moves = self.dist.all_gather(owners.bincount(minlength=self.dist.world).tolist()).astype(
+            int
+        )
+        epoch = int(
+            self.dist.all_gather([self.unsent_epoch]).max()
+        )  # a rank may have recorded nothing
+        order = owners.argsort()
+        indices, rows = (self.dist.all_to_all(each[order], moves) for each in (indices, rows.T))
+        self._keep(indices - self.own.start, rows.T, epoch)
+
+    def scores(self, order: np.ndarray) -> np.ndarray:
+        """The significance of all samples in this `order` of their indices, float32 on the host.
+        Collective.
+        """
+        self.merge()
+        own = self.significance.cpu().numpy()
+        if self.dist.world == 1:
+            return own[order]
+        scores = np.full(len(order), -math.inf, dtype=np.float32)
+        at = np.flatnonzero((order >= self.own.start) & (order < self.own.stop))
+        scores[at] = own[order[at] - self.own.start]
+        return self.dist.all_max(torch.from_numpy(scores)).numpy()
+
+    def on_host(self) -> dict[str, np.ndarray]:
+        """Every column of the whole store by its name, [samples], on all ranks. Collective."""
+        self.merge()
+        parts = self.dist.all_gather_objects(
+            {name: column.cpu().numpy() for name, column in self.columns.items()}
+        )
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.columns}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The store, the whole of it on rank 0. Collective."""
+        self.merge()
+        if self.dist.world == 1:
+            return dict(self.columns)
+        moves = np.zeros((self.dist.world, self.dist.world), dtype=int)
+        moves[:, 0] = np.diff(self.edges)
+        state = {}
+        for name, column in self.columns.items():
+            as_bytes = column[:, None].view(torch.uint8)  # NCCL and gloo send no int16
+            state[name] = self.dist.all_to_all(as_bytes, moves).view(column.dtype)[:, 0]
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take a whole store; this rank keeps its range of it."""
+        for name, column in self.columns.items():
+            column.copy_(state[name][self.own])

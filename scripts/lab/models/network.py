@@ -1,0 +1,214 @@
+"""The network on its device, and what a training, a scoring and a validation step compute with
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lab.config.loading import Config
+from lab.data.images import axis_weights
+from lab.data.mixing import Mixing
+from lab.machine.devices import Normalise, compiled, resolve_amp_dtype
+from lab.machine.distributed import Dist
+from lab.method.losses import LOSSES, Loss
+from lab.method.sample_store import Visit
+from lab.models.average import WeightAverage
+from lab.models.building import count_flops, eval_view, forward_shapes, size_argument, synchronised
+from lab.models.weights import describe, input_moments
+
+
+def training_forward(
+    model: nn.Module, normalise: Normalise, measure: Callable, loss: Loss
+) -> Callable:
+    """What a training step computes, one function to compile: images, labels -> (objective, correct
+    [batch], summed loss). The objective is the sum of `loss` that is minimised, weighted where
+    there are weights; the summed loss is the plain cross-entropy.
+
+    Mixed labels are float [batch, classes], and the one of the largest share counts for `correct`.
+    With weights [batch] of the samples a `Visit` follows, with `rows` (see `Loss`) the new rows
+    come last.
+    """
+
+    def forward(
+        images: Tensor, labels: Tensor, weights: Tensor | None = None, rows: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        with normalise.autocast():
+            logits = model(normalise(images))
+        correct = logits.argmax(-1) == (labels if labels.ndim == 1 else labels.argmax(-1))
+        known = logits.detach().float()
+        losses, rows = loss(logits.float(), labels, rows)
+        plain = (
+            losses.detach() if loss.is_plain else F.cross_entropy(known, labels, reduction="none")
+        )
+        kept = () if rows is None else (rows,)
+        if weights is None:
+            return losses.sum(), correct, plain.sum(), *kept
+        confidence, predicted = known.softmax(-1).max(-1)
+        visit = Visit(measure(logits.detach(), labels), plain, confidence, predicted, labels)
+        return (losses * weights).sum(), correct, plain.sum(), visit, *kept
+
+    return forward
+
+
+def scoring_forward(
+    model: nn.Module, normalise: Normalise, measure: Callable, shrink: Tensor | None
+) -> Callable:
+    """What scoring computes: uint8 images, labels -> float32 [2, batch], significance and 1 for a
+    correct prediction.
+
+    shrink: [resolution, side], the weights (`axis_weights`) that take both axes to the scoring
+    resolution.
+    """
+
+    def forward(images: Tensor, labels: Tensor) -> Tensor:
+        images = shrunk(images, shrink)
+        with normalise.autocast():
+            logits = model(normalise(images))
+        correct = logits.argmax(-1) == labels
+        return torch.stack([measure(logits, labels), correct.float()])
+
+    return forward
+
+
+def shrunk(images: Tensor, weights: Tensor | None) -> Tensor:
+    """Pictures [batch, 3, H, W] at another resolution by `Network.shrink`; as they are where that
+    is None.
+    """
+    return images if weights is None else weights @ images.to(weights.dtype) @ weights.mT
+
+
+class Network:
+    """The model on its device, and the functions over whole batches that are compiled: to train,
+    score and validate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        measure: Callable,
+        device: torch.device,
+        dist: Dist,
+        samples: int = 0,
+        classes: int = 0,
+    ):
+        """measure: logits [batch, classes], labels [batch] -> significance [batch], nats. samples:
+        how many indices the training set has.
+        """
+        training = config.training
+        self.config = config
+        self.device = device
+        self.local_batch = training.batch_size // dist.world  # samples of a batch on this process
+        self.synced = training.sync_batchnorm and dist.world > 1
+        self.base_flop = config.metrics.base_flop_per_sample or count_flops(
+            model, config.dataset.image_size
+        )
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        model = synchronised(model) if self.synced else model
+        self.model = model.to(device, memory_format=layout).train()
+        self.amp_dtype = resolve_amp_dtype(training, device)
+        self.moments = input_moments(config.model, model)
+        self.normalise = Normalise(*self.moments.values(), device, layout, self.amp_dtype)
+        self.measure = measure
+        self.loss = LOSSES[training.loss](training, samples, classes, device, dist)
+        self.forward = compiled(
+            training_forward(self.model, self.normalise, self.measure, self.loss), training.compile
+        )
+        self.scorer = self.scoring_forward()
+        self.average = (
+            WeightAverage(self.model, training.weight_average) if training.weight_average else None
+        )
+        self.evaluator = (
+            self.scorer if self.average is None else self.scoring_forward(of=self.exported)
+        )
+        self.mixing: Mixing | None = None
+        if training.mixup or training.cutmix:
+            self.mixing = Mixing(training, self.classes, dist)
+
+    @property
+    def exported(self) -> nn.Module:
+        """The module whose weights are validated and exported: with `training.weight_average` their
+        average.
+        """
+        return self.model if self.average is None else self.average.model
+
+    def mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """A training step's pictures and labels, mixed where the config says so."""
+        return (images, labels) if self.mixing is None else self.mixing(images, labels, epoch, step)
+
+    def statistics(self) -> list[Tensor]:
+        """The buffers of floating-point numbers, BatchNorm's above all, of the weights and of their
+        average.
+        """
+        buffers = [
+            *self.model.buffers(),
+            *(() if self.average is None else self.exported.buffers()),
+        ]
+        return [buffer for buffer in buffers if buffer.is_floating_point()]
+
+    def scoring_forward(
+        self,
+        resolution: int | None = None,
+        of: nn.Module | None = None,
+        batch_statistics: bool = False,
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`scoring_forward` in eval mode with the weights of a module, by default those that are
+        trained, at `resolution` pixels or at full size. batch_statistics: see `eval_view`.
+        """
+        training = self.config.training
+        view = eval_view(self.model if of is None else of, batch_statistics)
+        forward = scoring_forward(view, self.normalise, self.measure, self.shrink(resolution))
+        return compiled(forward, training.compile_scoring or training.compile)
+
+    @cached_property
+    def classes(self) -> int:
+        """How many classes the network tells apart, found by a forward of shapes alone."""
+        return forward_shapes(self.model, self.config.dataset.image_size, training=False)[-1]
+
+    def shrink(self, resolution: int | None) -> Tensor | None:
+        """The weights (`axis_weights`) [resolution, side] that take both axes of a picture to
+        `resolution` pixels; None where they have as many.
+        """
+        side = self.config.dataset.image_size
+        if resolution in (None, side):
+            return None
+        whole = torch.tensor([[0.0, side]], device=self.device)
+        return axis_weights(whole[:, 0], whole[:, 1], resolution, side)[0]
+
+    def predictor(self) -> Callable[[Tensor], Tensor]:
+        """What gives the logits [batch, classes] of uint8 images, as validation computes them; not
+        compiled.
+        """
+        model = eval_view(self.exported)
+
+        def forward(images: Tensor) -> Tensor:
+            with self.normalise.autocast():
+                return model(self.normalise(images))
+
+        return forward
+
+    def normalise_by(self, moments: dict[str, Sequence[float]]) -> None:
+        """Normalise pixels by this `mean` and `std` from now on; before anything is compiled."""
+        self.moments = moments
+        self.normalise.set_moments(**moments)
+
+    def describe(self, classes: Sequence[str]) -> dict[str, Any]:
+        """What others need to build the network and to prepare its pictures: see
+        `weights.describe`.
+        """
+        config = self.config
+        size = size_argument(config.model, config.dataset.image_size)
+        return describe(config.model, config.dataset, self.model, classes, self.moments, size)
+
+    def weight_sum(self) -> float:
+        """The sum of all weights: processes whose weights differ do not have it alike."""
+        return (
+            torch.stack([p.detach().double().sum() for p in self.model.parameters()]).sum().item()
+        )

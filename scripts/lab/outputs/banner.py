@@ -1,0 +1,88 @@
+"""What a run says of itself: at its start, and after its first epoch where it will take long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lab.base.console import aligned, print_rank0
+from lab.config.loading import Config, checkpoint_folder
+from lab.data.cache.device import CachedLoader
+from lab.data.loading import EpochPlan
+
+LONG_HOURS = 1.0  # a run on a CPU that takes longer says so
+
+
+def announce(run: Any, plan: EpochPlan, classes: int, val_loader: Any) -> None:
+    """Print the device, the model, the data, the schedule and where results go. Collective."""
+    own = (
+        len(val_loader.indices)
+        if isinstance(val_loader, CachedLoader)
+        else sum(map(len, val_loader.batch_sampler))
+    )
+    val_pictures = int(run.dist.all_gather([own]).sum())
+    config = run.config
+    training = run.config.training
+    world = run.dist.world
+    threads = torch.get_num_threads()
+    device = run.outputs.environment["gpu"] or f"CPU, {threads} thread{'s' * (threads > 1)}"
+    parameters = sum(parameter.numel() for parameter in run.network.model.parameters())
+    batch = min(training.batch_size, len(plan.indices))
+    steps = -(-plan.dense_samples // batch)
+    rows = {
+        "device": device if world == 1 else f"{world} x {device}",
+        "model": f"{config.model.name}, {parameters / 1e6:,.2f} M parameters, "
+        f"{run.network.base_flop / 1e9:.3g} GFLOP per picture (forward and backward)",
+        "data": f"{config.dataset.type}, {classes:,} classes, {len(plan.indices):,} pictures in "
+        f"training, "
+        f"{val_pictures:,} in validation",
+        "schedule": schedule(config, f"{steps:,} step{'s' * (steps > 1)} of {batch:,} pictures"),
+        "mode": mode(config),
+        "results": f"{config.logging.output_dir}, checkpoints in {checkpoint_folder(config)}",
+    }
+    print_rank0(f"{aligned(rows)}\n")
+
+
+def schedule(config: Config, steps: str) -> str:
+    """How long the run trains. steps: of an epoch that loads everything, in words."""
+    training = config.training
+    minutes = config.training.max_minutes
+    text = f"{training.epochs:,} epoch{'s' * (training.epochs > 1)} of {steps}"
+    if training.lr_decay == "time":
+        return f"{minutes:.3g} minutes of training, in epochs of {steps}"
+    return text if minutes is None else f"{text}, at most {minutes:.3g} minutes"
+
+
+def mode(config: Config) -> str:
+    """What is trained on, and in which epochs."""
+    ast = config.ast
+    span = config.sparse_span()
+    if ast.mode == "dense":
+        return "dense: every epoch trains on all samples"
+    where = (
+        f"in epochs {span.start + 1} to {span.stop}" if len(span) > 1 else f"in epoch {span.stop}"
+    )
+    if ast.mode == "random":
+        return f"random: a share of {ast.target_activation} {where}, all samples in the others"
+    target = "auto" if ast.target_activation == "auto" else f"{ast.target_activation:g}"
+    share = "its own share" if ast.rule == "infobatch" else f"target activation {target}"
+    return f"ast: {share} {where}, scoring={ast.scoring}, rule={ast.rule}"
+
+
+def say_if_long(run: Any) -> None:
+    """After the first epoch of a run on a CPU, say how long all epochs will take, if that is over
+    LONG_HOURS.
+    """
+    training = run.config.training
+    clock = run.clock
+    if run.device.type != "cpu" or run.metrics.epoch != 1 or training.lr_decay == "time":
+        return
+    hours = training.epochs * (clock.train_seconds + clock.eval_seconds) / 3600
+    hours = min(hours, (training.max_minutes or float("inf")) / 60)
+    if hours > LONG_HOURS:
+        print_rank0(
+            f"note: on this CPU all {training.epochs} epochs take about {hours:.1f} "
+            f"hours; a GPU, a lower "
+            "training.epochs, dataset.image_size or dataset.max_train_samples makes it shorter"
+        )

@@ -1,1 +1,0 @@
-"""A run's surroundings: devices, processes, clocks, checkpoints."""

@@ -1,0 +1,343 @@
+"""A study as text: the table of settings, the verdict, and the table that grows while a run goes
+on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pandas as pd
+
+from lab.base.console import Columns, table_line
+from lab.base.errors import RequestError, one_line
+from lab.outputs.tables import EPOCH_COLUMNS
+from lab.study.analysis.study import Study
+from lab.study.results import ACTIVATION_BAND
+
+
+def points(difference: float, half: float) -> str:
+    """A difference in points with half its 95 % interval, as far as they are known."""
+    text = "-" if pd.isna(difference) else f"{difference:+.2f}"
+    return text if pd.isna(half) else f"{text} ± {half:.2f}"
+
+
+def match_text(row: Any) -> str:
+    """A row's time to match, with its interval; see `statistics.time_to_match`."""
+    if row.time_to_match_bound == "not resolved" or pd.isna(row.time_to_match):
+        return row.time_to_match_bound or "-"
+    text = f"{row.time_to_match_bound} {row.time_to_match:.2f}".strip()
+    low, high = (f"{value:.2f}" for value in (row.time_to_match_low, row.time_to_match_high))
+    if row.time_to_match_bound or low == high == text:
+        return text
+    return (
+        f"{text} ({'< ' * row.time_to_match_low_cut}{low} to "
+        f"{'> ' * row.time_to_match_high_cut}{high})"
+    )
+
+
+def interval_text(study: Study, row: Any) -> str:
+    """Half the 95 % interval of a row's mean accuracy; of two seeds their range."""
+    if row.n == 2:
+        own = study.runs.loc[study.runs["setting"] == row.Index, "final_accuracy"]
+        return f"{own.min():.2f} to {own.max():.2f}"
+    return "-" if pd.isna(row.final_ci95) else f"{row.final_ci95:.2f}"
+
+
+def text_table(study: Study) -> pd.DataFrame:
+    """The table of settings, text throughout: the terminal, Markdown, LaTeX and the page show these
+    same figures.
+    """
+    table = study.table
+
+    def show(column: str, spec: str) -> list[str]:
+        return ["-" if pd.isna(value) else format(value, spec) for value in table[column]]
+
+    def gaps(column: str) -> list[str]:
+        return [points(*pair) for pair in zip(table[column], table[f"{column}_ci95"], strict=True)]
+
+    columns = {
+        "setting": list(table.index),
+        "n": show("n", "d"),
+        "final %": show("final_mean", ".2f"),
+        "sd": show("final_sd", ".2f"),
+        "± 95 %": [interval_text(study, row) for row in table.itertuples()],
+        "best %": show("best_mean", ".2f"),
+        "difference": gaps("difference"),
+        "at equal time": gaps("equal_time"),
+        "time to match": [match_text(row) for row in table.itertuples()],
+        "to best dense": gaps("best_dense"),
+        "train s": show("train_seconds_mean", ".1f"),
+        "s sd": show("train_seconds_sd", ".1f"),
+        "kJ": show("energy_kj_mean", ".4g"),
+        "kJ (estimate)": show("est_energy_kj_mean", ".4g"),
+        "TFLOP": show("tflop", ".4g"),
+        "epochs": show("epochs", ".4g"),
+        "activation": show("activation", ".3f"),
+        "off target": show("activation_error", ".3f"),
+    }
+    if columns["to best dense"] == columns["difference"]:
+        del columns["to best dense"]  # the baseline is the best dense setting
+    always = ("setting", "n", "final %")
+    return pd.DataFrame(
+        {name: texts for name, texts in columns.items() if name in always or set(texts) != {"-"}}
+    )
+
+
+Sentence = tuple[str, str]  # its subject, and the rest
+
+
+def gap_sentence(name: str, other: str, difference: float, half: float) -> Sentence:
+    """That one beats or loses to the other, or that their difference is within its interval."""
+    size = points(abs(difference), half).removeprefix("+")
+    if pd.isna(half):
+        where = "above" if difference > 0 else "below"
+        return name, f"is {size} points {where} {other}; an interval needs two seeds of each."
+    if abs(difference) <= half:
+        return (
+            name,
+            f"shows no significant difference to {other}: {points(difference, half)} points.",
+        )
+    return name, f"{'beats' if difference > 0 else 'loses to'} {other} by {size} points."
+
+
+def match_sentence(study: Study, name: str) -> Sentence:
+    """A setting's time to match, in words."""
+    row = next(study.table.loc[[name]].itertuples())
+    text = match_text(row)
+    dense = study.table[study.table["dense"]]
+    if row.time_to_match_bound == "not resolved":
+        return (
+            f"Whether {name}",
+            "saves training time is not resolved: it needs more seeds or dense lengths.",
+        )
+    if row.time_to_match_bound == "<":
+        return name, f"beats dense training of every length: its time to match is {text}."
+    if row.time_to_match_bound == ">":
+        return (
+            name,
+            f"is less accurate than the shortest dense setting: its time to match is {text}.",
+        )
+    epochs = dense.loc[row.time_to_match_against, "epochs"]
+    whose = row.time_to_match_against
+    its = "its"
+    if (dense["epochs"] == epochs).sum() == 1 and epochs.is_integer():
+        whose = f"{epochs:.0f} dense epochs"
+        its = "their"
+    return name, f"reaches the accuracy of {whose} in {text} of {its} time."
+
+
+def against_dense(study: Study, sparse: Sequence[str]) -> list[Sentence]:
+    """What the most accurate sparse setting is worth against dense training, and the one of least
+    time to match.
+    """
+    table = study.table
+    name = sparse[0]
+    found = []
+    equal = table.loc[name, ["equal_time", "equal_time_ci95"]]
+    if pd.notna(equal.iloc[0]):
+        found.append(gap_sentence(name, "dense training of the same time", *equal))
+    rows = table.loc[list(sparse)]
+    matched = (rows["time_to_match_bound"] != "") | rows["time_to_match"].notna()
+    if matched[name]:
+        found.append(match_sentence(study, name))
+    known = rows[rows["time_to_match_bound"].isin(["", "<"]) & rows["time_to_match"].notna()]
+    if len(known) and (least := known["time_to_match"].idxmin()) != name:
+        found.append(match_sentence(study, least))
+    return found
+
+
+def in_words(sentences: Sequence[Sentence]) -> list[str]:
+    """The sentences as texts; a subject that comes again is "it"."""
+    words = []
+    before = None
+    for subject, rest in sentences:
+        again = before is not None and subject.removeprefix("Whether ") == before
+        said = ("Whether it" if subject.startswith("Whether ") else "It") if again else subject
+        words.append(f"{said} {rest}")
+        before = subject.removeprefix("Whether ")
+    return words
+
+
+def verdict(study: Study) -> str:
+    """The sentences of the verdict as one text."""
+    return " ".join(verdict_sentences(study))
+
+
+def verdict_sentences(study: Study) -> list[str]:
+    """Which setting wins, by how much, what it is worth against dense training, and the
+    controller's error.
+    """
+    table = study.table
+    ranked = table.index[table["final_mean"].notna()]
+    if not study.comparable:
+        return [
+            "The files do not say which data and model they are of: they are listed, not compared."
+        ]
+    if not len(ranked):
+        return ["No run has an accuracy."]
+    figures = text_table(study).set_index("setting").to_dict("index")
+    best = ranked[0]
+    base = study.baseline
+    spread = figures[best].get("± 95 %", "-")
+    count = int(table.loc[best, "n"])
+    half, ends = (
+        ("", f", {spread}") if count == 2 else (f" ± {spread}" if spread != "-" else "", "")
+    )
+    accuracy = f"{figures[best]['final %']}{half} % ({count} seed{'s' * (count > 1)}{ends})"
+    sentences: list[Sentence] = [(best, f"has the highest final accuracy: {accuracy}.")]
+    sparse = [name for name in ranked if not table.loc[name, "dense"]]
+    other = (
+        best if base != best else next((name for name in [*sparse, *ranked] if name != base), None)
+    )
+    if base in ranked and other is not None:
+        sentences.append(
+            gap_sentence(other, base, *table.loc[other, ["difference", "difference_ci95"]])
+        )
+    sentences += against_dense(study, sparse) if sparse else []
+    if not study.frontiers:
+        sentences.append(
+            ("No finished dense run", "with its time was found: time to match is not known.")
+        )
+    errors = table["activation_error"].dropna()
+    if len(errors):
+        worst = errors.idxmax()
+        where = f" ({worst})." if errors.max() > ACTIVATION_BAND else "."
+        off = (
+            f"was at most {figures[worst]['off target']} off its target after the first "
+            f"sparse epoch{where}"
+        )
+        sentences.append(("Activation", off))
+    return in_words(sentences)
+
+
+def frontier_lines(study: Study) -> list[str]:
+    """The dense frontiers in words, one line each; where there are several, with their machines."""
+    lines = []
+    for machine, frontier in study.frontiers.items():
+        where = f" ({machine})" if len(study.frontiers) > 1 else ""
+        ends = ", ".join(f"{percent:.2f} % in {seconds:.1f} s" for seconds, percent in frontier)
+        lines.append(one_line(f"dense frontier{where}: {ends}"))
+    return lines
+
+
+def several(studies: Sequence[Study]) -> str | None:
+    """A line on the comparison groups, where there are several."""
+    count = len(studies)
+    return f"{count} comparison groups: nothing is compared across them." if count > 1 else None
+
+
+def to_markdown(studies: Sequence[Study]) -> str:
+    """The tables as Markdown, each under its group's title where there are several."""
+    parts = []
+    for study in studies:
+        table = text_table(study)
+        rows = [
+            list(table.columns),
+            ["---", *["--:"] * (len(table.columns) - 1)],
+            *table.to_numpy().tolist(),
+        ]
+        lines = (
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows
+        )
+        parts.append((f"## {study.title}\n\n" if len(studies) > 1 else "") + "".join(lines))
+    return "\n".join(parts)
+
+
+def to_latex(studies: Sequence[Study]) -> str:
+    """The tables for LaTeX (booktabs); where there are several groups, each title is a row over its
+    table.
+    """
+    parts = []
+    for study in studies:
+        table = text_table(study)
+        style = (
+            table.style.hide(axis="index")
+            .format(escape="latex")
+            .format_index(escape="latex", axis="columns")
+        )
+        latex = style.to_latex(hrules=True, column_format="l" + "r" * (len(table.columns) - 1))
+        if len(studies) > 1:
+            title = pd.DataFrame({"": [study.title]}).style.hide(axis="index").hide(axis="columns")
+            cell = (
+                title.format(escape="latex").to_latex().splitlines()[1].removesuffix("\\\\").strip()
+            )
+            row = f"\\multicolumn{{{len(table.columns)}}}{{l}}{{{cell}}} \\\\\n"
+            latex = latex.replace("\\toprule\n", f"\\toprule\n{row}", 1)
+        parts.append(latex)
+    return "\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------- Following
+
+FOLLOWED: Columns = {
+    "epoch": ("epoch", "5.0f"),
+    **{
+        title: EPOCH_COLUMNS[title]
+        for title in "loss|train %|val %|active|threshold|loaded|trained".split("|")
+    },
+    "train s": ("train_seconds", "10.1f"),
+    "est kJ": ("est_energy_kj", "10.3f"),
+    "kJ": ("energy_kj", "10.3f"),
+    "ms/step": EPOCH_COLUMNS["ms/step"],
+}
+
+
+def finished_lines(path: Path, position: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file from byte `position` on that end in a line break, each with the position
+    behind it.
+    """
+    with path.open("rb") as file:
+        file.seek(position)
+        while (line := file.readline()).endswith(b"\n"):
+            yield file.tell(), line
+
+
+def growing_lines(path: Path, poll_seconds: float) -> Iterator[tuple[int, str]]:
+    """The lines of a growing file as they are finished, each with its number. Never ends.
+
+    Waits for a file that does not exist yet, as before a run's first epoch. Starts again when the
+    file shrinks. Raises RequestError where it cannot be read.
+    """
+    position = 0
+    count = 0
+    while True:
+        try:
+            if path.stat().st_size < position:
+                position = 0
+                count = 0
+            for end, line in finished_lines(path, position):
+                position = end
+                count = count + 1
+                yield count, line.decode(errors="replace")
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise RequestError(f"--follow: {path.parent}: no such folder") from None
+        except OSError as error:
+            raise RequestError(f"--follow: {path}: {error.strerror}") from None
+        time.sleep(poll_seconds)
+
+
+def follow(path: Path, poll_seconds: float = 0.5) -> NoReturn:
+    """Print the epochs of `logging.jsonl_path` as they are logged, until interrupted.
+
+    Raises RequestError for a line that is no epoch.
+    """
+    print(table_line(FOLLOWED), flush=True)
+    before = 0.0
+    for count, line in growing_lines(path, poll_seconds):
+        try:
+            row = json.loads(line)
+            text = table_line(FOLLOWED, row)
+            epoch = float(row.get("epoch") or 0)
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            raise RequestError(
+                f"--follow: {path}: line {count}: not an epoch: {one_line(line, 60)}"
+            ) from None
+        if epoch <= before:
+            print(f"\n{table_line(FOLLOWED)}")  # another run goes on in the same file
+        before = epoch
+        print(text, flush=True)

@@ -1,0 +1,152 @@
+"""What the commands share: how they end, common options, the help on config keys."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import partial
+
+from dotenv import find_dotenv, load_dotenv
+
+from lab.base.errors import NobodyThere, RequestError, TrainingFailed, one_line
+from lab.base.launch import launched
+from lab.base.streams import standard_streams
+from lab.config.loading import config_keys
+
+
+def run_cli(main: Callable[[], int]) -> int:
+    """Run a script's `main` and return the exit code of the process.
+
+    A wrong request is one line on stderr and code 2. A failed run, or a disk that does not take
+    what a command was asked to print, is code 1. A reader who has seen enough (`| head`) is no
+    error.
+    """
+    with standard_streams():
+        return _run(main)
+
+
+def _run(main: Callable[[], int]) -> int:
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries would bury the one line
+    code = 0
+    failed = None
+    try:
+        read_env()
+        code = main()
+        sys.stdout.flush()
+    except (RequestError, TrainingFailed) as error:
+        failure = (
+            2 if isinstance(error, RequestError) else getattr(error, "code", 1),
+            one_line(error),
+        )
+        failed = error
+    except BrokenPipeError:
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if (why := _known(error)) is None:
+            raise
+        failure = 1, why
+    else:
+        return code
+    if isinstance(failed, NobodyThere) or _reports(*failure):
+        print(f"error: {failure[1]}", file=sys.stderr)
+    return failure[0]
+
+
+def read_env() -> None:
+    """Take over what a `.env` file sets. Raises RequestError naming a file that cannot be read."""
+    path = find_dotenv()
+    try:
+        if path:
+            load_dotenv(path)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise RequestError(f"{path}: not lines of NAME=value in UTF-8: {one_line(error)}") from None
+
+
+def _known(error: Exception) -> str | None:
+    """What an error that nothing has named says, in one line; None where it is a mistake in the
+    code.
+    """
+    if "torch" in sys.modules:  # or it is no run's
+        from lab.machine.clock import explained
+
+        known = explained(error)
+        return None if known is error else one_line(known)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'standard output'}: {error.strerror or one_line(error)}"
+    return "out of memory" if isinstance(error, MemoryError) else None
+
+
+def _reports(code: int, why: str) -> bool:
+    """Whether this process prints the error: the only one does; of several the first to fail."""
+    try:
+        if launched()[1] == 1:
+            return True
+    except RequestError:  # it is the error
+        return True
+    from lab.machine.distributed import claim_failure  # imports torch, which a table does not need
+
+    return claim_failure(code, why)
+
+
+HELP_WIDTH = 110  # characters
+OVERRIDES_HELP = (
+    "any config key, as ast.pack=true. Text is taken verbatim, quotes included; null is no value"
+)
+RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
+
+
+def option(name: str, value: str) -> list[str]:
+    """An option as arguments of another command, its value as it is, even one that begins like an
+    option.
+    """
+    return [f"{name}={value}"] if value.startswith("-") else [name, value]
+
+
+class ConfigHelp(argparse.Action):
+    """Print every config key and leave, as `--help` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(options_help())
+        parser.exit()
+
+
+def command_parser(description: str | None, config_help: bool = False) -> argparse.ArgumentParser:
+    """A parser that keeps the line breaks of `description`. `config_help`: with --help-config, for
+    all config keys.
+    """
+    form = partial(argparse.RawDescriptionHelpFormatter, width=HELP_WIDTH, max_help_position=30)
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    if config_help:
+        text = "show all config keys with their units and defaults"
+        parser.add_argument("--help-config", nargs=0, action=ConfigHelp, help=text)
+    return parser
+
+
+def options_help() -> str:
+    """Every config key with its default and meaning, by section, for --help-config."""
+    lines = [
+        (
+            "Config keys: by section in a YAML or JSON file, as section.key=value on the "
+            "command line. There text is taken"
+        ),
+        'verbatim and null is no value; the word null itself goes into a file, as "null".',
+    ]
+    section = ""
+    for key, (description, default) in config_keys().items():
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            lines.append(f"\n{section}")
+        lines.append(f"  {key} (default {'null' if default is None else str(default).lower()})")
+        lines += textwrap.wrap(
+            description, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return "\n".join(lines)

@@ -1,0 +1,237 @@
+"""Configs: strict, named errors, every preset, every documented key."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import REPO
+from lab.base.errors import RequestError
+from lab.config.loading import Config, config_keys
+from lab.study.cli import options_help
+from train_ast import load_config
+
+PRESETS = sorted((REPO / "configs").glob("*.yaml"))
+DOCUMENTED = """
+    model.name model.pretrained
+    dataset.type dataset.train_dir dataset.val_dir dataset.name dataset.split_train
+    dataset.split_val dataset.cache_dir dataset.num_classes dataset.image_size ast.target_activation
+    ast.kp ast.ki ast.initial_threshold ast.min_threshold ast.entropy_weight ast.min_active
+    ast.kp_warmup_epochs ast.ki_warmup_epochs
+    training.lr training.momentum training.weight_decay training.min_lr training.batch_size
+    training.epochs training.grad_accum_steps training.mixed_precision training.max_minutes
+    training.early_stop_patience
+    training.num_workers training.seed
+    metrics.base_flop_per_sample metrics.gpu_tdp_watts
+    logging.output_dir logging.jsonl_path
+    model.small_stem dataset.subset dataset.revision dataset.image_key dataset.label_key
+    dataset.max_train_samples dataset.max_val_samples ast.mode ast.scoring ast.pack
+    ast.threshold_unit ast.warmup_epochs ast.anneal_epochs training.optimizer
+    training.lr_warmup_epochs training.label_smoothing training.grad_clip_norm training.amp_dtype
+    training.device
+""".split()
+
+
+def test_every_documented_key_exists_and_is_described():
+    keys = config_keys()
+    assert set(DOCUMENTED) <= set(keys)
+    assert all(len(description) > 10 for description, _ in keys.values())
+    assert all(key in options_help() for key in keys)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_loads_and_names_only_what_differs(path):
+    load_config(path)
+    defaults = Config.model_construct().model_dump() | Config().model_dump()
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for name, value in values.items():
+            assert value != defaults[section][name], f"{section}.{name} is the default"
+
+
+def test_the_documented_presets_are_there():
+    expected = (
+        "cifar10_resnet18_ast cifar10_resnet18_fast digits_smoke imagenet_resnet50_ast "
+        "imagenet_vitb16_ast"
+    )
+    assert {path.stem for path in PRESETS} >= {
+        *expected.split(),
+        "imagenette_folder_ast",
+        "imagenette_hf_ast",
+    }
+
+
+def test_yaml_json_and_overrides_mean_the_same(tmp_path):
+    (tmp_path / "a.yaml").write_text("training:\n  lr: 1e-3\n  epochs: 7\n")
+    (tmp_path / "a.json").write_text(json.dumps({"training": {"lr": 1e-3, "epochs": 7}}))
+    expected = load_config(None, ["training.lr=1e-3", "training.epochs=7"])
+    assert expected.training.lr == 0.001
+    assert load_config(tmp_path / "a.yaml") == load_config(tmp_path / "a.json") == expected
+    assert load_config(tmp_path / "a.yaml", ["training.lr=0.5"]).training.lr == 0.5
+
+
+def test_off_is_a_word(tmp_path):
+    (tmp_path / "a.yaml").write_text("training:\n  compile: off\n")
+    assert load_config(tmp_path / "a.yaml", ["dataset.name=no"]).training.compile == "off"
+    with pytest.raises(RequestError, match="model.pretrained: expected a valid boolean, got 'yes'"):
+        load_config(None, ["model.pretrained=yes"])
+    assert load_config(None, ["model.pretrained=true"]).model.pretrained
+
+
+def test_resolved_config_loads_again(tmp_path):
+    config = load_config(REPO / "configs/imagenet_vitb16_ast.yaml")
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "ast.target_activaton=0.3",
+            "ast.target_activaton: unknown key; did you mean ast.target_activation?",
+        ),
+        ("ast.batch_size=3", "ast.batch_size: unknown key; did you mean training.batch_size?"),
+        ("traning.lr=3", "traning: unknown key; did you mean training?"),
+        ("epochs=3", "did you mean training.epochs?"),
+        ("training.epochs", "expected section.key=value"),
+        ("training.epochs=ten", "training.epochs: expected a valid integer, got 'ten'"),
+        ("training.epochs=2.5", "training.epochs: expected a valid integer"),
+        ("training.epochs=true", "training.epochs: expected a valid integer"),
+        ("training.lr=.nan", "training.lr: expected a finite number"),
+        ("training.lr=-1", "training.lr: expected greater than 0, got -1"),
+        ("model.pretrained=1", "model.pretrained: expected a valid boolean"),
+        ("ast.mode=sparse", "ast.mode: expected 'ast', 'dense' or 'random', got 'sparse'"),
+        (
+            "ast.initial_threshold=high",
+            "ast.initial_threshold: expected a valid number or 'auto', got 'high'",
+        ),
+        ("ast.target_activation=0", "ast.target_activation: expected greater than 0"),
+        ("training.lr=[", "not a valid value"),
+        ("dataset.type=folder", "dataset.train_dir: needed with dataset.type=folder"),
+        ("dataset.type=hf", "dataset.name: dataset.type=hf needs"),
+        ("training.epochs=1", "none of training.epochs=1 is sparse; lower ast.warmup_epochs"),
+        ("ast.min_active=500", "ast.min_active: at most training.batch_size=128"),
+        ("training.compile=default", "training.compile: needs ast.pack=true"),
+        ("training.compile=max", "training.compile: expected"),
+        ("ast.score_resolution=64", "ast.score_resolution: at most dataset.image_size=32"),
+        ("dataset.cache_resolution=40", "dataset.cache_resolution: needs dataset.cache=device"),
+        ("training.lr_decay=time", "training.max_minutes: needed with training.lr_decay=time"),
+        ("training.min_lr=9", "training.min_lr: at most training.lr=0.1"),
+        (
+            "training.min_lr=0.01 training.lr_schedule=constant",
+            "training.min_lr: lr_schedule=constant never falls to it",
+        ),
+        ("training.layer_decay=0", "training.layer_decay: expected greater than 0, got 0"),
+        ("training.weight_average=1", "training.weight_average: expected less than 1, got 1"),
+        (
+            "dataset.augment_policy=auto",
+            "dataset.augment_policy: expected 'none', 'rand_augment' or 'trivial_augment'",
+        ),
+        (
+            "dataset.augment_policy=trivial_augment dataset.cache=device",
+            "dataset.augment_policy: trivial_augment needs dataset.cache=none",
+        ),
+        (
+            "ast.scoring=history training.mixup=0.2",
+            "training.mixup: ast.scoring=history remembers each sample",
+        ),
+        (
+            "ast.scoring=history training.cutmix=1",
+            "training.cutmix: ast.scoring=history remembers each sample",
+        ),
+        ("ast.initial_threshold=-1", "ast.initial_threshold: at least ast.min_threshold=0"),
+        ("ast.rule=infobatch", "ast.rule: infobatch needs ast.scoring=history"),
+        ("ast.scoring=history ast.rule=topk", "ast.rule: topk needs ast.scoring=batch"),
+        ("ast.scoring=history ast.rule=infobatch", "ast.entropy_weight: 0 for ast.rule=infobatch"),
+        ("ast.scoring=history ast.explore=0.3", "ast.explore: 0.3 or more of all samples"),
+        (
+            "ast.scoring=history ast.explore=0 ast.explore_weight_cap=4",
+            "ast.explore_weight_cap: with ast.explore=0 no",
+        ),
+        (
+            "ast.scoring=history ast.forget_rate=0.8",
+            "ast.forget_rate: leaves fewer than ast.target_activation=0.25",
+        ),
+        (
+            "ast.scoring=history ast.score_resolution=8",
+            "ast.score_resolution: ast.scoring=history makes no forward",
+        ),
+        (
+            "ast.explore_weight_cap=0.5",
+            "ast.explore_weight_cap: expected greater than or equal to 1",
+        ),
+        ("dataset.label_noise=1", "dataset.label_noise: expected less than 1"),
+        ("dataset.label_noise=-0.1", "dataset.label_noise: expected greater than or equal to 0"),
+        ("dataset.repeat=0", "dataset.repeat: expected greater than or equal to 1"),
+        (
+            "training.nesterov=true training.momentum=0",
+            "training.nesterov: needs training.momentum",
+        ),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(RequestError) as caught:
+        load_config(
+            None, override.split() if " " in override and "=" in override.split()[1] else [override]
+        )
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read the config: No such file or directory"),
+        ("", "empty"),
+        ("\n \n", "empty"),
+        ("training: [1, 2]", "training: expected"),
+        ("- 1\n- 2", "expected a mapping of sections, got list"),
+        ("training: {lr: 1", "not valid YAML or JSON"),
+        ("training:\n  lr: 1\n  lr: 2\n", "key 'lr' stands there twice"),
+        ("training: !!python/object/apply:os.system ['true']", "not valid YAML or JSON"),
+        (b"\xff\xfe\x00", "not valid YAML or JSON"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RequestError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_config_is_all_defaults(tmp_path):
+    for text in ("# nothing\ntraining:\n", "# nothing\n", "{}"):
+        (tmp_path / "empty.yaml").write_text(text)
+        assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+def test_phases():
+    config = load_config(None, ["training.epochs=6", "ast.warmup_epochs=2", "ast.anneal_epochs=1"])
+    assert [config.is_sparse(epoch) for epoch in range(6)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    dense = load_config(None, ["training.epochs=6", "ast.mode=dense"])
+    assert not any(dense.is_sparse(epoch) for epoch in range(6))
+
+
+def test_importing_the_lab_has_no_side_effects(tmp_path):
+    import subprocess
+    import sys
+
+    code = "import signal, sys; before = signal.getsignal(signal.SIGINT); import train_ast; "
+    code += "assert signal.getsignal(signal.SIGINT) is before"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(REPO / "scripts")}
+    )
+    assert done.returncode == 0
+    assert list(Path(tmp_path).iterdir()) == []

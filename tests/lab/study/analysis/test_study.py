@@ -1,0 +1,157 @@
+"""The comparison: settings, groups, the dense frontier and warnings."""
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import MINIMAL
+from helpers import studies_of, study_of, write_run
+from lab.study.analysis.settings import UNKNOWN
+from lab.study.analysis.study import dense_frontier
+from lab.study.analysis.tables import frontier_lines
+
+# ----------------------------------------------------------------------------------------- Grouping
+
+
+def test_real_runs_are_grouped_by_config_with_seeds_as_replicates(results):
+    study, unknown = studies_of(results).values()
+    assert sorted(study.table.index) == ["ast", "dense"]
+    files = [
+        json.loads(path.read_text())
+        for path in results.glob("*.json")
+        if "config" in path.read_text()
+    ]
+    sparse = [file for file in files if file["config"]["ast"]["mode"] == "ast"]
+    row = study.table.loc["ast"]
+    assert row["n"] == len(sparse) == 2
+    finals = [file["final_accuracy"] for file in sparse]
+    assert row["final_mean"] == pytest.approx(np.mean(finals))
+    assert row["final_sd"] == pytest.approx(np.std(finals, ddof=1))
+    assert row["best_mean"] == pytest.approx(np.mean([file["best_accuracy"] for file in sparse]))
+    assert row["train_seconds_mean"] == pytest.approx(
+        np.mean([file["train_seconds"] for file in sparse])
+    )
+    rates = [file["training_history"]["activation_rate"] for file in sparse]
+    assert row["activation"] == pytest.approx(np.mean([rate[1:] for rate in rates]))
+    assert row["activation_error"] == pytest.approx(max(abs(rate[2] - 0.25) for rate in rates))
+    assert study.table.loc["dense", "n"] == 1
+    assert unknown.title == UNKNOWN
+    minimal = unknown.table.loc["20200101_000000"]
+    assert (minimal["final_mean"], minimal["best_mean"], minimal["epochs"]) == (71.5, 71.5, 2)
+    assert minimal["activation"] == pytest.approx(0.33)
+    assert minimal["tflop"] == pytest.approx(0.17)
+    assert minimal["est_energy_kj_mean"] == 6.5
+    assert np.isnan(minimal["train_seconds_mean"])
+
+
+def test_seed_and_logging_make_no_other_setting_and_numbers_are_compared_by_value(tmp_path):
+    write_run(tmp_path, "1", ast__kp=1)
+    write_run(
+        tmp_path,
+        "2",
+        ast__kp=1.0,
+        training__seed=1,
+        logging__output_dir="elsewhere",
+        logging__jsonl_path="log",
+    )
+    write_run(tmp_path / "more", "3", ast__kp=1.5, training__seed=2)
+    (tmp_path / "final_results_minimal.json").write_text(json.dumps(MINIMAL))  # it knows no seed
+    study, unknown = studies_of(tmp_path, tmp_path / "more").values()
+    assert list(study.table["n"]) == [2, 1]
+    assert list(study.table["seeds"]) == ["0 1", "2"]
+    assert list(unknown.table["seeds"]) == ["-"]
+
+
+def test_dense_twins_of_one_sparse_setting_are_one_setting_for_all_their_budgets(tmp_path):
+    for seed in range(2):
+        write_run(
+            tmp_path, f"s{seed}", training__seed=seed, extra={"twin": f"final_results_t{seed}.json"}
+        )
+        twin = {"twin": f"final_results_s{seed}.json"}
+        write_run(
+            tmp_path,
+            f"t{seed}",
+            training__seed=seed,
+            ast__mode="dense",
+            training__max_minutes=1.1 + seed,
+            extra=twin,
+        )
+    assert dict(study_of(tmp_path).table["n"]) == {"ast": 2, "dense twin": 2}
+
+
+# ----------------------------------------------------------------------------------------- Frontier
+
+
+def test_frontier_keeps_what_no_other_reaches_in_less_time():
+    seconds = np.array([30.0, 10.0, 20.0, 20.0, 40.0])
+    percent = np.array([88.0, 80.0, 90.0, 85.0, 91.0])
+    assert dense_frontier(seconds, percent).tolist() == [[10, 80], [20, 90], [40, 91]]
+    assert dense_frontier(np.array([]), np.array([])).shape == (0, 2)
+
+
+def test_frontier_is_of_finished_dense_runs_on_the_same_data_model_and_machine(tmp_path):
+    for number, (epochs, seconds, accuracy) in enumerate([(3, 10.0, 80.0), (6, 20.0, 90.0)]):
+        for seed in range(2):
+            values = (1.0, 2.0, accuracy + seed - 0.5)
+            write_run(
+                tmp_path,
+                f"d{number}{seed}",
+                values,
+                seconds,
+                ast__mode="dense",
+                training__epochs=epochs,
+                training__seed=seed,
+            )
+    write_run(
+        tmp_path,
+        "capped",
+        (1.0, 95.0),
+        12.0,
+        ast__mode="dense",
+        training__epochs=9,
+        extra={"status": "time_capped"},
+    )
+    write_run(tmp_path, "other", (1.0, 99.0), 1.0, ast__mode="dense", model__name="resnet50")
+    gpu = {"environment": {"gpu": "H200", "platform": "Linux"}}
+    write_run(tmp_path, "gpu", (1.0, 98.0), 1.0, ast__mode="dense", training__epochs=8, extra=gpu)
+    write_run(tmp_path, "sparse", (1.0, 85.0), 12.0)
+    study, other = studies_of(tmp_path).values()
+    assert list(other.table.index) == ["dense"]
+    row = study.table.loc["ast epochs=3 gpu=null"]
+    assert row["machine"] == "null"
+    assert {machine: len(frontier) for machine, frontier in study.frontiers.items()} == {
+        "null": 2,
+        "H200": 1,
+    }
+    assert "dense frontier (null): 80.00 % in 10.0 s, 90.00 % in 20.0 s" in frontier_lines(study)
+    assert row["equal_time"] == pytest.approx(
+        85 - 82
+    )  # at 12 s, between 80 % at 10 s and 90 % at 20 s
+    assert any("the runs come from 2 machines" in text for text in study.warnings)
+    assert any("time_capped in 1 of 1 runs" in text for text in study.warnings)
+
+
+# ----------------------------------------------------------------------------------------- Warnings
+
+
+def test_warnings(tmp_path):
+    history = {
+        "epoch": [1, 2, 3],
+        "val_acc": [90.0, 80.0, float("nan")],
+        "activation_rate": [1.0, 0.5, 0.4],
+    }
+    write_run(tmp_path, "1", extra={"training_history": history, "best_accuracy": 90.0})
+    write_run(
+        tmp_path,
+        "2",
+        training__seed=1,
+        extra={"status": "failed", "error": "non-finite loss in epoch 3, step 2"},
+    )
+    found = "\n".join(study_of(tmp_path).warnings)
+    assert (
+        "ast: activation up to 0.150 off its target" in found
+    )  # the first sparse epoch does not count
+    assert "ast: best epoch inside a dense phase in 1 of 1 runs" in found
+    assert "ast: 1 NaN or infinite values in its files" in found
+    assert "final_results_2.json: failed: non-finite loss in epoch 3, step 2" in found
