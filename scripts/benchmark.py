@@ -10,9 +10,10 @@
     python scripts/benchmark.py epoch --folder data/imagenet/train --stream-steps 60
 
 steps    training loops over one resident batch: the lab's own, and what others write by hand
-scaling  on paper: what those steps would take on more GPUs with as many samples each input images
-per second of each pipeline over a folder of classes epoch    wall time of whole epochs of a folder
-of classes, by kind of cache, and how long the GPU waited in them
+scaling  on paper: what those steps would take on more GPUs with as many samples each
+input    images per second of each pipeline over a folder of classes
+epoch    wall time of whole epochs of a folder of classes, by kind of cache, and how long the GPU
+         waited in them
 """
 
 from __future__ import annotations

@@ -86,13 +86,12 @@ from lab.method.selecting import (
     Choice,
     auto_target,
     choose_by_mean,
-    choose_by_threshold,
+    draw_ties,
     first_target,
     highest,
     out_of_reach,
     plateau,
     top_up,
-    with_ties,
 )
 from lab.method.times_trained import TimesTrained
 from lab.models.building import check_resolution, get_model
@@ -426,18 +425,96 @@ class RandomShare(Selection):
     CHOOSES_BEFORE_LOADING = True
 
 
+class Threshold(Stateful):
+    """Active are those above a threshold that a PI controller moves, so that a share `target` is.
+
+    The controller takes a step after every batch. Stored scores are walked in batches too: a sample
+    comes once an epoch, so its score is the same now as at its turn, and nothing is loaded for it.
+    """
+
+    STATE = ("controller", "iqr", "streak")
+
+    def __init__(self, config: Config):
+        self.controller = PIController.from_config(config.ast)
+        self.batch_size = config.training.batch_size
+        self.moves = config.ast.kp > 0 or config.ast.ki > 0
+        self.in_iqr = config.ast.threshold_unit == "iqr"
+        self.restarts = config.ast.initial_threshold == "auto"
+        self.iqr: float | None = None  # running inter-quartile range of the scores, nats
+        self.streak = 0.0  # log probability of the current run of all or none active
+
+    def choose(
+        self, scores: Tensor, uniforms: Callable[[], Tensor], epoch: float, target: float
+    ) -> tuple[Tensor, float]:
+        """(the active, int64, ascending; the mean threshold, nats). scores: float32 [n], nats."""
+        known = scores[: 2**16]  # the order is random, so any part of it is a fair sample
+        known = known[known.isfinite()]
+        known = known if len(known) else torch.zeros(1)
+        self.controller.target = target
+        tied = plateau(known.numpy(), target) if self.moves else None
+        if tied is not None and self.controller.threshold != tied:
+            self.controller.start(tied)
+        draws = None if tied is None else uniforms().numpy()
+        active = np.zeros(len(scores), dtype=bool)
+        thresholds = []
+        for start in range(0, len(scores), self.batch_size):
+            here = slice(start, start + self.batch_size)
+            if self.controller.threshold is None:  # after a dense phase, or lost
+                self.controller.start(torch.quantile(known, 1 - target).item())
+            thresholds.append(self.controller.threshold)
+            self.controller.epoch = epoch + start / len(scores)
+            drawn = None if draws is None else draws[here]
+            active[here] = self.step(scores[here], drawn)
+        return torch.from_numpy(np.flatnonzero(active)), statistics.fmean(thresholds)
+
+    def step(self, scores: Tensor, draws: np.ndarray | None) -> np.ndarray:
+        """Who of a batch is active, bool [batch]; then the threshold moves."""
+        controller = self.controller
+        active = scores.numpy() > controller.threshold
+        expected = int(np.count_nonzero(active)) / len(active)
+        if draws is not None:
+            taken = draw_ties(
+                scores.numpy(), active, controller.threshold, controller.target, draws
+            )
+            active = active | taken.taken
+            expected = taken.expected
+        self.observe_spread(scores)
+        controller.update(expected, self.iqr if self.in_iqr else 1.0)
+        if self.restarts and self.is_lost(int(np.count_nonzero(active)), len(active)):
+            controller.threshold = None  # the scores have left it behind
+        return active
+
+    def observe_spread(self, scores: Tensor) -> None:
+        ranked = scores[scores.isfinite()].sort(descending=True).values
+        if len(ranked):
+            iqr = ranked[len(ranked) // 4].item() - ranked[3 * len(ranked) // 4].item()
+            # one batch alone is noisy
+            self.iqr = iqr if self.iqr is None else 0.9 * self.iqr + 0.1 * iqr
+        elif self.iqr is None:
+            self.iqr = 1.0
+
+    def is_lost(self, active: int, samples: int) -> bool:
+        """Whether chance (1e-6) cannot explain so many in a row all active, or all inactive."""
+        target = self.controller.target
+        odds = {0: 1 - target, samples: target}.get(active, 1.0)
+        self.streak = self.streak + samples * math.log(odds) if 0 < odds < 1 else 0.0
+        lost = self.streak < math.log(1e-6)
+        self.streak = 0.0 if lost else self.streak
+        return lost
+
+
 class BatchThreshold(Selection):
     """Scores every loaded sample by a forward; active are those above a threshold that a PI
     controller moves.
     """
 
-    STATE = (*Selection.STATE, "streak", "iqr")
+    STATE = (*Selection.STATE, "rule")
     CHOOSES_ON_DEVICE: ClassVar[bool] = False
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.streak = 0.0  # log probability of the current run of all or none active
-        self.iqr: float | None = None  # running inter-quartile range of the scores, nats
+        self.rule = Threshold(self.config)
+        self.controller = self.rule.controller
 
     def scorer(self, network: Network) -> Scorer:
         side = self.config.dataset.image_size
@@ -456,50 +533,23 @@ class BatchThreshold(Selection):
         )
 
     def choose(self, scores: Tensor) -> Tensor:
-        ast = self.config.ast
-        controller = self.controller
-        shared = plateau(scores.numpy(), self.target) if ast.kp or ast.ki else None
-        if shared is not None and controller.threshold != shared:
-            controller.start(shared)
-        if controller.threshold is None:  # after a dense phase, or lost: see below
-            controller.start(torch.quantile(scores, 1 - self.target).item())
-        active = select_active(scores, controller.threshold, ast.min_active)
-        expected = active.activation
-        if shared is not None:
-            uniforms = self.uniforms(len(scores))
-            ties = with_ties(
-                scores.numpy(), controller.threshold, self.target, uniforms, ast.min_active
-            )
-            active = Active(torch.from_numpy(ties.indices), ties.activation, active.iqr)
-            expected = ties.expected
-        self.activations.append(active.activation)
-        self.thresholds.append(controller.threshold)
-        self.iqr = active.iqr if self.iqr is None else 0.9 * self.iqr + 0.1 * active.iqr
-        controller.update(expected, self.iqr if ast.threshold_unit == "iqr" else 1.0)
-        if ast.initial_threshold == "auto" and self.is_lost(active.activation, len(scores)):
-            controller.threshold = (
-                None  # the scores have left the threshold behind: start again from their quantile
-            )
-        return active.indices
+        uniforms = partial(self.uniforms, len(scores))
+        active, threshold = self.rule.choose(scores, uniforms, self.controller.epoch, self.target)
+        self.activations.append(len(active) / len(scores))
+        self.thresholds.append(threshold)
+        chosen = np.zeros(len(scores), dtype=bool)
+        chosen[active.numpy()] = True
+        chosen[top_up(chosen, scores.numpy(), self.config.ast.min_active)] = True
+        return torch.from_numpy(np.flatnonzero(chosen))
 
-    def uniforms(self, samples: int) -> np.ndarray:
+    def uniforms(self, samples: int) -> Tensor:
         """A random number of each sample of the batch, by the seed, the epoch and the sample's
         place in its order.
         """
         places = len(self.activations) * samples + torch.arange(samples)
         return uniform(self.config.training.seed, math.floor(self.controller.epoch), places, 1)[
             :, 0
-        ].numpy()
-
-    def is_lost(self, activation: float, samples: int) -> bool:
-        """Whether so many samples in a row were all active, or all inactive, that chance (1e-6)
-        cannot explain it.
-        """
-        odds = {0.0: 1 - self.target, 1.0: self.target}.get(activation, 1.0)
-        self.streak = self.streak + samples * math.log(odds) if 0 < odds < 1 else 0.0
-        lost = self.streak < math.log(1e-6)
-        self.streak = 0.0 if lost else self.streak
-        return lost
+        ]
 
 
 class TopShare(BatchThreshold):
@@ -566,6 +616,7 @@ class HistoryThreshold(Selection):
     """
 
     KEEPS_SCORES = CHOOSES_BEFORE_LOADING = True
+    STATE = (*Selection.STATE, "rule")
 
     def __init__(self, config: Config, samples: int, device: torch.device, dist: Dist):
         super().__init__(config, samples, device, dist)
@@ -574,6 +625,8 @@ class HistoryThreshold(Selection):
             if config.ast.explore
             else 1.0
         )
+        self.rule = Threshold(config)
+        self.controller = self.rule.controller
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -653,17 +706,27 @@ class HistoryThreshold(Selection):
         number of each.
         """
         ast = self.config.ast
-        batch = self.config.training.batch_size
         if ast.target_activation == 1:
             return Choice(np.full(len(scores), ACTIVE), ast.min_threshold)
-        in_iqr = ast.threshold_unit == "iqr"
-        rest = (
-            (uniforms - ast.explore) / (1 - ast.explore) if ast.kp or ast.ki else None
-        )  # of those not explored
-        drawn = uniforms < ast.explore
-        return choose_by_threshold(
-            scores, drawn, self.controller, batch, in_iqr, self.fixed_rate(ast), rest
+        rate = self.fixed_rate(ast)
+        out = highest(scores, rate) if rate else np.zeros(len(scores), dtype=bool)
+        drawn = ~out & (uniforms < ast.explore)
+        others = np.flatnonzero(~out & ~drawn)
+        kinds = drawn.astype(np.uint8) * EXPLORED
+        # the rule chooses among those who are neither left out nor explored
+        target = (min(ast.target_activation, 1 - rate) / (1 - rate) - ast.explore) / (
+            1 - ast.explore
         )
+        rest = torch.from_numpy((uniforms[others] - ast.explore) / (1 - ast.explore))
+        threshold = ast.min_threshold
+        active = np.arange(len(others))
+        if target < 1:
+            chosen, threshold = self.rule.choose(
+                torch.from_numpy(scores[others]), lambda: rest, self.controller.epoch, target
+            )
+            active = chosen.numpy()
+        kinds[others[active]] = ACTIVE
+        return Choice(kinds, threshold)
 
     def weights(self, batch: DeviceBatch) -> Tensor:
         return torch.where(

@@ -5,9 +5,8 @@ out of reach.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,12 +34,11 @@ def highest(scores: np.ndarray, share: float) -> np.ndarray:
     """Which samples have the highest finite scores, so many that they are a `share` of all, bool
     [n].
     """
-    known = scores[np.isfinite(scores)]
-    return (
-        np.isfinite(scores) & (scores > np.quantile(known, 1 - share))
-        if len(known)
-        else np.zeros(len(scores), bool)
-    )
+    order = np.argsort(np.where(np.isfinite(scores), -scores, math.inf), kind="stable")
+    count = min(math.floor(share * len(scores)), int(np.isfinite(scores).sum()))
+    found = np.zeros(len(scores), dtype=bool)
+    found[order[:count]] = True
+    return found
 
 
 def plateau(scores: np.ndarray, share: float) -> float | None:
@@ -75,28 +73,6 @@ def draw_ties(
     tied = int(np.count_nonzero(ties))
     lacking = min(max(0.0, target * len(scores) - above), tied)
     return Ties(ties & (uniforms * tied < lacking), (above + lacking) / len(scores))
-
-
-class Chosen(NamedTuple):
-    """Who is active of a batch, with a share of the samples at the threshold."""
-
-    indices: np.ndarray  # int64, ascending
-    activation: float  # share of the batch, before the floor
-    expected: float  # the same on average over the draws
-
-
-def with_ties(
-    scores: np.ndarray, threshold: float, target: float, uniforms: np.ndarray, min_active: int
-) -> Chosen:
-    """The samples above the threshold and those drawn at it (see `draw_ties`), at least
-    `min_active`.
-    """
-    chosen = scores > threshold
-    taken, expected = draw_ties(scores, chosen, threshold, target, uniforms)
-    chosen = chosen | taken
-    activation = int(np.count_nonzero(chosen)) / len(scores)
-    chosen[top_up(chosen, scores, min_active)] = True
-    return Chosen(np.flatnonzero(chosen), activation, expected)
 
 
 def out_of_reach(
@@ -152,65 +128,6 @@ class Choice(NamedTuple):
 LEFT_OUT, ACTIVE, EXPLORED, REVISITED = map(
     np.uint8, range(4)
 )  # revisited: looked at, not trained on
-
-
-def choose_by_threshold(
-    scores: np.ndarray,
-    drawn: np.ndarray,
-    controller: Any,
-    chunk: int,
-    in_iqr: bool,
-    forget_rate: float = 0.0,
-    uniforms: np.ndarray | None = None,
-) -> Choice:
-    """Which samples an epoch trains on: those above the threshold or never seen, and those drawn to
-    be explored.
-
-    scores: float32 [n], nats, in the order of the epoch, infinite for never seen. drawn: bool [n],
-    who is explored if not active. forget_rate: the share of the samples, of the highest scores,
-    that does not count as above. uniforms: float32 [n], a random number of each, by which samples
-    at the threshold are taken; None takes none of them.
-
-    Walks the order in chunks. After each, the controller (a `PIController`) is updated by the share
-    that was taken, as after a batch. A sample comes once an epoch, so its stored score is the same
-    now as at its turn: nothing has to be loaded for this.
-    """
-    some = scores[: 2**16]  # the order is random, so any part of it is a fair sample
-    some = some[np.isfinite(some)]
-    some = some if len(some) else np.zeros(1, dtype=np.float32)
-    lower, upper, ceiling = np.quantile(some, [0.25, 0.75, 1 - forget_rate])
-    spread = float(upper - lower) if in_iqr else 1.0
-    explored = float(
-        drawn.mean()
-    )  # explored samples are part of the target: the threshold takes what they leave
-    share = min(
-        1.0, max(0.0, forget_rate + (controller.target - explored) / max(1e-9, 1 - explored))
-    )
-    shared = None if uniforms is None else plateau(some, share)
-    if shared is not None and controller.threshold != shared:
-        controller.start(shared)
-    if controller.threshold is None:
-        controller.start(float(np.quantile(some, 1 - share)))
-    if forget_rate:
-        scores = np.where((scores > ceiling) & np.isfinite(scores), -math.inf, scores)
-    kinds = drawn.astype(np.uint8) * EXPLORED
-    before = controller.epoch
-    thresholds = []
-    for start in range(0, len(scores), chunk):
-        here = slice(start, start + chunk)
-        part = kinds[here]
-        part[scores[here] > controller.threshold] = ACTIVE
-        thresholds.append(controller.threshold)
-        activation = int(np.count_nonzero(part)) / len(part)
-        if shared is not None:
-            ties = draw_ties(
-                scores[here], part > 0, controller.threshold, controller.target, uniforms[here]
-            )
-            part[ties.taken] = ACTIVE
-            activation = ties.expected
-        controller.epoch = before + start / len(scores)
-        controller.update(activation, spread)
-    return Choice(kinds, statistics.fmean(thresholds))
 
 
 def choose_by_mean(scores: np.ndarray, drawn: np.ndarray) -> Choice:
