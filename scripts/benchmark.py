@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -33,8 +33,9 @@ import torch
 from lab.base.files import require_folder
 from lab.base.launch import launch, launched
 from lab.config.loading import Config
-from lab.data.loading import DeviceBatch
+from lab.data.loading import DeviceBatch, EpochPlan
 from lab.machine.devices import configure_backends, environment, resolve_device
+from lab.method.sample_store import Visit
 from lab.models.building import get_model
 from lab.study.benchmark import epochs, inputs, timing
 from lab.study.benchmark.options import parse
@@ -43,11 +44,13 @@ from lab.study.benchmark.scaling import benchmark_scaling, break_even, show_scal
 from lab.study.benchmark.timing import Loop, StepRow, TimedDist, Workload
 from lab.study.cli import run_cli
 from train_ast import (
+    Data,
+    Pool,
     Run,
+    Threshold,
     begin_epoch,
     build_dataloaders,
-    select_active,
-    selection_class,
+    parts_of,
     significance,
     train_one_epoch,
 )
@@ -60,11 +63,12 @@ def lab_steps(
     config = workload.config.model_copy(deep=True)
     device = workload.images.device
     resolution = workload.score_resolution if at_score_resolution else None
-    small = min(config.dataset.image_size, 96)  # side of the pictures that a proxy sees
-    settings = {"pack": True, "score_resolution": resolution, "proxy_resolution": small, **ast}
+    if ast.get("scoring") == "proxy":  # sees pictures of at most this side
+        resolution = min(config.dataset.image_size, 96)
+    settings = {"pack": True, "score_resolution": resolution, **ast}
     config.ast = config.ast.model_copy(update=settings)
     config.training.compile = compiled
-    configure_backends(config.ast.pack or not selection_class(config).scores_batches(), device)
+    configure_backends(config.ast.pack or parts_of(config).scores.before_loading, device)
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
     run = Run.build(config, model, device, planned_steps=10**6, dist=workload.dist)
     run.start_epoch(config.ast.warmup_epochs, np.arange(0))
@@ -82,6 +86,47 @@ def lab_steps(
     return Loop(steps, lambda: statistics.mean(activations) if activations else None)
 
 
+def choose_active(scores: torch.Tensor, activation: float) -> None:
+    """What the host does with the scores of a batch [n] before it knows who is active."""
+    config = Config()
+    config.ast.target_activation = activation
+    config.training.batch_size = len(scores)
+    rule = Threshold(config)
+    rule.choose(Pool(scores, lambda: torch.rand(len(scores)), 0.0), activation)
+
+
+class EpochSteps:
+    """A run whose epochs `lab.study.benchmark.epochs` times."""
+
+    def __init__(self, config: Config, device: torch.device, data: Data):
+        configure_backends(True, device)
+        model = get_model(config.model, data.classes, config.dataset.image_size)
+        samples = int(data.plan.indices.max()) + 1
+        self.device = device
+        self.run = Run.build(config, model, device, 10**6, samples)
+        self.run.warm_up()
+        if self.run.selection.store is not None:
+            self.remember_scores(data.plan.indices)
+        self.run.start_epoch(1, data.plan.permutation())
+
+    def remember_scores(self, indices: np.ndarray) -> None:
+        """Give every sample a random score, as if an epoch had been trained."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        scores = torch.rand(len(indices), device=self.device, generator=generator)
+        nothing = torch.zeros_like(scores)
+        visit = Visit(scores, scores, scores, nothing, nothing)
+        self.run.selection.store.record(torch.from_numpy(indices).to(self.device), visit, 0)
+
+    def begin_epoch(self, plan: EpochPlan) -> None:
+        self.run.metrics.epoch += 1
+        self.run.metrics.step = 0
+        begin_epoch(self.run, plan)
+
+    def train(self, batches: Iterable[DeviceBatch], steps: int) -> None:
+        self.run.metrics.step = 0
+        train_one_epoch(self.run, batches, steps)
+
+
 ALONE = {"compiles": False, "one_process": True}  # uncompiled, in one process
 # One entry is one row, in the order of the table: compiled, then uncompiled.
 # lab/study/benchmark/peers.py says what the hand-written loops do.
@@ -94,7 +139,6 @@ STEP_ROWS = [
         partial(lab_steps, mode="ast", at_score_resolution=True),
         needs_score_resolution=True,
     ),
-    StepRow("  not scored ahead", partial(lab_steps, mode="ast", score_ahead=False)),
     StepRow("proxy-scored loop, a={activation:g}", partial(lab_steps, mode="ast", scoring="proxy")),
     StepRow("random loop, a={activation:g}", partial(lab_steps, mode="random")),
     StepRow(
@@ -159,12 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_folder(path.parent, option, path)
     if args.what == "steps" and args.nproc > 1 and launched()[1] == 1:
         return launch(Path(__file__), args.nproc, 0, sys.argv[1:] if argv is None else argv)
-    lab = epochs.Lab(build_dataloaders, get_model, Run, begin_epoch, train_one_epoch)
+    lab = epochs.Lab(build_dataloaders, EpochSteps)
     work, show = {
         "steps": (benchmark_steps, timing.show_steps),
         "input": (inputs.benchmark_input, inputs.show_input),
         "epoch": (partial(epochs.benchmark_epoch, lab=lab), epochs.show_epoch),
-        "scaling": (partial(benchmark_scaling, choose=select_active), show_scaling),
+        "scaling": (partial(benchmark_scaling, choose=choose_active), show_scaling),
     }[args.what]
     result = work(args)
     if launched()[0] == 0:

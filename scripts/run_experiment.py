@@ -24,7 +24,7 @@ from lab.base.launch import forget_launch, launch, launched
 from lab.config.loading import Config, dump_config
 from lab.machine.clock import Stop
 from lab.study.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
-from train_ast import execute, load_config, lr_warmup_share, train
+from train_ast import execute, load_config, shares_of, train
 
 FLAGS = {
     "--epochs": "training.epochs",
@@ -44,14 +44,14 @@ def time_matched_baseline(config: Config, train_seconds: float) -> Config:
     """The dense twin of `config`: the same but dense, its schedule decayed over exactly
     `train_seconds` of training.
     """
+    epochs = EPOCHS_FACTOR * config.training.epochs
+    warmup = shares_of(config).until(config.training.lr_warmup_epochs, of_loaded=True)
     training = config.training.model_copy(
         update={
             "lr_decay": "time",
             "max_minutes": train_seconds / 60,
-            "epochs": EPOCHS_FACTOR * config.training.epochs,
-            "lr_warmup_epochs": EPOCHS_FACTOR
-            * config.training.epochs
-            * lr_warmup_share(config, of_loaded=True),
+            "epochs": epochs,
+            "lr_warmup_epochs": epochs * warmup,
         }
     )
     ast = config.ast.model_copy(update={"mode": "dense"})

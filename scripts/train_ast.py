@@ -12,12 +12,15 @@ The law: a sample is active, and only then back-propagated, where
     loss + entropy_weight * entropy(logits) > threshold
 and after every step, with error = activation - target,
     threshold += (kp * error + ki * sum of errors) * spread.
+A sample is chosen in `Selection.take`.
+
 A run writes <output_dir>/final_results_<timestamp>.json and, if asked, one JSON line an epoch. What
 it needs to go on bit for bit after an interruption (`run_experiment.py --resume auto`) is in
 <output_dir>/checkpoints/<run>/last.pt.
 
-To add a measure of significance: one function and one line of MEASURES. A rule of selection: one
-class and one line of SELECTIONS. A data set: one class and one line of DATASETS.
+To add a measure of significance: one function and one line of MEASURES. A way to score, a rule, a
+target, a doubt of labels or a data set: one class and one line of SCORINGS, RULES, TARGETS, DOUBTS
+or DATASETS.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,7 +44,8 @@ from torch import Tensor, nn
 
 import lab.config.loading
 from lab.base.console import print_rank0, step_bar
-from lab.base.errors import RequestError, one_line
+from lab.base.errors import RequestError, TrainingFailed, one_line
+from lab.config.keys import RULE_KEYS, RULE_REPLACES, SCORING_KEYS, all_needs, idle_keys, spelled
 from lab.config.loading import Config, checkpoint_folder, first_complaint, require_known
 from lab.config.sections import ASTConfig, DatasetConfig
 from lab.data.cache.loaders import Split, cached_loaders, prepare_caches
@@ -55,50 +59,44 @@ from lab.data.datasets import (
 )
 from lab.data.images import Augmentation
 from lab.data.loading import (
+    BatchScores,
     DeviceBatch,
     EpochPlan,
     Loader,
     ScoreAhead,
-    Scores,
     device_batches,
     loader_options,
     loader_processes,
 )
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
-from lab.engine.checkpoint import claimed, find_checkpoint, load_checkpoint
+from lab.engine.checkpoint import FORMAT, claimed, find_checkpoint, load_checkpoint
 from lab.engine.checks import check_start
-from lab.engine.optimizer import build_optimizer, copies_of_weights, lr_at
-from lab.engine.state import reduce_to_rank0, resume_run, run_state, warm_up
+from lab.engine.optimizer import copies_of_weights
+from lab.engine.state import compile_all, require_alike, resume_parts, state_of
+from lab.engine.trainer import Trainer
 from lab.machine.clock import Clock, Stop, explained
-from lab.machine.devices import configure_backends, resolve_device, seed_rank, to_device
-from lab.machine.distributed import Dist, average_running_statistics, meet, merge_gradients
+from lab.machine.devices import (
+    RandomGenerators,
+    configure_backends,
+    resolve_device,
+    seed_rank,
+    to_device,
+)
+from lab.machine.distributed import Dist, average_running_statistics, meet
 from lab.machine.meters import ClassCounts, Ledger, Meter
 from lab.machine.stateful import Stateful
 from lab.machine.workers import WorkerLoader, ending_workers
-from lab.method.labels import FORGET_FROM, REVISIT, doubted
+from lab.method.doubt import LEFT_OUT, HighestScores, LabelDoubt, UnlikelyLabels
 from lab.method.sample_store import SampleStore, Visit
-from lab.method.selecting import (
-    ACTIVE,
-    EXPLORED,
-    LEFT_OUT,
-    REVISITED,
-    Choice,
-    auto_target,
-    choose_by_mean,
-    draw_ties,
-    first_target,
-    highest,
-    out_of_reach,
-    plateau,
-    top_up,
-)
+from lab.method.schedule import Schedule, Shares
 from lab.method.times_trained import TimesTrained
 from lab.models.building import check_resolution, get_model
-from lab.models.network import Network
+from lab.models.network import Network, StepResult
 from lab.models.proxy import Proxy
-from lab.outputs.banner import announce, say_if_long
-from lab.outputs.log import Outputs, live_figures, open_tensorboard, prepare_outputs
+from lab.outputs.banner import Facts, announce, own_pictures, say_if_long
+from lab.outputs.diet import figures as diet_figures
+from lab.outputs.log import Outputs, open_tensorboard, prepare_outputs
 from lab.outputs.result import build_result, count_diet
 from lab.outputs.suspects import Suspects
 from lab.outputs.tables import epoch_line, of_all
@@ -139,7 +137,11 @@ class PIController(Stateful):
             include={"kp", "ki", "min_threshold", "kp_warmup_epochs", "ki_warmup_epochs"}
         )
         threshold = None if ast.initial_threshold == "auto" else ast.initial_threshold
-        return cls(target=first_target(ast), threshold=threshold, **gains)
+        return cls(
+            target=1.0 if ast.target_activation == "auto" else ast.target_activation,
+            threshold=threshold,
+            **gains,
+        )
 
     def start(self, threshold: float) -> None:
         """Begin at `threshold` (nats) with no memory of earlier errors."""
@@ -202,236 +204,182 @@ Measure = Callable[[Tensor, Tensor, float], Tensor]
 MEASURES: dict[str, Measure] = {"loss_entropy": significance}  # ast.measure
 
 
-class Active(NamedTuple):
-    indices: Tensor  # int64 [active], ascending: the samples to train on
-    activation: float  # share of the scores above the threshold, before the min_active floor
-    iqr: float  # inter-quartile range of the scores, nats
+# --------------------------------------------------------------------------- Parts of a selection
 
 
-def select_active(scores: Tensor, threshold: float, min_active: int = 0) -> Active:
-    """The samples whose score is above `threshold`, or the top `min_active` where those are fewer.
+class Pool(NamedTuple):
+    """Among whom a rule chooses: the samples of a batch, or of an epoch by their stored scores."""
 
-    scores: [batch], nats, finite. The active samples are the top k of one stable sort, so of equal
-    scores the earlier sample comes first.
+    scores: Tensor  # float32 [n], nats; infinite for a sample never seen
+    uniforms: Callable[[], Tensor]  # [n], a random number of each, made only where a rule asks
+    epoch: float  # sparse epochs so far
+
+    def at(self, rows: Tensor) -> Pool:
+        """The pool of these rows alone."""
+        return Pool(self.scores[rows], lambda: self.uniforms()[rows], self.epoch)
+
+
+class Choice(NamedTuple):
+    """Who of a pool is trained on."""
+
+    rows: Tensor  # int64 [active], ascending
+    threshold: float | Tensor  # nats; a tensor on the device is read at the epoch's end
+    weights: Tensor | None = None  # float32 [active], of each row's loss; None: all 1
+
+    def weights_of(self, n: int) -> Tensor:
+        """float32 [n], of a pool of n; 1 for those who are not chosen."""
+        weights = torch.ones(n, device=self.rows.device)
+        return weights if self.weights is None else weights.index_copy_(0, self.rows, self.weights)
+
+
+def with_floor(choice: Choice, scores: Tensor, believed: Tensor | None, floor: int) -> Choice:
+    """Where fewer than `floor` are active, the highest scores of the others come on top, those not
+    believed last. Nothing is read from a device.
     """
     n = len(scores)
-    ranked, order = scores.sort(descending=True, stable=True)
-    above = (scores > threshold).sum()
-    count, upper, lower = torch.stack(
-        [above.float(), ranked[n // 4], ranked[(3 * n) // 4]]
-    ).tolist()
-    k = min(max(int(count), min_active), n)
-    return Active(order[:k].sort().values, count / n, upper - lower)
+    lacking = min(floor, n) - len(choice.rows)
+    if lacking <= 0:
+        return choice
+    if believed is not None:
+        last = torch.full_like(scores, torch.finfo(scores.dtype).min)
+        scores = last.index_copy_(0, believed, scores[believed])
+    others = scores.index_fill(0, choice.rows, -math.inf)
+    more = others.sort(descending=True, stable=True).indices[:lacking]
+    rows = torch.cat([choice.rows, more]).sort().values
+    weights = None if choice.weights is None else choice.weights_of(n)[rows]
+    return Choice(rows, choice.threshold, weights)
 
 
-# ---------------------------------------------------------------------------------------- Selection
-
-
-class Scorer(NamedTuple):
-    """How a rule has samples scored before it chooses among them."""
-
-    forward: Callable[
-        [Tensor, Tensor], Tensor
-    ]  # images, labels -> float32 [2, batch], see `Network.scoring_forward`
-    cost: float  # of a scored sample, as a share of a training forward + backward
-    is_model: (
-        bool  # whether its predictions are the trained network's: then they count for train_acc
-    )
-    on_device: bool = (
-        False  # whether the rule chooses on the device: the host does not wait for the scores
-    )
-
-
-class Selection(Stateful):
-    """Which samples a step trains on. This class is dense training: all of them.
-
-    A rule overrides what it needs. It may have every loaded batch scored (`scorer`, `choose`), or
-    decide before loading (`start_epoch`, `mask`), or weigh and record what is trained on
-    (`weights`, `record`). Scoring ahead, packing, counting, the learning rate's pace and scores
-    that are not finite are no rule's business.
+class Scores(Stateful):
+    """What samples are worth, and what asking costs. This class asks nobody: dense and random runs,
+    whose epochs load who is trained on.
     """
 
-    STATE = (
-        "activations",
-        "thresholds",
-        "controller",
-        "target",
-        "store",
-        "kinds",
-        "believed",
-        "forgotten",
-    )
-    KEEPS_SCORES: ClassVar[bool] = False  # whether it chooses by stored scores
-    CHOOSES_BEFORE_LOADING: ClassVar[bool] = False  # whether a sparse epoch loads a share alone
-    PLANNED_SHARE: ClassVar[float | None] = (
-        None  # that share, as the schedule expects it; None: the target activation
-    )
+    KEYS: ClassVar[tuple[str, ...]] = ()  # the keys of `ast` that it reads
+    before_loading: ClassVar[bool] = True  # whether a sparse epoch loads only who was chosen
+    keeps_visits: ClassVar[bool] = False  # whether it needs a store of what samples were worth
+    predicts: ClassVar[bool] = False  # whether its predictions are the trained network's
+    forward: Callable[[Tensor, Tensor], Tensor] | None = None  # see `Network.scoring_forward`
+    cost: float = 0.0  # of a scored sample, as a share of a training forward + backward
+    explored: float = 0.0  # share of the samples that are trained on whatever their scores
 
-    def __init__(self, config: Config, samples: int, device: torch.device, dist: Dist):
-        """samples: how many indices the training set has."""
-        self.config = config
-        self.device = device
-        self.dist = dist
-        self.target = first_target(config.ast)  # share of the samples to be active in this epoch
-        self.controller = PIController.from_config(config.ast)  # frozen in dense epochs
-        self.activations: list[float] = []  # of this epoch's sparse steps: shares of 0 to 1
-        self.thresholds: list[
-            float | Tensor
-        ] = []  # likewise, nats; a tensor is read at the end of the epoch
-        self.told = False  # that the target is out of reach
-        rate = config.ast.forget_rate if config.ast.mode == "ast" else 0.0
-        doubts = rate == "auto" or (rate > 0 and self.KEEPS_SCORES)
-        self.forgotten = (
-            0.0 if doubts else None
-        )  # share of the samples that this epoch leaves out for their labels
-        self.store = SampleStore(samples, device, dist, doubts) if self.remembers(config) else None
-        kept = samples if self.store else 0
-        self.kinds = torch.ones(
-            kept, dtype=torch.uint8, device=device
-        )  # what this epoch does with each, by index
-        self.believed = torch.ones(
-            kept, dtype=torch.uint8
-        )  # before a choice: ACTIVE, LEFT_OUT or REVISITED
+    def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
+        pass
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Raises ValueError naming the key where the config does not suit this rule."""
+        """Raises ValueError naming the key where the config does not suit."""
 
-    @classmethod
-    def remembers(cls, config: Config) -> bool:
-        """Whether it stores what each sample was worth when it was last trained on."""
-        return cls.KEEPS_SCORES or (config.ast.mode == "ast" and config.ast.forget_rate == "auto")
+    def of_epoch(self, order: np.ndarray) -> Tensor | None:
+        """The scores of all samples, known before loading: float32 [n], on the host. Collective.
 
-    @classmethod
-    def scores_batches(cls) -> bool:
-        """Whether loaded batches are scored: then each has another number of active samples."""
-        return cls.scorer is not Selection.scorer
-
-    def scorer(self, network: Network) -> Scorer | None:
-        """Asked once. None: nothing is scored before training."""
+        order: int64 [n], the samples. None: they are not known.
+        """
         return None
 
-    def is_sparse(self, epoch: int) -> bool:
-        """Whether `epoch` trains on a selection: as the config says, and with a target of auto
-        where that pays.
-        """
-        return self.config.is_sparse(epoch) and not (
-            self.config.ast.target_activation == "auto" and self.target == 1
-        )
+    def observe(self, batch: DeviceBatch, lr_share: float) -> None:
+        """Learn from a whole batch that was scored. lr_share: the rate as a share of its peak."""
 
-    def forget(self, epoch: int, order: np.ndarray, progress: float) -> None:
-        """Before an epoch of any kind, leave out the samples whose label is not believed
-        (`ast.forget_rate: auto`).
 
-        A few of them, drawn by the seed, the epoch and the index, are looked at again, with weight
-        0. A sample comes back once the network predicts its label. progress: of the schedule, 0 to
-        1.
-        """
-        if self.forgotten is None:
-            return
-        self.forgotten = 0.0
-        if self.config.ast.forget_rate != "auto" or progress < FORGET_FROM:
-            return
-        out = doubted(self.store.on_host(), self.believed.numpy() != ACTIVE, progress)
-        again = (
-            np.random.default_rng((self.config.training.seed, epoch, 2)).random(len(out)) < REVISIT
-        )
-        self.believed.copy_(torch.from_numpy(np.where(out, again * REVISITED, ACTIVE)))
-        self.forgotten = float(out[order].mean())
+class NetworkScores(Scores):
+    """A forward of the network over every loaded batch."""
 
-    def start_epoch(self, epoch: int, order: np.ndarray) -> None:
-        """Begin a sparse epoch. order: int64, all indices in the order of the epoch."""
-        self.activations = []
-        self.thresholds = []
-        self.controller.frozen = False
-        self.controller.target = self.target
-        self.kinds.copy_(self.believed)
+    KEYS = SCORING_KEYS["batch"]
+    before_loading = False
+    predicts = True
 
-    def start_dense_epoch(self) -> None:
-        self.activations = []
-        self.thresholds = []
-        self.controller.frozen = True
-        self.kinds.copy_(self.believed)
+    def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
+        resolution = config.ast.score_resolution or network.side
+        by_batch = config.ast.score_statistics == "batch"
+        self.forward = network.scorer  # validation's, so that one function is compiled for both
+        if resolution != network.side:
+            check_resolution(network.model, config.model, resolution)
+        if resolution != network.side or by_batch:
+            self.forward = network.scoring_forward(resolution, batch_statistics=by_batch)
+        self.cost = (resolution / network.side) ** 2 / 3
 
-    def end_epoch(self, train_acc: float | None, scorer: Scorer | None) -> None:
-        """With a target of auto, set the next epoch's by how many predictions of this one were
-        right. Collective.
 
-        train_acc: percent.
-        """
-        if self.config.ast.target_activation != "auto" or scorer is None:
-            return
-        if train_acc is not None:
-            # a proxy's choice leaves the network without a prediction of the others: they count as
-            # right
-            seen = 1.0 if scorer.is_model else self.target
-            self.target = auto_target(seen * (1 - train_acc / 100), scorer.cost)
-        self.target = self.dist.broadcast(self.target)
+class ProxyScores(Scores):
+    """A forward of a small network that learns beside the large one; see `lab.models.proxy`."""
 
-    def mask(self) -> np.ndarray | None:
-        """uint8 by index, nonzero for the samples that this epoch loads; None: the planned number
-        of them.
-        """
-        return None if self.store is None else self.kinds.cpu().numpy()
+    KEYS = SCORING_KEYS["proxy"]
+    STATE = ("proxy",)
+    before_loading = False
 
-    def choose(self, scores: Tensor) -> Tensor:
-        """The active samples, int64, ascending, by the scores [batch] (nats, finite, of all ranks,
-        on the host).
-        """
-        return torch.arange(len(scores), device=scores.device)
+    def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
+        self.proxy = Proxy(network, config.ast, config.training, dist)
+        self.forward = self.proxy.scores
+        self.cost = self.proxy.cost
 
     def observe(self, batch: DeviceBatch, lr_share: float) -> None:
-        """Learn from a whole batch that was scored. lr_share: the learning rate as a share of its
-        peak.
-        """
-
-    def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Compile what the rule itself computes."""
-
-    def weights(self, batch: DeviceBatch) -> Tensor | None:
-        """Of each sample's loss, float32 [batch]. None: all 1, and nothing is recorded."""
-        return None if self.store is None else (self.kinds[batch.indices] != REVISITED).float()
-
-    def record(self, batch: DeviceBatch, visit: Visit, epoch: int) -> None:
-        """Learn from a training step what it says of its samples. On the device."""
-        if self.store is not None:
-            self.store.record(batch.indices, visit, epoch)
-
-    def suspects(self, dataset: ImageDataset) -> Suspects | None:
-        """The samples whose labels may be wrong, where `ast.forget_rate` asks for them.
-        Collective.
-        """
-        if self.forgotten is None:
-            return None
-        columns = self.store.on_host()
-        rate = self.config.ast.forget_rate
-        out = (
-            self.believed.numpy() != ACTIVE
-            if rate == "auto"
-            else highest(columns["significance"], rate)
-        )
-        return Suspects(dataset, columns, out)
-
-    def alike(self) -> list[float]:
-        """Numbers that every process must have alike."""
-        return [self.controller.threshold or 0.0, self.controller.integral]
+        self.proxy.learn(batch, lr_share)
 
 
-class RandomShare(Selection):
-    """The control: a random share, drawn before loading (by the epoch's plan), through the same
-    loop.
+class StoredScores(Scores):
+    """What a sample was worth when it was last trained on. Some are explored: scores grow old."""
+
+    KEYS = SCORING_KEYS["history"]
+    keeps_visits = True
+
+    def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
+        self.store = store
+        replaced = "explore" in RULES[config.ast.rule].REPLACES
+        self.explored = 0.0 if replaced else config.ast.explore
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        ast = config.ast
+        replaced = "explore" in RULES[ast.rule].REPLACES
+        least = AutoTarget.LEAST if ast.target_activation == "auto" else ast.target_activation
+        complaint = f"{ast.explore:g} or more of all samples, and ast.target_activation"
+        crowded = not replaced and ast.explore >= least
+        first_complaint((crowded, f"ast.explore: {complaint} is no larger"))
+
+    def of_epoch(self, order: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.store.scores(order))
+
+
+SCORINGS: dict[str, type[Scores]] = {  # ast.scoring
+    "batch": NetworkScores,
+    "proxy": ProxyScores,
+    "history": StoredScores,
+}
+
+
+class Rule(Stateful):
+    """Who of the scored is active. This class: all of them.
+
+    A rule knows neither where scores come from nor who is doubted. It counts and logs nothing.
     """
 
-    CHOOSES_BEFORE_LOADING = True
+    KEYS: ClassVar[tuple[str, ...]] = ()  # the keys of `ast` that it reads
+    REPLACES: ClassVar[tuple[str, ...]] = ()  # keys of other parts that say nothing beside it
+    target: ClassVar[float | None] = None  # its own, in place of ast.target_activation
+    weighs: ClassVar[bool] = False  # whether its choices have weights
+    on_device: ClassVar[bool] = False  # whether `choose` reads no tensor: the host does not wait
+
+    def __init__(self, config: Config):
+        pass
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raises ValueError naming the key where the config does not suit."""
+
+    def choose(self, pool: Pool, target: float) -> Choice:
+        """Whom to train on, so that a share `target` of the pool is active. No other effect but on
+        its own controller.
+        """
+        return Choice(torch.arange(len(pool.scores), device=pool.scores.device), 0.0)
 
 
-class Threshold(Stateful):
+class Threshold(Rule):
     """Active are those above a threshold that a PI controller moves, so that a share `target` is.
 
     The controller takes a step after every batch. Stored scores are walked in batches too: a sample
     comes once an epoch, so its score is the same now as at its turn, and nothing is loaded for it.
     """
 
+    KEYS = RULE_KEYS["pi"]
     STATE = ("controller", "iqr", "streak")
 
     def __init__(self, config: Config):
@@ -440,58 +388,50 @@ class Threshold(Stateful):
         self.moves = config.ast.kp > 0 or config.ast.ki > 0
         self.in_iqr = config.ast.threshold_unit == "iqr"
         self.restarts = config.ast.initial_threshold == "auto"
-        self.iqr: float | None = None  # running inter-quartile range of the scores, nats
+        self.iqr = 0.0  # running inter-quartile range of the scores, nats; 0: none yet
         self.streak = 0.0  # log probability of the current run of all or none active
 
-    def choose(
-        self, scores: Tensor, uniforms: Callable[[], Tensor], epoch: float, target: float
-    ) -> tuple[Tensor, float]:
-        """(the active, int64, ascending; the mean threshold, nats). scores: float32 [n], nats."""
-        known = scores[: 2**16]  # the order is random, so any part of it is a fair sample
+    def choose(self, pool: Pool, target: float) -> Choice:
+        n = len(pool.scores)
+        if target >= 1:
+            return Choice(torch.arange(n), self.controller.min_threshold)
+        known = pool.scores[: 2**16]  # the order is random, so any part of it is a fair sample
         known = known[known.isfinite()]
         known = known if len(known) else torch.zeros(1)
         self.controller.target = target
+        # no threshold takes a share of equal scores: it stands on them, and draws among them
         tied = plateau(known.numpy(), target) if self.moves else None
         if tied is not None and self.controller.threshold != tied:
             self.controller.start(tied)
-        draws = None if tied is None else uniforms().numpy()
-        active = np.zeros(len(scores), dtype=bool)
+        draws = None if tied is None else pool.uniforms().numpy()
+        active = np.zeros(n, dtype=bool)
         thresholds = []
-        for start in range(0, len(scores), self.batch_size):
+        for start in range(0, n, self.batch_size):
             here = slice(start, start + self.batch_size)
             if self.controller.threshold is None:  # after a dense phase, or lost
                 self.controller.start(torch.quantile(known, 1 - target).item())
             thresholds.append(self.controller.threshold)
-            self.controller.epoch = epoch + start / len(scores)
-            drawn = None if draws is None else draws[here]
-            active[here] = self.step(scores[here], drawn)
-        return torch.from_numpy(np.flatnonzero(active)), statistics.fmean(thresholds)
+            self.controller.epoch = pool.epoch + start / n
+            active[here] = self.step(pool.scores[here], None if draws is None else draws[here])
+        return Choice(torch.from_numpy(np.flatnonzero(active)), statistics.fmean(thresholds))
 
     def step(self, scores: Tensor, draws: np.ndarray | None) -> np.ndarray:
         """Who of a batch is active, bool [batch]; then the threshold moves."""
         controller = self.controller
         active = scores.numpy() > controller.threshold
-        expected = int(np.count_nonzero(active)) / len(active)
+        expected = np.count_nonzero(active) / len(active)
         if draws is not None:
-            taken = draw_ties(
-                scores.numpy(), active, controller.threshold, controller.target, draws
-            )
-            active = active | taken.taken
-            expected = taken.expected
-        self.observe_spread(scores)
-        controller.update(expected, self.iqr if self.in_iqr else 1.0)
-        if self.restarts and self.is_lost(int(np.count_nonzero(active)), len(active)):
-            controller.threshold = None  # the scores have left it behind
-        return active
-
-    def observe_spread(self, scores: Tensor) -> None:
+            ties = draw_ties(scores.numpy(), active, controller.threshold, controller.target, draws)
+            active = active | ties.taken
+            expected = ties.expected
         ranked = scores[scores.isfinite()].sort(descending=True).values
         if len(ranked):
             iqr = ranked[len(ranked) // 4].item() - ranked[3 * len(ranked) // 4].item()
-            # one batch alone is noisy
-            self.iqr = iqr if self.iqr is None else 0.9 * self.iqr + 0.1 * iqr
-        elif self.iqr is None:
-            self.iqr = 1.0
+            self.iqr = 0.9 * self.iqr + 0.1 * iqr if self.iqr else iqr  # one batch alone is noisy
+        controller.update(expected, self.iqr if self.in_iqr else 1.0)
+        if self.restarts and self.is_lost(np.count_nonzero(active), len(active)):
+            controller.threshold = None  # the scores have left it behind
+        return active
 
     def is_lost(self, active: int, samples: int) -> bool:
         """Whether chance (1e-6) cannot explain so many in a row all active, or all inactive."""
@@ -503,619 +443,510 @@ class Threshold(Stateful):
         return lost
 
 
-class BatchThreshold(Selection):
-    """Scores every loaded sample by a forward; active are those above a threshold that a PI
-    controller moves.
+def plateau(scores: np.ndarray, share: float) -> float | None:
+    """The score in which the top `share` ends, where more than a tenth of all samples have it; else
+    None.
+
+    No threshold takes that share then: it takes all of those samples or none.
     """
-
-    STATE = (*Selection.STATE, "rule")
-    CHOOSES_ON_DEVICE: ClassVar[bool] = False
-
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self.rule = Threshold(self.config)
-        self.controller = self.rule.controller
-
-    def scorer(self, network: Network) -> Scorer:
-        side = self.config.dataset.image_size
-        resolution = self.config.ast.score_resolution or side
-        forward = network.scorer
-        if resolution != side:
-            check_resolution(network.model, self.config.model, resolution)
-        batch_statistics = self.config.ast.score_statistics == "batch"
-        if resolution != side or batch_statistics:
-            forward = network.scoring_forward(resolution, batch_statistics=batch_statistics)
-        return Scorer(
-            forward,
-            cost=(resolution / side) ** 2 / 3,
-            is_model=True,
-            on_device=self.CHOOSES_ON_DEVICE,
-        )
-
-    def choose(self, scores: Tensor) -> Tensor:
-        uniforms = partial(self.uniforms, len(scores))
-        active, threshold = self.rule.choose(scores, uniforms, self.controller.epoch, self.target)
-        self.activations.append(len(active) / len(scores))
-        self.thresholds.append(threshold)
-        chosen = np.zeros(len(scores), dtype=bool)
-        chosen[active.numpy()] = True
-        chosen[top_up(chosen, scores.numpy(), self.config.ast.min_active)] = True
-        return torch.from_numpy(np.flatnonzero(chosen))
-
-    def uniforms(self, samples: int) -> Tensor:
-        """A random number of each sample of the batch, by the seed, the epoch and the sample's
-        place in its order.
-        """
-        places = len(self.activations) * samples + torch.arange(samples)
-        return uniform(self.config.training.seed, math.floor(self.controller.epoch), places, 1)[
-            :, 0
-        ]
+    last = len(scores) - 1
+    rank = last - min(last, int(share * len(scores)))
+    value = np.partition(scores, rank)[rank]
+    return float(value) if np.count_nonzero(scores == value) > max(1, len(scores) / 10) else None
 
 
-class TopShare(BatchThreshold):
-    """The largest scores of each batch, a fixed share (Kawaguchi & Lu 2020, "Ordered SGD").
+class Ties(NamedTuple):
+    """What becomes of the samples whose score is the threshold itself."""
 
-    Their number is known beforehand, so the device chooses and the host does not wait. The scores
-    are always fresh. The threshold that it reports is the lowest score of that share.
+    taken: np.ndarray  # bool [n]
+    expected: float  # share of all n to be active then, on average over the draws
+
+
+def draw_ties(
+    scores: np.ndarray, active: np.ndarray, threshold: float, target: float, uniforms: np.ndarray
+) -> Ties:
+    """Take so many of the samples at the threshold, at random, that a share `target` of all is
+    expected to be active.
+
+    active: bool [n], those that are in any case. uniforms: [n], a random number of each sample.
     """
-
-    CHOOSES_ON_DEVICE = True
-
-    def choose(self, scores: Tensor) -> Tensor:
-        top = max(1, round(self.target * len(scores)))
-        ranked, order = scores.sort(descending=True, stable=True)
-        self.activations.append(top / len(scores))
-        self.thresholds.append(ranked[top - 1])
-        return order[: max(top, self.config.ast.min_active)].sort().values
+    ties = (scores == threshold) & ~active
+    above = int(np.count_nonzero(active))
+    tied = int(np.count_nonzero(ties))
+    lacking = min(max(0.0, target * len(scores) - above), tied)
+    return Ties(ties & (uniforms * tied < lacking), (above + lacking) / len(scores))
 
 
-class ProxyScores(BatchThreshold):
-    """Scores every loaded sample by a small network beside the large one; see
-    `lab.models.proxy`.
+def out_of_reach(
+    least: float, target: float | None, activations: Sequence[float], thresholds: Sequence[float]
+) -> bool:
+    """Whether the threshold sat on its lower bound `least` (nats) for the later half of an epoch,
+    with too few samples above it. Prints so, with the share that is above it.
     """
-
-    STATE = (*BatchThreshold.STATE, "proxy")
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        resolution = config.ast.proxy_resolution
-        side = config.dataset.image_size
-        first_complaint(
-            (
-                resolution and resolution > side,
-                f"ast.proxy_resolution: larger than dataset.image_size={side}",
-            ),
-            (
-                config.ast.score_resolution,
-                "ast.score_resolution: with ast.scoring=proxy it is ast.proxy_resolution",
-            ),
-        )
-
-    def scorer(self, network: Network) -> Scorer:
-        self.proxy = Proxy(network, self.dist)
-        return Scorer(
-            self.proxy.scores, self.proxy.cost, is_model=False, on_device=self.CHOOSES_ON_DEVICE
-        )
-
-    def observe(self, batch: DeviceBatch, lr_share: float) -> None:
-        self.proxy.learn(batch, lr_share)
-
-    def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        self.proxy.add_gradient(images, labels)
-        self.proxy.optimizer.zero_grad()
-
-
-class ProxyTopShare(ProxyScores, TopShare):
-    """The largest scores of each batch by the proxy."""
-
-
-class HistoryThreshold(Selection):
-    """Decides before loading, by each sample's significance when it was last trained on.
-
-    A PI controller holds the share of active and explored samples at the target.
-    """
-
-    KEEPS_SCORES = CHOOSES_BEFORE_LOADING = True
-    STATE = (*Selection.STATE, "rule")
-
-    def __init__(self, config: Config, samples: int, device: torch.device, dist: Dist):
-        super().__init__(config, samples, device, dist)
-        self.explored_weight = (
-            min(config.ast.explore_weight_cap, 1 / config.ast.explore)
-            if config.ast.explore
-            else 1.0
-        )
-        self.rule = Threshold(config)
-        self.controller = self.rule.controller
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        ast = config.ast
-        crowded = ast.explore >= ast.target_activation
-        too_few = cls.fixed_rate(ast) + ast.target_activation > 1 + 1e-9
-        biased = ast.explore == 0 and ast.explore_weight_cap > 1
-        first_complaint(
-            (
-                crowded,
-                (
-                    f"ast.explore: {ast.explore:g} or more of all samples, and "
-                    f"ast.target_activation is no larger"
-                ),
-            ),
-            (
-                too_few,
-                (
-                    f"ast.forget_rate: leaves fewer than "
-                    f"ast.target_activation={ast.target_activation:g} of the samples"
-                ),
-            ),
-            (
-                biased,
-                (
-                    "ast.explore_weight_cap: with ast.explore=0 no weight makes up for the "
-                    "samples left out"
-                ),
-            ),
-        )
-        cls.check_scoring(config)
-
-    @staticmethod
-    def fixed_rate(ast: ASTConfig) -> float:
-        """The share that is left out of each choice; with `auto` samples are left out before it."""
-        return 0.0 if ast.forget_rate == "auto" else ast.forget_rate
-
-    @classmethod
-    def check_scoring(cls, config: Config) -> None:
-        """Raises ValueError for settings of a forward that scores, which stored scores do
-        without.
-        """
-        unused = config.ast.score_resolution
-        first_complaint(
-            (unused, "ast.score_resolution: ast.scoring=history makes no forward to score")
-        )
-
-    def start_epoch(self, epoch: int, order: np.ndarray) -> None:
-        super().start_epoch(epoch, order)
-        self.controller.epoch = float(epoch - self.config.ast.warmup_epochs)
-        uniforms = np.random.default_rng((self.config.training.seed, epoch, 1)).random(
-            len(order), dtype=np.float32
-        )
-        believed = self.believed.numpy()
-        kept = believed[order] == ACTIVE  # the target is a share of these
-        scores = self.store.scores(order)[kept]
-        ast = self.config.ast
-        world = self.dist.world
-        choice = self.choose_epoch(scores, uniforms[kept])
-        self.activations = [int(np.count_nonzero(choice.kinds)) / len(scores)]
-        self.thresholds = [choice.threshold]
-        rate = self.fixed_rate(ast)
-        if rate:
-            self.forgotten = float((highest(scores, rate) & (choice.kinds == LEFT_OUT)).mean())
-        floor = (
-            ast.min_active
-            if world == 1
-            else min(1, ast.min_active) * max(ast.min_active, 2 * world)
-        )
-        choice.kinds[top_up(choice.kinds, scores, floor, rate)] = ACTIVE
-        kinds = np.where(believed == REVISITED, REVISITED, LEFT_OUT)
-        kinds[order[kept]] = choice.kinds
-        self.kinds.copy_(torch.from_numpy(kinds))
-
-    def choose_epoch(self, scores: np.ndarray, uniforms: np.ndarray) -> Choice:
-        """scores: float32 [n], nats, in the order of the epoch. uniforms: float32 [n], a random
-        number of each.
-        """
-        ast = self.config.ast
-        if ast.target_activation == 1:
-            return Choice(np.full(len(scores), ACTIVE), ast.min_threshold)
-        rate = self.fixed_rate(ast)
-        out = highest(scores, rate) if rate else np.zeros(len(scores), dtype=bool)
-        drawn = ~out & (uniforms < ast.explore)
-        others = np.flatnonzero(~out & ~drawn)
-        kinds = drawn.astype(np.uint8) * EXPLORED
-        # the rule chooses among those who are neither left out nor explored
-        target = (min(ast.target_activation, 1 - rate) / (1 - rate) - ast.explore) / (
-            1 - ast.explore
-        )
-        rest = torch.from_numpy((uniforms[others] - ast.explore) / (1 - ast.explore))
-        threshold = ast.min_threshold
-        active = np.arange(len(others))
-        if target < 1:
-            chosen, threshold = self.rule.choose(
-                torch.from_numpy(scores[others]), lambda: rest, self.controller.epoch, target
-            )
-            active = chosen.numpy()
-        kinds[others[active]] = ACTIVE
-        return Choice(kinds, threshold)
-
-    def weights(self, batch: DeviceBatch) -> Tensor:
-        return torch.where(
-            self.kinds[batch.indices] == EXPLORED, self.explored_weight, super().weights(batch)
-        )
-
-
-class InfoBatch(HistoryThreshold):
-    """Drops half of the samples below the mean loss, and counts the other half of them twice; see
-    `choose_by_mean`.
-    """
-
-    # how many are below the mean shows at each epoch's start; the plan takes half of them for it
-    PLANNED_SHARE = 0.75
-
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self.explored_weight = 2.0
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        ast = config.ast
-        first_complaint(
-            (ast.entropy_weight, "ast.entropy_weight: 0 for ast.rule=infobatch, the loss alone"),
-            (
-                ast.anneal_epochs,
-                "ast.anneal_epochs: 0 for ast.rule=infobatch, its own is an eighth",
-            ),
-        )
-        cls.check_scoring(config)
-
-    def choose_epoch(self, scores: np.ndarray, uniforms: np.ndarray) -> Choice:
-        return choose_by_mean(scores, uniforms < 0.5)
-
-
-SELECTIONS: dict[
-    tuple[str, ...], type[Selection]
-] = {  # by ast.mode, and for mode ast by ast.scoring and ast.rule
-    ("dense",): Selection,
-    ("random",): RandomShare,
-    ("ast", "batch", "pi"): BatchThreshold,
-    ("ast", "batch", "topk"): TopShare,
-    ("ast", "proxy", "pi"): ProxyScores,
-    ("ast", "proxy", "topk"): ProxyTopShare,
-    ("ast", "history", "pi"): HistoryThreshold,
-    ("ast", "history", "infobatch"): InfoBatch,
-}
-
-
-def selection_class(config: Config) -> type[Selection]:
-    ast = config.ast
-    return SELECTIONS[(ast.mode, ast.scoring, ast.rule) if ast.mode == "ast" else (ast.mode,)]
-
-
-def planned_share(config: Config, epoch: int) -> float:
-    """Which share of the samples `epoch` is planned to load."""
-    rule = selection_class(config)
-    share = rule.PLANNED_SHARE or config.ast.target_activation
-    return share if rule.CHOOSES_BEFORE_LOADING and config.is_sparse(epoch) else 1.0
-
-
-def step_share(config: Config, epoch: int, target: float) -> float:
-    """How many optimizer steps `epoch` takes for a loaded batch, at a target of `target`: packing
-    makes them fewer.
-    """
-    packed = (
-        config.ast.pack and selection_class(config).scores_batches() and config.is_sparse(epoch)
+    later = len(thresholds) // 2
+    if target is None or not thresholds or max(thresholds[later:]) > least:
+        return False
+    reached = float(np.mean(activations[later:]))
+    if reached > target - 0.01:
+        return False
+    print_rank0(
+        f"note: ast.target_activation={target:g} is out of reach: only {reached:.3f} of the "
+        f"samples are above ast.min_threshold={least:g}"
     )
-    return target if packed else 1.0
+    return True
 
 
-def lr_warmup_share(config: Config, of_loaded: bool = False) -> float:
-    """Which share of the planned optimizer steps training.lr_warmup_epochs are; or of the batches
-    loaded until then.
+class TopShare(Rule):
+    """The largest scores, a fixed share (Kawaguchi & Lu 2020, "Ordered SGD").
+
+    Their number is known beforehand, so the device chooses and the host does not wait. The
+    threshold that it reports is the lowest score of that share.
     """
-    epochs = range(config.training.epochs)
-    target = 1.0 if of_loaded else first_target(config.ast)
-    shares = (planned_share(config, epoch) * step_share(config, epoch, target) for epoch in epochs)
-    before = np.cumsum([0.0, *shares])
-    return float(
-        np.interp(config.training.lr_warmup_epochs, np.arange(len(before)), before / before[-1])
+
+    KEYS = RULE_KEYS["topk"]
+    on_device = True
+
+    def choose(self, pool: Pool, target: float) -> Choice:
+        n = len(pool.scores)
+        count = min(n, max(1, round(target * n)))
+        ranked, order = pool.scores.sort(descending=True, stable=True)
+        return Choice(order[:count].sort().values, ranked[count - 1])
+
+
+class AboveMean(Rule):
+    """InfoBatch (Qin et al. 2024, "InfoBatch: lossless training speed up by unbiased dynamic data
+    pruning", section 3): all above the mean loss, and each of the others with probability 1/2, and
+    then twice the weight.
+    """
+
+    KEYS = RULE_KEYS["infobatch"]
+    REPLACES = RULE_REPLACES["infobatch"]
+    target = 0.75  # as the schedule expects it; how many lie below the mean shows at each choice
+    weighs = True
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        weighted = config.ast.entropy_weight
+        first_complaint((weighted, "ast.entropy_weight: 0 for ast.rule=infobatch, the loss alone"))
+
+    def choose(self, pool: Pool, target: float) -> Choice:
+        scores = pool.scores.numpy()
+        known = scores[np.isfinite(scores)]
+        mean = float(known.mean(dtype=np.float64)) if len(known) else 0.0
+        below = scores < mean
+        rows = np.flatnonzero(~below | (pool.uniforms().numpy() < 0.5))
+        weights = np.where(below[rows], np.float32(2), np.float32(1))
+        return Choice(torch.from_numpy(rows), mean, torch.from_numpy(weights))
+
+
+RULES: dict[str, type[Rule]] = {"pi": Threshold, "topk": TopShare, "infobatch": AboveMean}
+
+
+class Target(Stateful):
+    """Which share of the samples is to be active: a number."""
+
+    KEYS: ClassVar[tuple[str, ...]] = ("target_activation",)
+    STATE = ("value",)
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def end_epoch(self, wrong: float, cost: float) -> None:
+        """wrong: the share of the samples whose labels are believed and were predicted wrongly.
+        cost: of scoring, see `Scores`.
+        """
+
+
+class AutoTarget(Target):
+    """All samples while many are predicted wrongly, later three times their share.
+
+    At most WRONG_SHARE of the active ones are wrongly predicted: a network that has far to go
+    cannot learn from the hardest samples alone. No fewer than LEAST are active. Where that and the
+    scoring cost more than training on all samples, all are.
+    """
+
+    LEAST: ClassVar[float] = 0.5
+    WRONG_SHARE: ClassVar[float] = 1 / 3
+
+    def end_epoch(self, wrong: float, cost: float) -> None:
+        target = max(self.LEAST, wrong / self.WRONG_SHARE)
+        self.value = target if target + cost < 1 else 1.0
+
+
+class Parts(NamedTuple):
+    """The classes that a config composes a selection of."""
+
+    scores: type[Scores]
+    rule: type[Rule]
+    target: type[Target]
+    doubt: type[LabelDoubt]
+
+
+TARGETS: dict[str, type[Target]] = {"auto": AutoTarget}  # ast.target_activation, where no number
+DOUBTS: dict[str, type[LabelDoubt]] = {"auto": UnlikelyLabels}  # ast.forget_rate, likewise
+
+
+def parts_of(config: Config) -> Parts:
+    ast = config.ast
+    if ast.mode != "ast":
+        return Parts(Scores, Rule, Target, LabelDoubt)
+    rule = RULES[ast.rule]
+    is_number = rule.target is not None or ast.target_activation not in TARGETS
+    target = Target if is_number else TARGETS[ast.target_activation]
+    doubt = DOUBTS.get(ast.forget_rate) or (HighestScores if ast.forget_rate else LabelDoubt)
+    return Parts(SCORINGS[ast.scoring], rule, target, doubt)
+
+
+def shares_of(config: Config) -> Shares:
+    """What the epochs of a run are expected to load and to train on."""
+    ast = config.ast
+    parts = parts_of(config)
+    # with an automatic target a run begins with all: nothing is learned yet
+    target = 1.0 if ast.target_activation in TARGETS else ast.target_activation
+    target = target if parts.rule.target is None else parts.rule.target
+    doubted = ast.forget_rate if parts.doubt is HighestScores else 0.0
+    packs = ast.pack and not parts.scores.before_loading
+    return Shares(
+        config.training.epochs,
+        config.sparse_span(),
+        parts.scores.before_loading,
+        packs,
+        min(target, 1 - doubted),
     )
 
 
-def check_config(config: Config) -> None:
-    """Raises ValueError naming the key: for a value that is in none of the tables, or one that the
-    chosen rule or data set cannot work with.
+class Selection(Stateful):
+    """Which samples a step trains on, and with which weights: scores, a rule, a target and doubt of
+    labels, composed.
+
+    A loaded batch is scored, and `choose` takes from it; or an epoch is chosen before loading
+    (`start_epoch`, `mask`). Both go through `take`, which is the method.
+    """
+
+    STATE = ("scores", "rule", "target", "doubt", "store", "weights", "activations", "thresholds")
+
+    def __init__(
+        self, config: Config, network: Network, samples: int, device: torch.device, dist: Dist
+    ):
+        """samples: how many indices the training set has."""
+        parts = parts_of(config)
+        seed = config.training.seed
+        self.min_active = config.ast.min_active
+        self.seed = seed
+        self.device = device
+        self.dist = dist
+        self.doubt = parts.doubt(config.ast.forget_rate, samples, seed, device, dist)
+        stores = parts.scores.keeps_visits or self.doubt.keeps_labels
+        self.store = SampleStore(samples, device, dist, self.doubt.keeps_labels) if stores else None
+        self.scores = parts.scores(config, network, self.store, dist)
+        self.rule = parts.rule(config)
+        self.target = parts.target(shares_of(config).target)
+        # of the losses of this epoch, by index; LEFT_OUT for who is not loaded, 0 for who is only
+        # looked at. Empty where each loaded batch decides
+        by_index = stores or (config.ast.mode == "ast" and parts.scores.before_loading)
+        self.weights = torch.ones(samples if by_index else 0, dtype=torch.float16, device=device)
+        self.activations: list[float] = []  # of this epoch's sparse steps: shares of 0 to 1
+        self.thresholds: list[float | Tensor] = []  # likewise, nats; see `Choice`
+
+    @property
+    def share(self) -> float:
+        """Which share of the samples is to be active: the target, or what doubt leaves of them."""
+        return min(self.target.value, 1 - self.doubt.share)
+
+    def start_epoch(self, epoch: int, order: np.ndarray, schedule: Schedule) -> None:
+        """Begin an epoch of any kind. Collective. order: int64, all indices as the epoch goes."""
+        self.activations = []
+        self.thresholds = []
+        self.doubt.start_epoch(epoch, order, schedule.progress(), self.store)
+        self.weights.fill_(1)
+        if self.doubt.weights is not None:
+            self.weights.copy_(self.doubt.weights)
+        if len(self.weights) and schedule.is_sparse(epoch, self.share):
+            self.choose_epoch(epoch, order, schedule.sparse_epochs(epoch))
+
+    def choose_epoch(self, epoch: int, order: np.ndarray, sparse_epochs: float) -> None:
+        """Whom a sparse epoch loads, where scores are known before loading."""
+        generator = np.random.default_rng((self.seed, epoch, 1))
+        uniforms = generator.random(len(order), dtype=np.float32)
+        believed = self.weights.cpu().numpy()[order] == 1
+        order = order[believed]
+        scores = self.scores.of_epoch(order)
+        if scores is None:
+            return
+        drawn = torch.from_numpy(uniforms[believed])
+        floor = self.min_active
+        if self.dist.world > 1 and floor:  # BatchNorm cannot normalise a single sample
+            floor = max(floor, 2 * self.dist.world)
+        indices = torch.from_numpy(order).to(self.device)
+        choice = self.take(Pool(scores, lambda: drawn, sparse_epochs), floor, indices, slice(None))
+        weights = torch.full((len(order),), LEFT_OUT)
+        weights[choice.rows] = choice.weights_of(len(order))[choice.rows]
+        self.weights.index_copy_(0, indices, weights.to(self.weights))
+
+    def choose(self, indices: Tensor, scores: Tensor, sparse_epochs: float) -> Choice:
+        """Whom to train on of a batch. indices: int64, of this process's part of it.
+
+        scores: [n], nats, finite, of the batches of all processes in order. All choose alike.
+        """
+        n = len(scores)
+        edges = self.dist.shard_edges(n)
+        own = slice(edges[self.dist.rank], edges[self.dist.rank + 1])
+        uniforms = partial(self.uniforms, n, math.floor(sparse_epochs))
+        return self.take(Pool(scores, uniforms, sparse_epochs), self.min_active, indices, own)
+
+    def uniforms(self, n: int, epoch: int) -> Tensor:
+        """A random number of each sample of a batch, by the seed, the epoch and its place there."""
+        places = len(self.activations) * n + torch.arange(n)
+        return uniform(self.seed, epoch, places, 1)[:, 0]
+
+    def take(self, pool: Pool, floor: int, indices: Tensor, own: slice) -> Choice:
+        """The method: doubt, exploration, the rule, the count of the active, the floor, the note.
+
+        indices, own: see `LabelDoubt.note`.
+        """
+        n = len(pool.scores)
+        believed = self.doubt.believed(pool.scores)
+        choice = self.explore(pool if believed is None else pool.at(believed))
+        if believed is not None:
+            choice = choice._replace(rows=believed[choice.rows])
+        self.activations.append(len(choice.rows) / n)
+        self.thresholds.append(choice.threshold)
+        choice = with_floor(choice, pool.scores, believed, floor)
+        if believed is not None:
+            left_out = torch.ones(n, dtype=torch.bool, device=believed.device)
+            left_out = left_out.index_fill(0, believed, False).index_fill(0, choice.rows, False)
+            self.doubt.note(left_out, indices, own)
+        return choice
+
+    def explore(self, pool: Pool) -> Choice:
+        """Whom chance takes, and whom the rule takes of the others."""
+        target = self.share / (1 - self.doubt.share)
+        chance = self.scores.explored
+        if not chance:
+            return self.rule.choose(pool, target)
+        uniforms = pool.uniforms()
+        explored = uniforms < chance
+        others = torch.nonzero(~explored)[:, 0]
+        # uniform in [0, 1) again, for those who are not explored
+        rest = Pool(pool.scores, lambda: (uniforms - chance) / (1 - chance), pool.epoch).at(others)
+        choice = self.rule.choose(rest, (target - chance) / (1 - chance))
+        weights = torch.ones(len(uniforms))
+        weights[others] = choice.weights_of(len(others))
+        rows = torch.nonzero(explored.index_fill(0, others[choice.rows], True))[:, 0]
+        return Choice(rows, choice.threshold, None if choice.weights is None else weights[rows])
+
+    def mask(self) -> np.ndarray | None:
+        """uint8 by index, nonzero for the samples that this epoch loads; None: the planned number
+        of them.
+        """
+        return (self.weights != LEFT_OUT).byte().cpu().numpy() if len(self.weights) else None
+
+    def loss_weights(self, batch: DeviceBatch) -> Tensor | None:
+        """Of each sample's loss, float32 [batch]; None: all 1. It is one or the other in all epochs
+        of a run, for the step is compiled with weights or without.
+        """
+        weights = batch.weights
+        if weights is None and self.rule.weighs:
+            weights = torch.ones_like(batch.labels, dtype=torch.float32)
+        if not len(self.weights):
+            return weights
+        known = self.weights[batch.indices].float().clamp(min=0)
+        return known if weights is None else known * weights
+
+    def record(self, batch: DeviceBatch, visit: Visit | None, epoch: int) -> None:
+        """Keep what a training step says of its samples. On the device."""
+        if self.store is not None and visit is not None:
+            self.store.record(batch.indices, visit, epoch)
+
+    def end_epoch(self, train_acc: float | None, is_sparse: bool) -> None:
+        """Set the next epoch's target. Collective. train_acc: percent of those predicted."""
+        if train_acc is not None:
+            all_predicted = self.scores.predicts or not is_sparse
+            # those whom the network has not predicted count as right
+            wrong = (1 - train_acc / 100) * (1.0 if all_predicted else self.share)
+            doubted = self.doubt.mispredicted(all_predicted)
+            self.target.end_epoch(max(0.0, wrong - doubted), self.scores.cost)
+        self.target.value = self.dist.broadcast(self.target.value)
+
+    def suspects(self, dataset: ImageDataset) -> Suspects | None:
+        """The samples whose labels may be wrong, where `ast.forget_rate` asks for them.
+        Collective.
+        """
+        out = self.doubt.left_out()
+        return None if out is None else Suspects(dataset, self.store.on_host(), out)
+
+    def alike(self) -> list[float]:
+        """Numbers that every process must have alike."""
+        return [self.target.value, *(float(each) for each in self.thresholds[-1:])]
+
+
+@cache
+def default_settings() -> dict[str, str]:
+    return spelled(Config().model_dump())
+
+
+def unread_keys(config: Config) -> dict[str, str]:
+    """The keys that differ from their defaults and that nothing in use reads, each with what it
+    would need.
+    """
+    scorings = {name: part.KEYS for name, part in SCORINGS.items()}
+    rules = {name: part.KEYS for name, part in RULES.items()}
+    replaced = {name: part.REPLACES for name, part in RULES.items()}
+    needs = all_needs(scorings, rules, replaced)
+    return idle_keys(spelled(config.model_dump()), default_settings(), needs)
+
+
+def check_config(config: Config, given: Sequence[str] = ()) -> None:
+    """Raises ValueError naming the key: for a value that is in none of the tables, for one that a
+    part or the data set cannot work with, and for a key of those `given` on a command line that
+    nothing reads.
     """
     ast = config.ast
-    rules = [key[1:] for key in SELECTIONS if len(key) > 1]
-    require_known("dataset.type", config.dataset.type, DATASETS)
-    require_known("ast.measure", ast.measure, MEASURES)
-    require_known("ast.scoring", ast.scoring, dict.fromkeys(scoring for scoring, _ in rules))
-    require_known("ast.rule", ast.rule, dict.fromkeys(rule for _, rule in rules))
-    if (ast.scoring, ast.rule) not in rules:
-        needed = " or ".join(scoring for scoring, rule in rules if rule == ast.rule)
-        raise ValueError(f"ast.rule: {ast.rule} needs ast.scoring={needed}")
+    training = config.training
+    for key, value, table in (
+        ("dataset.type", config.dataset.type, DATASETS),
+        ("ast.measure", ast.measure, MEASURES),
+        ("ast.scoring", ast.scoring, SCORINGS),
+        ("ast.rule", ast.rule, RULES),
+    ):
+        require_known(key, value, table)
+    unread = unread_keys(config)
+    refused = next((key for key in given if key in unread), None)
+    if refused is not None:
+        raise ValueError(f"{refused}: nothing reads it here; it needs {unread[refused]}")
     DATASETS[config.dataset.type].check(config.dataset)
-    rule = selection_class(config)
-    unscored = ast.target_activation == "auto" and ast.mode != "dense" and not rule.scores_batches()
+    parts = parts_of(config)
+    is_auto = ast.target_activation in TARGETS
+    is_number = not is_auto and parts.rule.target is None and parts.doubt is HighestScores
+    too_few = is_number and ast.forget_rate + ast.target_activation > 1 + 1e-9
+    varies = training.compile != "off" and not parts.scores.before_loading and not ast.pack
+    mixing = next((key for key in ("mixup", "cutmix") if getattr(training, key)), None)
+    keepers = {
+        "training.loss=early_learning": training.loss == "early_learning",
+        "ast.scoring=history": parts.scores.keeps_visits,
+        f"ast.forget_rate={ast.forget_rate}": parts.doubt.keeps_labels,
+    }
+    keeper = next((name for name, keeps in keepers.items() if keeps), None)
     first_complaint(
+        (is_auto and ast.mode == "random", "ast.target_activation: auto needs ast.mode=ast"),
         (
-            unscored,
-            "ast.target_activation: auto needs ast.mode=ast and scored batches (ast.scoring=batch)",
-        )
-    )
-    varying = config.training.compile != "off" and rule.scores_batches() and not ast.pack
-    mixing = next((key for key in ("mixup", "cutmix") if getattr(config.training, key)), None)
-    keeper = "ast.scoring=history" if rule.KEEPS_SCORES else "ast.forget_rate=auto"
-    keeper = "training.loss" if config.training.loss == "early_learning" else keeper
-    keeps = keeper == "training.loss" or rule.remembers(config)
-    first_complaint(
-        (varying, "training.compile: needs ast.pack=true, for per-batch steps differ in shape"),
+            too_few,
+            f"ast.forget_rate: leaves fewer than ast.target_activation={ast.target_activation} "
+            "of the samples",
+        ),
         (
-            mixing and keeps,
+            varies,
+            "training.compile: needs ast.pack=true, for per-batch steps differ in shape",
+        ),
+        (
+            mixing and keeper,
             f"training.{mixing}: {keeper} remembers each sample, and a mixture has no one label",
         ),
+        (
+            mixing and parts.rule.weighs,
+            f"training.{mixing}: ast.rule={ast.rule} weighs each sample, and a mixture has no one "
+            "weight",
+        ),
     )
-    rule.check(config)
+    for part in (parts.scores, parts.rule):
+        part.check(config)
 
 
 load_config = partial(lab.config.loading.load_config, check=check_config)
 
-# -------------------------------------------------------------------------------------- AST forward
+
+# ------------------------------------------------------------------------------------- AST forward
 
 
 @torch.no_grad()
-def score(scorer: Scorer, local_batch: int, dist: Dist, batch: DeviceBatch) -> Scores:
-    """Start scoring a batch, without gradient. The device is not waited for."""
-    rows = dist.all_gather_columns(scorer.forward(batch.images, batch.labels), local_batch)
-    if not rows.is_cuda or (scorer.on_device and dist.world == 1):
-        return Scores(rows, None, scorer.is_model)
+def score(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    local_batch: int,
+    on_device: bool,
+    dist: Dist,
+    batch: DeviceBatch,
+) -> BatchScores:
+    """Start scoring a batch, without gradient. The device is not waited for.
+
+    on_device: whether the rule chooses there, so that no score need travel to the host.
+    """
+    rows = dist.all_gather_columns(forward(batch.images, batch.labels), local_batch)
+    if not rows.is_cuda or (on_device and dist.world == 1):
+        return BatchScores(rows)
     host = torch.empty(rows.shape, pin_memory=True)
     arrived = torch.cuda.Event()
     host.copy_(rows, non_blocking=True)
     arrived.record()
-    return Scores(host, arrived, scorer.is_model)
+    return BatchScores(host, arrived)
 
 
 def ast_forward(
-    batch: DeviceBatch,
-    scores: Scores,
-    selection: Selection,
-    queue: ActiveQueue | None,
-    trainer: Trainer,
+    batch: DeviceBatch, scores: BatchScores, run: Run, sparse_epochs: float
 ) -> int | None:
     """Choose the active samples of a loaded batch by their scores, and train on them alone.
 
-    queue: packs active samples into full batches; None: each batch is trained on as it is. Returns
-    the number of samples back-propagated, 0 if none was active, None while packing waits for a full
-    batch. A batch whose scores are not all finite is left out; raises TrainingFailed after
-    `training.max_nonfinite_steps` of them.
+    Returns the number of samples back-propagated, 0 if none was active, None while packing waits
+    for a full batch. Raises TrainingFailed for scores that are not finite.
 
     Of several processes each has its part of the batch and the scores of all of it. All choose
     alike, and train on an even part of the active samples. The number returned is that of all.
     """
-    dist = trainer.dist
-    metrics = trainer.metrics
+    selection = run.selection
+    dist = run.dist
     significances, correct = scores.read()
-    metrics.add_scored(len(significances), correct if scores.is_model else None)
-    if (
-        not significances.is_cuda and not significances.isfinite().all()
-    ):  # on a GPU the loss will tell
-        metrics.skip_batch()
-        return 0
-    own, counts = dist.own_chosen(selection.choose(significances), len(significances))
-    selection.observe(batch, trainer.lr / trainer.training.lr)
-    rows = own if own.is_cuda else to_device(own, trainer.device)
-    active = DeviceBatch(*(tensor[rows] for tensor in batch))
-    ready = (
-        DeviceBatch(*dist.balance(counts, active)) if queue is None else queue.push(active, counts)
-    )
+    predicts = selection.scores.predicts
+    run.metrics.add_scored(len(significances), correct if predicts else None)
+    # on a GPU the loss will tell, for the host does not wait
+    if not significances.is_cuda and not significances.isfinite().all():
+        raise TrainingFailed(f"non-finite scores in {run.metrics.place()}")
+    choice = selection.choose(batch.indices, significances, sparse_epochs)
+    own, counts = dist.own_chosen(choice.rows, len(significances))
+    selection.scores.observe(batch, run.schedule.lr / run.config.training.lr)
+    active = active_rows(batch, own, choice, sum(counts[: dist.rank]), selection.rule.weighs)
+    if run.queue is None:
+        ready = DeviceBatch(*dist.balance(counts, active.tensors()))
+    else:
+        ready = run.queue.push(active, counts)
     if ready is None:
         return None
-    trained = sum(counts) if queue is None else queue.batch_size
+    trained = sum(counts) if run.queue is None else run.queue.batch_size
     if trained:
-        trainer.train_step(ready, selection, count_correct=not scores.is_model)
+        train_step(ready, run, count_correct=not predicts)
     return trained
 
 
-# ------------------------------------------------------------------------------------------ Trainer
+def active_rows(
+    batch: DeviceBatch, own: Tensor, choice: Choice, first: int, weighs: bool
+) -> DeviceBatch:
+    """The chosen samples of this process's part of a batch.
 
-
-class Trainer(Stateful):
-    """Forward, backward and optimizer step, with gradient accumulation.
-
-    An accumulation window is `grad_accum_steps` forwards; its gradient is the mean over all of its
-    samples, however many each forward had. Losses are summed and divided by `window_divisor`, the
-    sample count of the first forward; `optimizer_step` corrects that to the count of the whole
-    window, on all processes.
+    own: int64, their rows in it. first: how many of the choice other processes have before them.
+    weighs: whether weights travel with the rows, through the queue and to other processes.
     """
+    device = batch.labels.device
+    rows = own if own.device == device else to_device(own, device)
+    active = DeviceBatch(*(tensor[rows] for tensor in batch.tensors()))
+    if not weighs:
+        return active
+    weights = choice.weights
+    if weights is None:
+        weights = torch.ones(len(choice.rows))
+    return active._replace(weights=to_device(weights[first : first + len(own)], device))
 
-    STATE = (
-        "lr",
-        "scheduled",
-        "unscheduled",
-        "pace",
-        "window_forwards",
-        "optimizer",
-        "scaler",
-        "loss",
-    )
-    OWN = ("window_samples", "window_divisor")
 
-    def __init__(
-        self,
-        network: Network,
-        config: Config,
-        planned_steps: int,
-        clock: Clock,
-        metrics: Metrics,
-        dist: Dist,
-    ):
-        """planned_steps: optimizer steps of the whole run, times training.grad_accum_steps."""
-        training = config.training
-        self.network = network
-        self.training = training
-        self.planned_steps = planned_steps
-        self.loss = network.loss
-        self.clock = clock
-        self.metrics = metrics
-        self.dist = dist
-        self.device = network.device
-        self.parameters = [p for p in network.model.parameters() if p.requires_grad]
-        # CUDA graphs write gradients where the last replay wrote them: what accumulates must lie
-        # elsewhere
-        self.keeps_gradients = (
-            training.compile == "reduce-overhead" and training.grad_accum_steps > 1
-        )
-        if self.keeps_gradients:
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=network.amp_dtype == torch.float16
-        )
-        self.optimizer = build_optimizer(network.model, training, self.device)
-        self.lr_warmup = lr_warmup_share(config)
-        self.lr = lr_at(0.0, training, self.lr_warmup)
-        self.scheduled = self.unscheduled = (
-            0  # planned steps whose gradient was applied: the rate's; and those since
-        )
-        self.pace = 1.0  # planned steps a loop step of this epoch: see `pace`
-        self.window_samples = self.window_divisor = self.window_forwards = 0
-        self.window_bad: Tensor | None = (
-            None  # whether a loss of the window is not finite, on the device
-        )
-        self.forgiving = training.max_nonfinite_steps > 0
-        self.statistics = (
-            [b for b in network.model.buffers() if b.is_floating_point()] if self.forgiving else []
-        )
+def train_step(batch: DeviceBatch, run: Run, count_correct: bool = True) -> int:
+    """Forward and backward over a batch, and what is learned of it. Returns how many samples it is.
 
-    def progress(self) -> float:
-        """How far the schedule is, 0 to 1: by the planned steps whose gradient was applied, or by
-        training time.
-        """
-        if self.training.lr_decay == "time":
-            return self.clock.schedule()
-        return (self.scheduled + self.unscheduled / 2) / self.planned_steps
-
-    def train_step(
-        self, batch: DeviceBatch, selection: Selection, count_correct: bool = True
-    ) -> int:
-        """Forward and backward over a batch, added to the window's gradient. Returns how many
-        samples that is.
-
-        count_correct: whether its predictions count for train_acc; scoring may have counted them
-        already.
-        """
-        network = self.network
-        n = len(batch.labels)
-        if (
-            n == 0 and not network.synced
-        ):  # synchronised BatchNorm needs every rank, even one without samples
-            return 0
-        statistics_before = [buffer.clone() for buffer in self.statistics]
-        weights = selection.weights(batch)
-        rows = self.loss.recall(batch.indices)
-        given = {
-            name: each for name, each in (("weights", weights), ("rows", rows)) if each is not None
-        }
-        inputs = batch.images, batch.labels
-        inputs = (
-            network.mixed(*inputs, self.metrics.epoch, self.metrics.step)
-            if weights is None
-            else inputs
-        )
-        objective, correct, loss, *seen = network.forward(*inputs, **given)
-        if weights is not None:
-            selection.record(batch, seen.pop(0), self.metrics.epoch)
-        if rows is not None:
-            self.loss.remember(batch.indices, seen.pop())
-        # synchronised, a sample's loss reaches the gradients of other ranks: all must divide alike
-        self.change_divisor(
-            network.local_batch if network.synced else self.window_divisor or max(1, n)
-        )
-        self.scaler.scale(objective / self.window_divisor).backward()
-        self.window_samples += n
-        self.metrics.times_trained.add(batch.indices)
-        bad = self.metrics.meter.add_loss(loss, n, self.metrics.step, objective.detach())
-        self.window_bad = bad if self.window_bad is None else self.window_bad | bad
-        for buffer, before in zip(self.statistics, statistics_before, strict=True):
-            buffer.copy_(torch.where(bad, before, buffer))
-        if count_correct:
-            self.metrics.meter.add_correct(correct.sum(), n)
-        return n
-
-    def change_divisor(self, divisor: int) -> None:
-        """Rescale the window's gradient so far to that of the summed loss over `divisor`."""
-        if self.window_divisor not in (0, divisor):
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.window_divisor / divisor)
-        self.window_divisor = divisor
-
-    def window_open(self) -> bool:
-        """Whether any process has samples in the window. Collective."""
-        return bool(self.dist.all_gather([self.window_samples]).any())
-
-    def merge_gradients(self) -> int | Tensor:
-        """Make the gradient the mean over the window's samples of all processes. Returns their
-        number.
-        """
-        if self.dist.world == 1:
-            self.change_divisor(self.window_samples)
-            return self.window_samples
-        samples, self.window_bad = merge_gradients(
-            self.parameters, self.window_samples, self.window_divisor, self.window_bad, self.dist
-        )
-        return samples
-
-    def optimizer_step(self) -> None:
-        """Step on the mean gradient of the window, and clear it. The schedule advances by the loop
-        steps it took.
-
-        A step that the GradScaler skips (overflow in float16) advances neither the schedule nor the
-        ledger. One with a loss that is not finite changes no weight. Only the device knows of it:
-        the ledger learns it with the meter.
-        """
-        forgiving = self.forgiving and not self.scaler.is_enabled()
-        self.merge_gradients()
-        if forgiving:
-            self.metrics.meter.add_skipped(self.window_bad, self.window_samples)
-        self.lr = lr_at(self.progress(), self.training, self.lr_warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)  # see training.layer_decay
-        if self.training.grad_clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.model.parameters(), self.training.grad_clip_norm)
-        scale = self.scaler.get_scale()  # a device read, in float16 alone
-        obeys = self.optimizer.defaults.get(
-            "fused"
-        )  # fused optimizers leave out a step by themselves
-        if forgiving and obeys:
-            self.optimizer.grad_scale = None
-            self.optimizer.found_inf = self.window_bad.float()
-        if not forgiving or obeys or not self.window_bad:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.clear_gradients()
-        if self.scaler.get_scale() >= scale:
-            self.metrics.add_optimizer_step(self.window_samples)
-            if self.network.average is not None:
-                self.network.average.update(self.metrics.ledger.steps)
-            self.scheduled += self.unscheduled
-        self.window_samples = self.window_divisor = self.unscheduled = 0
-        self.window_bad = None
-
-    def clear_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
-
-    def alike(self) -> list[float]:
-        """Numbers that every process must have alike."""
-        return [self.lr, self.scheduled, self.network.weight_sum()]
-
-    def own_state(self) -> dict[str, Any]:
-        gradients = [p.grad for p in self.parameters] if self.window_samples else None
-        return {**super().own_state(), "gradients": gradients, "window_bad": self.window_bad}
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        super().load_own_state(state)
-        bad = state["window_bad"]
-        self.window_bad = None if bad is None else bad.to(self.device)
-        for parameter, gradient in zip(self.parameters, state["gradients"] or []):  # noqa: B905
-            if parameter.grad is None:
-                parameter.grad = (
-                    None if gradient is None else torch.empty_like(parameter).copy_(gradient)
-                )
-            elif gradient is not None:
-                parameter.grad.copy_(gradient)
+    count_correct: whether its predictions count for train_acc; scoring may have counted them.
+    """
+    metrics = run.metrics
+    weights = run.selection.loss_weights(batch)
+    result = run.trainer.train_step(batch, weights, metrics.epoch, metrics.step)
+    if result is None:
+        return 0
+    run.selection.record(batch, result.visit, metrics.epoch)
+    metrics.add_step(batch.indices, result, count_correct)
+    return len(batch.labels)
 
 
 # --------------------------------------------------------------------------------------------- Data
@@ -1165,11 +996,17 @@ def build_splits(dataset: DatasetConfig) -> dict[str, Split]:
     }
 
 
-def build_dataloaders(
-    config: Config, device: torch.device, dist: Dist | None = None
-) -> tuple[Loader, Loader, EpochPlan, int]:
-    """Training loader, validation loader, the plan that drives the first, and the number of
-    classes.
+class Data(NamedTuple):
+    """What a run trains and validates on."""
+
+    train: Loader
+    val: Loader
+    plan: EpochPlan  # drives the first
+    classes: int
+
+
+def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = None) -> Data:
+    """The loaders of a run, and the plan of its epochs.
 
     Of several processes each has its part of every training batch, and of the validation set, in
     batches of its share.
@@ -1178,7 +1015,7 @@ def build_dataloaders(
     training = config.training
     dist = dist or Dist()
     splits = build_splits(dataset)
-    (train, indices) = splits["train"]
+    train, indices = splits["train"]
     val = splits["val"].dataset
     if dist.world > 1:
         dist.require_same(
@@ -1189,23 +1026,15 @@ def build_dataloaders(
     )
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
-    plan = EpochPlan(
-        indices, training.batch_size, training.seed, partial(planned_share, config), dist
-    )
+    share = shares_of(config).loaded
+    plan = EpochPlan(indices, training.batch_size, training.seed, share, dist)
     options = loader_options(config, device, train)
+    classes = len(train.classes)
     if dataset.cache != "none":
-        return (
-            *cached_loaders(splits, plan, config, device, dist, options),
-            plan,
-            len(train.classes),
-        )
+        loaders = cached_loaders(splits, plan, config, device, dist, options)
+        return Data(*loaders, plan, classes)
     train_loader = WorkerLoader(train, batch_sampler=plan, **options)
-    return (
-        train_loader,
-        build_val_loader(splits["val"], config, device, dist),
-        plan,
-        len(train.classes),
-    )
+    return Data(train_loader, build_val_loader(splits["val"], config, device, dist), plan, classes)
 
 
 def build_val_loader(split: Split, config: Config, device: torch.device, dist: Dist) -> Loader:
@@ -1224,16 +1053,8 @@ def build_val_loader(split: Split, config: Config, device: torch.device, dist: D
 HISTORY_KEYS = (
     *("epoch", "train_acc", "val_acc", "activation_rate", "threshold", "energy_savings"),
     *("step_time_ms", "est_energy_kj", "est_flops_g"),
-    *(
-        "target",
-        "lr",
-        "train_loss",
-        "samples_loaded",
-        "samples_scored",
-        "samples_trained",
-        "optimizer_steps",
-    ),
-    *("train_seconds", "energy_kj", "total_flops_g", "forgotten"),
+    *("target", "lr", "train_loss", "samples_loaded", "samples_scored", "samples_trained"),
+    *("optimizer_steps", "train_seconds", "energy_kj", "total_flops_g", "forgotten"),
 )
 
 
@@ -1242,26 +1063,17 @@ class Metrics(Stateful):
     history.
     """
 
-    STATE = (
-        "epoch",
-        "step",
-        "history",
-        "epochs_completed",
-        "nonfinite_steps",
-        "times_trained",
-        "by_class",
-    )
+    STATE = ("epoch", "step", "history", "epochs_completed", "times_trained", "by_class")
     OWN = ("ledger", "ledger_before", "meter")
 
-    def __init__(self, config: Config, device: torch.device, dist: Dist, samples: int = 0):
+    def __init__(self, device: torch.device, dist: Dist, samples: int = 0, max_bad_images: int = 0):
         """samples: how many indices the training set has."""
-        self.allowed = config.training.max_nonfinite_steps
         self.device = device
         self.dist = dist
         self.ledger = Ledger()
         self.history: dict[str, list] = {key: [] for key in HISTORY_KEYS}
-        self.epochs_completed = self.nonfinite_steps = 0  # of the finished epochs
-        self.read_errors = ReadErrors(config.dataset.max_bad_images)
+        self.epochs_completed = 0
+        self.read_errors = ReadErrors(max_bad_images)
         self.times_trained = TimesTrained(samples, device, dist)
         self.by_class: list[list[int]] = [[], []]  # of the last validation: `ClassCounts`
         self.start_epoch(0)
@@ -1269,16 +1081,14 @@ class Metrics(Stateful):
     def start_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self.step = 0
-        self.meter = self.new_meter()
+        self.meter = Meter(self.device, epoch)
         self.ledger_before = copy.copy(self.ledger)
 
-    def new_meter(self) -> Meter:
-        """For the current epoch, with what the earlier ones have left of
-        training.max_nonfinite_steps.
-        """
-        return Meter(self.device, self.epoch, self.allowed - self.nonfinite_steps)
+    def place(self) -> str:
+        """Where the run stands, in words."""
+        return f"epoch {self.epoch + 1}, step {self.step + 1}"
 
-    def add_scored(self, samples: int, correct: int | None) -> None:
+    def add_scored(self, samples: int, correct: int | Tensor | None) -> None:
         """Count the scored samples of all processes once; with `correct`, their predictions count
         for train_acc.
         """
@@ -1287,30 +1097,54 @@ class Metrics(Stateful):
             if correct is not None:
                 self.meter.add_correct(correct, samples)
 
-    def skip_batch(self) -> None:
-        """Count a batch whose scores are not finite. Raises TrainingFailed where it is one too
-        many.
-        """
-        if self.dist.rank == 0:
-            self.meter.skip_batch(self.step)
+    def add_step(self, indices: Tensor, result: StepResult, count_correct: bool) -> None:
+        """Count a forward and backward over the samples int64 [batch]."""
+        n = len(indices)
+        self.times_trained.add(indices)
+        self.meter.add_loss(result.loss, result.objective.detach(), n, self.step)
+        if count_correct:
+            self.meter.add_correct(result.correct.sum(), n)
 
     def add_optimizer_step(self, samples: int) -> None:
         self.ledger.trained += samples
         self.ledger.steps += 1
 
-    def settle(self) -> None:
-        """Take optimizer steps that were skipped for a non-finite loss out of the ledger. Ends the
-        meter.
+    def reduce_to_rank0(self) -> None:
+        """Move to rank 0 what the ranks have counted by themselves since the last time.
+        Collective.
         """
-        bad_steps, skipped, untrained = self.meter.skipped()
-        self.nonfinite_steps += bad_steps
-        self.ledger.steps = self.ledger.steps - skipped
-        self.ledger.trained = self.ledger.trained - untrained
-        self.meter = self.new_meter()
+        if self.dist.world == 1:
+            return
+        self.times_trained.merge()
+        self.ledger.reduce_to_rank0(self.dist)
+        self.meter.reduce_to_rank0(self.dist)
+        if self.read_errors.limit:
+            for found in self.dist.all_gather_objects(self.read_errors.found):
+                if self.dist.rank == 0:
+                    self.read_errors.add(found)
 
     def close_epoch(self, row: dict[str, Any]) -> None:
         for key in HISTORY_KEYS:
             self.history[key].append(row[key])
+        self.meter = Meter(self.device, self.epoch)
+
+    def newest(self) -> dict[str, Any]:
+        """The newest row of the history."""
+        return {key: values[-1] for key, values in self.history.items()}
+
+    def result(self) -> dict[str, Any]:
+        """What a results file says of them."""
+        accuracies = self.history["val_acc"]
+        best = max(accuracies, default=0.0)
+        return {
+            "best_accuracy": best,
+            "epochs_completed": self.epochs_completed,
+            "training_history": self.history,
+            "best_epoch": accuracies.index(best) + 1 if accuracies else None,
+            "final_accuracy": accuracies[-1] if accuracies else None,
+            "ledger": asdict(self.ledger),
+            "bad_images": self.read_errors.found,
+        }
 
     def is_best(self) -> bool:
         """Whether the newest epoch has the highest validation accuracy, above all before it."""
@@ -1323,8 +1157,18 @@ class Metrics(Stateful):
     def load_own_state(self, state: dict[str, Any]) -> None:
         super().load_own_state(state)
         self.meter.epoch = self.epoch
-        self.meter.allowed = self.allowed - self.nonfinite_steps
         self.read_errors.add(state["read_errors"])
+
+    def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """Rank 0 has what all had counted."""
+        own = {name: [each[name] for each in states] for name in self.OWN}
+        errors = [text for each in states for text in each["read_errors"]]
+        return {
+            "ledger": self.ledger.merged(own["ledger"], rank),
+            "ledger_before": self.ledger.merged(own["ledger_before"], rank),
+            "meter": self.meter.merged(own["meter"], rank),
+            "read_errors": errors if rank == 0 else [],
+        }
 
 
 def close_epoch(
@@ -1337,30 +1181,34 @@ def close_epoch(
     """
     metrics = run.metrics
     clock = run.clock
-    reduce_to_rank0(run)
+    selection = run.selection
+    run.reduce_to_rank0()
     loss, train_acc = metrics.meter.read()
-    metrics.settle()
-    done = metrics.ledger.since(metrics.ledger_before)
     ledger = metrics.ledger
+    done = ledger.since(metrics.ledger_before)
     seconds = clock.close_epoch()
-    scoring_cost = run.scorer.cost if run.scorer else 0.0
-    activations = run.selection.activations
-    thresholds = [float(each) for each in run.selection.thresholds]
+    cost = selection.scores.cost
+    # a top share of samples never seen has no finite threshold
+    thresholds = [float(each) for each in selection.thresholds if math.isfinite(each)]
+    active = selection.activations
+    activation = statistics.fmean(active) if active else done.loaded / (considered or dense_samples)
+    is_sparse = run.is_sparse()
+    has_target = is_sparse and selection.rule.target is None
     watts = run.config.metrics.gpu_tdp_watts * run.dist.world
+    energy_before = (metrics.history["est_energy_kj"] or [0.0])[-1]
+    base_flop = run.network.base_flop
     row = {
         "epoch": metrics.epoch + 1,
         "train_acc": train_acc,
         "val_acc": val_acc,
-        "activation_rate": statistics.fmean(activations)
-        if activations
-        else done.loaded / (considered or dense_samples),
+        "activation_rate": activation,
         "threshold": statistics.fmean(thresholds) if thresholds else None,
-        "energy_savings": 1 - done.dense_equivalents(scoring_cost) / dense_samples,
+        "energy_savings": 1 - done.dense_equivalents(cost) / dense_samples,
         "step_time_ms": 1000 * seconds / metrics.step if metrics.step else None,
-        "est_energy_kj": (metrics.history["est_energy_kj"] or [0.0])[-1] + seconds * watts / 1000,
-        "est_flops_g": run.network.base_flop * ledger.trained / 1e9,
-        "target": run.selection.target if run.selection.is_sparse(metrics.epoch) else None,
-        "lr": run.trainer.lr,
+        "est_energy_kj": energy_before + seconds * watts / 1000,
+        "est_flops_g": base_flop * ledger.trained / 1e9,
+        "target": selection.share if has_target else None,
+        "lr": run.schedule.lr,
         "train_loss": loss,
         "samples_loaded": done.loaded,
         "samples_scored": done.scored,
@@ -1368,18 +1216,18 @@ def close_epoch(
         "optimizer_steps": done.steps,
         "train_seconds": clock.train_seconds,
         "energy_kj": clock.energy_kj,
-        "total_flops_g": run.network.base_flop * ledger.dense_equivalents(scoring_cost) / 1e9,
-        "forgotten": run.selection.forgotten,
+        "total_flops_g": base_flop * ledger.dense_equivalents(cost) / 1e9,
+        "forgotten": selection.doubt.forgotten(),
     }
     metrics.close_epoch(row)
-    run.selection.told = run.selection.told or out_of_reach(
-        run.config.ast, row["target"], activations, thresholds
-    )
-    run.selection.end_epoch(train_acc, run.scorer)
+    if not run.told_out_of_reach:
+        least = run.config.ast.min_threshold
+        run.told_out_of_reach = out_of_reach(least, row["target"], active, thresholds)
+    selection.end_epoch(train_acc, is_sparse)
     return row
 
 
-# ---------------------------------------------------------------------------------------------- Run
+# --------------------------------------------------------------------------------------------- Run
 
 
 @dataclass
@@ -1391,13 +1239,14 @@ class Run:
     dist: Dist
     network: Network
     selection: Selection
-    scorer: Scorer | None
+    schedule: Schedule
     trainer: Trainer
     queue: ActiveQueue | None  # with ast.pack
     ahead: ScoreAhead
     metrics: Metrics
     clock: Clock
     outputs: Outputs
+    told_out_of_reach: bool = False  # that the target is
 
     @classmethod
     def build(
@@ -1405,77 +1254,164 @@ class Run:
         config: Config,
         model: nn.Module,
         device: torch.device,
-        planned_steps: int,
+        planned_steps: float,
         samples: int = 0,
         dist: Dist | None = None,
         stop: Stop | None = None,
         started: float | None = None,
         classes: int = 0,
     ) -> Run:
-        """planned_steps: see `Trainer`; samples: how many indices the training set has; started:
-        time.monotonic() seconds, by default now."""
+        """planned_steps: see `Schedule`; samples: how many indices the training set has; started:
+        time.monotonic() seconds, by default now.
+        """
         dist = dist or Dist()
+        training = config.training
         started = time.monotonic() if started is None else started
         measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
         network = Network(model, config, measure, device, dist, samples, classes)
-        selection = selection_class(config)(config, samples, device, dist)
-        scorer = selection.scorer(network)
-        clock = Clock(config, device, dist, stop or Stop(), started)
-        metrics = Metrics(config, device, dist, samples)
-        trainer = Trainer(network, config, planned_steps, clock, metrics, dist)
-        queue = (
-            ActiveQueue(config.training.batch_size, dist)
-            if config.ast.pack and scorer is not None
-            else None
-        )
-        scoring = None if scorer is None else partial(score, scorer, network.local_batch, dist)
-        ahead = ScoreAhead(
-            scoring, config.ast.score_ahead and scorer is not None and not scorer.on_device
-        )
-        outputs = Outputs(config, device, dist)
+        selection = Selection(config, network, samples, device, dist)
+        clock = Clock(training, device, dist, stop or Stop(), started)
+        is_auto = isinstance(selection.target, AutoTarget)
+        schedule = Schedule(training, shares_of(config), planned_steps, clock, is_auto)
+        trainer = Trainer(network, training, schedule, dist)
+        queue = None
+        scoring = None
+        on_device = selection.rule.on_device
+        if not selection.scores.before_loading:
+            forward = selection.scores.forward
+            scoring = partial(score, forward, network.local_batch, on_device, dist)
+            queue = ActiveQueue(training.batch_size, device, dist) if config.ast.pack else None
         return cls(
             config,
             device,
             dist,
             network,
             selection,
-            scorer,
+            schedule,
             trainer,
             queue,
-            ahead,
-            metrics,
+            ScoreAhead(scoring, ahead=not on_device),
+            Metrics(device, dist, samples, config.dataset.max_bad_images),
             clock,
-            outputs,
+            Outputs(config.logging, checkpoint_folder(config), device, dist),
         )
 
-    @property
-    def scoring(self) -> bool:
-        """Whether this epoch's samples are scored before training."""
-        return self.scorer is not None and self.selection.is_sparse(self.metrics.epoch)
+    def is_sparse(self) -> bool:
+        """Whether this epoch trains on a selection."""
+        return self.schedule.is_sparse(self.metrics.epoch, self.selection.share)
 
     def start_epoch(self, epoch: int, order: np.ndarray) -> None:
-        """Begin an epoch; a rule that chooses before loading does so now. order: see
-        `Selection.start_epoch`.
+        """Begin an epoch; where scores are known before loading, choose what it loads now. order:
+        see `Selection.start_epoch`.
         """
         self.metrics.start_epoch(epoch)
         self.trainer.loss.merge()
-        self.selection.forget(epoch, order, self.trainer.progress())
-        if self.selection.is_sparse(epoch):
-            self.selection.start_epoch(epoch, order)
-        else:
-            self.selection.start_dense_epoch()
-            if self.queue is not None:
-                self.queue.clear()
+        self.selection.start_epoch(epoch, order, self.schedule)
+        if self.queue is not None and not self.is_sparse():
+            self.queue.clear()
+
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint keeps, by name. Each part is saved and loaded in this order."""
+        found = {
+            "network": self.network,
+            "selection": self.selection,
+            "schedule": self.schedule,
+            "trainer": self.trainer,
+            "queue": self.queue,
+            "ahead": self.ahead,
+            "metrics": self.metrics,
+            "clock": self.clock,
+            "random": RandomGenerators(self.device),
+        }
+        return {name: part for name, part in found.items() if part is not None}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the steps to come depend on. Collective.
+
+        The running clock is paused, so that the time so far is counted. Raises TrainingFailed
+        rather than keep a non-finite loss.
+        """
+        clocked = self.clock.running_since is not None
+        if clocked:
+            self.clock.pause()
+        self.require_alike()
+        self.metrics.meter.read()
+        if clocked:
+            self.clock.start()
+        state = state_of(self.parts(), self.dist)
+        return {"format": FORMAT, "config": self.config.model_dump(), **state}
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint, where the run keeps any. Collective."""
-        self.outputs.save(partial(run_state, self), (self.metrics.epoch, self.metrics.step), best)
+        self.outputs.save(self.state, (self.metrics.epoch, self.metrics.step), best)
 
     def export(self) -> None:
         """Write the weights if the newest epoch is the best one."""
         if self.metrics.is_best():
-            newest = {key: values[-1] for key, values in self.metrics.history.items()}
-            self.outputs.export(self.network.exported.state_dict(), newest)
+            self.outputs.export(self.network.exported.state_dict(), self.metrics.newest())
+
+    def require_alike(self) -> None:
+        """Raises TrainingFailed where the processes are not in the same state. Collective."""
+        parts = (self.selection, self.schedule, self.network)
+        numbers = (
+            [number for part in parts for number in part.alike()] if self.dist.world > 1 else []
+        )
+        require_alike(numbers, self.metrics.place(), self.dist)
+
+    def reduce_to_rank0(self) -> None:
+        """At the end of an epoch, move to rank 0 what the ranks have counted. Collective."""
+        self.require_alike()
+        self.metrics.reduce_to_rank0()
+        self.clock.reduce_to_rank0()
+
+    def optimizer_step(self) -> None:
+        """Apply the window's gradient, and count it where it was applied."""
+        samples = self.trainer.optimizer_step()
+        if samples is None:
+            return
+        self.metrics.add_optimizer_step(samples)
+        if self.network.average is not None:
+            self.network.average.update(self.metrics.ledger.steps)
+
+    def warm_up(self) -> None:
+        """Compile and autotune every function on blank images, before the clock starts.
+
+        Leaves weights, buffers and random generators as they were.
+        """
+        network = self.network
+        side = network.side
+        size = (network.local_batch, 3, side, side)
+        images = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        blank = DeviceBatch(images, labels, labels)
+        scorings = dict.fromkeys([network.evaluator, self.selection.scores.forward])
+
+        def once() -> None:
+            with torch.no_grad():
+                for forward in filter(None, scorings):
+                    forward(images, labels)
+            weights = self.selection.loss_weights(blank)
+            inputs = network.mixed(images, labels, 0, 0) if weights is None else (images, labels)
+            result = network.forward(*inputs, weights, network.loss.recall(labels))
+            result.objective.backward()
+            self.trainer.clear_gradients()
+            before = copy.deepcopy(self.selection.scores.state_dict())
+            self.selection.scores.observe(blank, 0.0)
+            self.selection.scores.load_state_dict(before)
+
+        passes = 3 if self.config.training.compile == "reduce-overhead" else 1
+        compile_all(once, list(network.model.buffers()), passes)
+
+    def live_figures(self) -> dict[str, str]:
+        """What the progress bar shows. A device read. Raises TrainingFailed on a non-finite
+        loss.
+        """
+        loss, _ = self.metrics.meter.read()
+        shown = {"loss": f"{loss:.3f}" if loss is not None else "-"}
+        if self.selection.activations:
+            shown["activation"] = f"{self.selection.activations[-1]:.3f}"
+            shown["threshold"] = f"{self.selection.thresholds[-1]:.3f}"
+        return shown
 
 
 def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> bool:
@@ -1483,49 +1419,44 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
     ended it early.
 
     An open accumulation window ends with the epoch, and with a time cap, which checkpoints before.
-    After a signal it is left for the checkpoint. Raises TrainingFailed on a non-finite loss too
-    many.
+    After a signal it is left for the checkpoint. Raises TrainingFailed on a non-finite loss.
     """
     trainer = run.trainer
     metrics = run.metrics
     clock = run.clock
-    selection = run.selection
     any_active_in_accum = trainer.window_open()
     signalled = False
     label = f"epoch {metrics.epoch + 1}{of_all(run.config)}"
+    batches = () if clock.out_of_time() else batches
+    scoring = not run.selection.scores.before_loading and run.is_sparse()
     with step_bar(label, steps) as heartbeat:
-        for batch, scores in run.ahead.pairs(() if clock.out_of_time() else batches, run.scoring):
+        for batch, scores in run.ahead.pairs(batches, scoring):
             metrics.ledger.loaded += len(batch.labels)
             if scores is not None:
-                selection.controller.epoch = (
-                    metrics.epoch - run.config.ast.warmup_epochs + metrics.step / steps
-                )
-                trained = ast_forward(batch, scores, selection, run.queue, trainer)
+                sparse_epochs = run.schedule.sparse_epochs(metrics.epoch, metrics.step / steps)
+                trained = ast_forward(batch, scores, run, sparse_epochs)
             else:
-                trained = trainer.train_step(batch, selection) or int(
-                    run.dist.world > 1
-                )  # another rank has some
-            metrics.step = metrics.step + 1
-            trainer.unscheduled = trainer.unscheduled + trainer.pace
+                trained = train_step(batch, run) or int(run.dist.world > 1)  # another rank has some
+            metrics.step += 1
+            run.schedule.advance()
             if trained is not None:
                 trainer.window_forwards += 1
                 any_active_in_accum |= trained > 0
-            window_full = trainer.window_forwards == run.config.training.grad_accum_steps
-            if window_full and any_active_in_accum:
-                trainer.optimizer_step()
-            if window_full:
+            if trainer.window_forwards == run.config.training.grad_accum_steps:
+                if any_active_in_accum:
+                    run.optimizer_step()
                 any_active_in_accum = False
                 trainer.window_forwards = 0
-            heartbeat(metrics.step, len(batch.labels) * run.dist.world, partial(live_figures, run))
-            signalled, capped, due = clock.vote(
-                metrics.step, metrics.step == steps, run.outputs.checkpoint_due()
-            )
+            heartbeat(metrics.step, len(batch.labels) * run.dist.world, run.live_figures)
+            is_last = metrics.step == steps
+            due = run.outputs.checkpoint_due()
+            signalled, capped, due = clock.vote(metrics.step, is_last, due)
             if due:
                 run.save()
             if capped or signalled:
                 break
         if any_active_in_accum and not signalled:
-            trainer.optimizer_step()
+            run.optimizer_step()
             trainer.window_forwards = 0
     return metrics.step == steps
 
@@ -1538,10 +1469,11 @@ def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> 
     signal came before its end, or where it outlasts training.max_minutes by more than a tenth of
     that.
     """
-    found = [torch.empty(2, 0, dtype=torch.int64, device=network.device)]  # labels
-    cut = False  # 1 for a correct one
+    # labels; 1 for a correct one
+    found = [torch.empty(2, 0, dtype=torch.int64, device=network.device)]
+    cut = False
     deadline = clock.validation_deadline()
-    for images, labels, _ in batches:
+    for images, labels, *_ in batches:
         if cut := clock.stop.signal is not None or time.monotonic() > deadline:
             break
         padding = network.local_batch - len(labels)
@@ -1560,55 +1492,36 @@ def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> 
 def begin_epoch(run: Run, plan: EpochPlan) -> None:
     """Take `plan` to where the run stands. At an epoch's start, choose what it trains on."""
     epoch = run.metrics.epoch
-    plan.start_epoch(epoch, run.metrics.step)
-    if run.metrics.step == 0:
+    step = run.metrics.step
+    plan.start_epoch(epoch, step)
+    if step == 0:
         run.start_epoch(epoch, plan.permutation())
-    plan.start_epoch(epoch, run.metrics.step, run.selection.mask())
-    if run.metrics.step == 0:
-        run.trainer.pace = pace(run, plan)
-    if not len(plan):  # nobody was chosen: the schedule goes on all the same
-        run.trainer.unscheduled += plan.planned_steps(epoch)
+    plan.start_epoch(epoch, step, run.selection.mask())
+    if step == 0:
+        run.schedule.begin_epoch(epoch, plan, run.selection.share)
 
 
-def pace(run: Run, plan: EpochPlan) -> float:
-    """How many of the run's planned steps a loop step of this epoch takes."""
-    trainer = run.trainer
-    selection = run.selection
-    epoch = run.metrics.epoch
-    share = partial(step_share, run.config, target=selection.target)
-    steps = plan.planned_steps(epoch) / max(1, len(plan)) * share(epoch)
-    if (
-        run.config.ast.target_activation == "auto"
-    ):  # what is left is planned anew by the target of today
-        left = sum(
-            plan.planned_steps(later) * share(later)
-            for later in range(epoch, run.config.training.epochs)
-        )
-        steps *= (trainer.planned_steps - trainer.scheduled - trainer.unscheduled) / left
-    return steps
-
-
-def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPlan) -> str:
+def run_epochs(run: Run, data: Data) -> str:
     """Train and validate epoch by epoch. Returns completed, early_stopped, time_capped or
     interrupted.
     """
     metrics = run.metrics
     clock = run.clock
     outputs = run.outputs
+    plan = data.plan
     print_rank0(epoch_line(run.config))
-    clock.eval_steps = len(val_loader)
+    clock.eval_steps = len(data.val)
     while (status := clock.ending(metrics.epoch, metrics.step, metrics.history["val_acc"])) is None:
         clock.start()
         begin_epoch(run, plan)
-        whole = train_one_epoch(
-            run, device_batches(train_loader, run.device, metrics.read_errors), len(plan)
-        )
+        batches = device_batches(data.train, run.device, metrics.read_errors)
+        whole = train_one_epoch(run, batches, len(plan))
         clock.pause()
         if not whole and not metrics.step:
             status = "completed" if metrics.epoch else "time_capped"
             print_rank0("training.max_minutes are over: no step of this epoch fitted in")
             break
-        val_acc = validate(run, val_loader)
+        val_acc = validate(run, data.val)
         if val_acc is None:
             status = "interrupted" if clock.stop.signal is not None else "time_capped"
             if status == "time_capped":
@@ -1616,27 +1529,34 @@ def run_epochs(run: Run, train_loader: Loader, val_loader: Loader, plan: EpochPl
                     "training.max_minutes are over: the last validation did not fit in and was left"
                 )
             break
-        done = metrics.step / len(plan) if len(plan) else 1.0
-        considered = plan.considered_samples(metrics.epoch)
-        row = close_epoch(run, val_acc, done * plan.dense_samples, done * considered)
-        metrics.epochs_completed += whole
-        outputs.close_epoch(row)
+        end_epoch(run, plan, val_acc, whole)
         if not whole:  # the checkpoint is the one before the cap
-            run.export()
-            outputs.log(row, whole)
             return "completed" if clock.out_of_time() else "time_capped"
-        metrics.epoch = metrics.epoch + 1
-        metrics.step = 0
-        run.save(best=metrics.is_best())
-        run.export()
-        outputs.log(row, whole)
-        say_if_long(run)
-    if status in ("interrupted", "time_capped") and outputs.saved_at != (
-        metrics.epoch,
-        metrics.step,
-    ):
+    at = (metrics.epoch, metrics.step)
+    if status in ("interrupted", "time_capped") and outputs.saved_at != at:
         run.save()
     return status
+
+
+def end_epoch(run: Run, plan: EpochPlan, val_acc: float, whole: bool) -> None:
+    """Close the epoch: its row, its checkpoint, the weights if it is the best, its line of the
+    log. whole: whether it was trained to its end.
+    """
+    metrics = run.metrics
+    done = metrics.step / len(plan) if len(plan) else 1.0
+    considered = plan.considered_samples(metrics.epoch)
+    row = close_epoch(run, val_acc, done * plan.dense_samples, done * considered)
+    metrics.epochs_completed += whole
+    print_rank0(epoch_line(run.config, row))
+    run.outputs.close_epoch(row)
+    if whole:
+        metrics.epoch += 1
+        metrics.step = 0
+        run.save(best=metrics.is_best())
+    run.export()
+    run.outputs.log(row, whole)
+    if whole and metrics.epoch == 1 and run.device.type == "cpu":
+        say_if_long(run.config.training, run.clock.train_seconds + run.clock.eval_seconds)
 
 
 def validate(run: Run, loader: Loader) -> float | None:
@@ -1649,9 +1569,8 @@ def validate(run: Run, loader: Loader) -> float | None:
     if run.clock.signalled():
         return None
     own = average_running_statistics(run.network.statistics(), run.dist)
-    counts = evaluate(
-        run.network, device_batches(loader, run.device, run.metrics.read_errors), run.clock
-    )
+    batches = device_batches(loader, run.device, run.metrics.read_errors)
+    counts = evaluate(run.network, batches, run.clock)
     if counts is not None:
         run.clock.eval_seconds = time.monotonic() - started
         run.metrics.by_class = list(counts)
@@ -1659,6 +1578,15 @@ def validate(run: Run, loader: Loader) -> float | None:
     for buffer, value in own:
         buffer.copy_(value)
     return None
+
+
+class Session(NamedTuple):
+    """What a process has before it knows its data: its place among others, and its time."""
+
+    device: torch.device
+    dist: Dist
+    stop: Stop
+    started: float  # time.monotonic() seconds
 
 
 def train(
@@ -1676,75 +1604,124 @@ def train(
     if config.training.max_minutes is not None and config.training.lr_decay == "epochs":
         stop.deadline = started + 60 * config.training.max_minutes
     device = resolve_device(config.training)
-    dist = meet(config, device)
+    folder = checkpoint_folder(config)
+    dist = meet(config.training, device, [config.model_dump(exclude={"logging"}), str(folder)])
+    session = Session(device, dist, stop, started)
     if dist.rank == 0:
         prepare_outputs(config.logging)
-    with claimed(checkpoint_folder(config)) if dist.rank == 0 else contextlib.nullcontext():
-        outcome = _train(config, device, dist, stop, resume, started)
+    with claimed(folder) if dist.rank == 0 else contextlib.nullcontext():
+        outcome = train_in_folder(config, session, resume)
     dist.leave()
     return outcome
 
 
-def _train(
-    config: Config, device: torch.device, dist: Dist, stop: Stop, resume: str | None, started: float
+def train_in_folder(
+    config: Config, session: Session, resume: str | None
 ) -> tuple[dict[str, Any], Path]:
-    """`train`, in a checkpoint folder that is this run's own."""
+    """`train`, in a checkpoint folder that is this run's own. Each step needs what the one before
+    returns.
+    """
+    device, dist, stop, _ = session
     path = dist.broadcast(find_checkpoint(config, resume))
     state = None if path is None else load_checkpoint(path, config)
     board = open_tensorboard(config.logging) if dist.rank == 0 else None
+    data = build_data(config, device, dist)
+    model = build_model(config, data)
+    run = build_run(config, model, data, session)
+    introduce(run, data)
+    if device.type == "cuda" or config.training.compile != "off":
+        run.warm_up()
+    if resume is not None:
+        continue_from(run, path, state)
+    copies = copies_of_weights(config.training)
+    facts = run.network.describe(data.train.dataset.classes)
+    run.outputs.open(board, run.network.model, copies, facts)
+    stop.training = True
+    return train_and_report(run, data)
+
+
+def build_data(config: Config, device: torch.device, dist: Dist) -> Data:
+    """The data of a run. Collective."""
+    fixed_shape = config.ast.pack or parts_of(config).scores.before_loading
+    configure_backends(fixed_shape, device)
+    return build_dataloaders(config, device, dist)
+
+
+def build_model(config: Config, data: Data) -> nn.Module:
+    """The network that the run starts from, by the seed. Raises RequestError where a step of this
+    plan would be of a single sample that its BatchNorm cannot normalise.
+    """
     torch.manual_seed(config.training.seed)
-    configure_backends(config.ast.pack or not selection_class(config).scores_batches(), device)
-    train_loader, val_loader, plan, num_classes = build_dataloaders(config, device, dist)
-    model = get_model(config.model, num_classes, config.dataset.image_size)
-    check_start(config, model, plan, selection_class(config).scores_batches())
-    target = first_target(config.ast)
-    planned = sum(
-        plan.planned_steps(e) * step_share(config, e, target) for e in range(config.training.epochs)
-    )
-    run = Run.build(
-        config,
-        model,
-        device,
-        planned,
-        int(plan.indices.max()) + 1,
-        dist,
-        stop,
-        started,
-        num_classes,
-    )
-    dataset = train_loader.dataset
+    model = get_model(config.model, data.classes, config.dataset.image_size)
+    check_start(config, model, data.plan, not parts_of(config).scores.before_loading)
+    return model
+
+
+def build_run(config: Config, model: nn.Module, data: Data, session: Session) -> Run:
+    device, dist, stop, started = session
+    planned = shares_of(config).planned(data.plan)
+    samples = int(data.plan.indices.max()) + 1
+    run = Run.build(config, model, device, planned, samples, dist, stop, started, data.classes)
     if config.dataset.normalise == "measured":
-        run.network.normalise_by(measure_moments(dataset, plan.indices))
+        run.network.normalise_by(measure_moments(data.train.dataset, data.plan.indices))
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)
-    announce(run, plan, num_classes, val_loader)
-    if device.type == "cuda" or config.training.compile != "off":
-        warm_up(run)
-    if resume is not None:
-        resume_run(run, path, state)
-    copies = copies_of_weights(config.training)
-    run.outputs.open(board, run.network.model, copies, run.network.describe(dataset.classes))
+    return run
+
+
+def introduce(run: Run, data: Data) -> None:
+    """Print what is about to be trained. Collective."""
+    size = sum(parameter.numel() for parameter in run.network.model.parameters())
+    pictures = run.dist.all_gather([own_pictures(data.val)])
+    facts = Facts(run.outputs.environment["gpu"], run.dist.world, size, run.network.base_flop)
+    announce(run.config, facts, data.plan, data.classes, int(pictures.sum()))
+    unread = unread_keys(run.config)
+    if unread:
+        print_rank0(f"note: nothing reads {', '.join(unread)} in this run\n")
+
+
+def continue_from(run: Run, path: Path | None, state: dict[str, Any] | None) -> None:
+    """Go on from a checkpoint, or say that there is none."""
+    if state is None:
+        print_rank0("--resume auto: there is no checkpoint of this config, the run starts afresh")
+        return
+    log = run.config.logging.jsonl_path
+    resume_parts(run.parts(), path, state, log, lambda: run.metrics.history, run.dist)
+    print_rank0(f"resumed from {path}: epoch {run.metrics.epoch + 1}, step {run.metrics.step}")
+
+
+def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
+    """Train to the end, and leave the results whatever that end is: (the result, its file)."""
     outcome = {"status": "failed"}
-    stop.training = True
     suspects = None
+    dataset = data.train.dataset
     try:
         with ending_workers():
-            outcome = {"status": run_epochs(run, train_loader, val_loader, plan)}
+            outcome = {"status": run_epochs(run, data)}
         run.outputs.finish()
-        suspects = run.selection.suspects(dataset) if outcome["status"] != "interrupted" else None
+        if outcome["status"] != "interrupted":
+            suspects = run.selection.suspects(dataset)
     except Exception as error:
-        known = explained(error, config)
+        known = explained(error, run.config.logging.output_dir)
         outcome = {"status": "failed", "error": one_line(known)}
         if known is not error:
             raise known from None
         raise
     finally:
-        diet = count_diet(run, dataset, plan.indices)
-        result = build_result(run, outcome, diet)
+        metrics = run.metrics
+        counts = metrics.times_trained if run.outputs.checkpoints else None
+        diet = count_diet(dataset, data.plan.indices, counts)
+        facts = {
+            **diet_figures(diet, metrics.by_class),
+            "base_flop_per_sample": run.network.base_flop,
+            "idle_keys": sorted(unread_keys(run.config)),
+        }
+        environment = run.outputs.environment
+        result = build_result(run.config, outcome, metrics.result(), run.clock, facts, environment)
         results_path = run.outputs.close(result, diet)
         if suspects is not None and results_path is not None:
             suspects.write(results_path)
-    return dist.broadcast((result, results_path))
+    return run.dist.broadcast((result, results_path))
 
 
 # --------------------------------------------------------------------------------------------- Main

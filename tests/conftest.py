@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from lab.config.loading import Config
-from lab.data.loading import DeviceBatch, Scores
-from train_ast import Run, ast_forward, load_config, score, train
+from lab.data.loading import BatchScores, DeviceBatch
+from train_ast import Run, ast_forward, load_config, train, train_step
 
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # three test processes side by side on two cores
@@ -104,20 +104,22 @@ def as_batch(
     return DeviceBatch(images, labels, torch.arange(len(labels)) if indices is None else indices)
 
 
-def scores_of(run: Run, images: torch.Tensor, labels: torch.Tensor) -> Scores:
-    """The scores of a batch by the run's scorer."""
-    return score(run.scorer, run.network.local_batch, run.dist, as_batch(images, labels))
+def scores_of(run: Run, images: torch.Tensor, labels: torch.Tensor) -> BatchScores:
+    """The scores of a batch by the run's scoring."""
+    return run.ahead.score(as_batch(images, labels))
 
 
-def sparse_step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> int | None:
+def sparse_step(
+    run: Run, images: torch.Tensor, labels: torch.Tensor, sparse_epochs: float = 0.0
+) -> int | None:
     """Score a batch, and train on its active samples."""
     scores = scores_of(run, images, labels)
-    return ast_forward(as_batch(images, labels), scores, run.selection, run.queue, run.trainer)
+    return ast_forward(as_batch(images, labels), scores, run, sparse_epochs)
 
 
 def trained_on(run: Run, *batch: torch.Tensor) -> int:
     """Forward and backward over a whole batch: images, labels and perhaps indices."""
-    return run.trainer.train_step(as_batch(*batch), run.selection)
+    return train_step(as_batch(*batch), run)
 
 
 def make_batch(size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

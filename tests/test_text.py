@@ -311,12 +311,9 @@ def test_an_error_of_an_override_names_it_and_not_the_file(tmp_path, capsys):
         "training.lr=0.001": (
             "override 'training.lr=0.001': training.min_lr: at most training.lr=0.001"
         ),
-        "training.epochs=3": "override 'training.epochs=3': ast.warmup_epochs: with 1 dense epochs "
-        "at the "
-        "start and 2 "
-        "at the end, none of training.epochs=3 is sparse; lower ast.warmup_epochs or "
-        "ast.anneal_epochs, or raise "
-        "training.epochs",
+        "training.epochs=3": "override 'training.epochs=3': ast.warmup_epochs: with 1 dense "
+        "epochs at the start and 2 at the end, none of training.epochs=3 is sparse; lower "
+        "ast.warmup_epochs or ast.anneal_epochs, or raise training.epochs",
         "dataset.type=folder": (
             "override 'dataset.type=folder': dataset.train_dir: needed with dataset.type=folder"
         ),

@@ -143,3 +143,12 @@ def parse_config(path: str | Path | None, text: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RequestError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
     return raw
+
+
+def spell(value: Any) -> str:
+    """A config value as text, 10 and 10.0 alike, without what is no text: half a surrogate pair."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return (
+        value.encode("utf-8", "replace").decode() if isinstance(value, str) else json.dumps(value)
+    )

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lab.base.errors import RequestError, one_line
 from lab.base.reading import BAD_YAML, _Dumper, _Loader, parse_config, read_config
+from lab.config.keys import DENSE_END
 from lab.config.sections import (
     ASTConfig,
     DatasetConfig,
@@ -34,10 +35,10 @@ from lab.config.sections import (
 def sparse_span(mode: str, rule: str, epochs: int, warmup_epochs: int, anneal_epochs: int) -> range:
     """The epochs (from 0) of a run of `epochs` that train on a selection; none in mode dense.
 
-    It stops where the dense epochs at the end begin. InfoBatch has its own number of them, an
-    eighth of the run.
+    It stops where the dense epochs at the end begin. A rule may have its own number of them.
     """
-    stop = epochs - (math.ceil(epochs / 8) if rule == "infobatch" else anneal_epochs)
+    own = DENSE_END.get(rule)
+    stop = epochs - (anneal_epochs if own is None else math.ceil(own * epochs))
     return range(stop if mode == "dense" else warmup_epochs, stop)
 
 
@@ -159,12 +160,11 @@ class Config(Section):
         warmup = self.ast.warmup_epochs
         epochs = self.training.epochs
         after = epochs - self.sparse_span().stop
-        own = "" if self.ast.rule == "infobatch" else " or ast.anneal_epochs"
+        own = "" if self.ast.rule in DENSE_END else " or ast.anneal_epochs"
         return (
-            f"ast.warmup_epochs: with {warmup} dense epochs at the start and {after} at "
-            f"the end, none of "
-            f"training.epochs={epochs} is sparse; lower ast.warmup_epochs{own}, or raise "
-            f"training.epochs"
+            f"ast.warmup_epochs: with {warmup} dense epochs at the start and {after} at the end, "
+            f"none of training.epochs={epochs} is sparse; lower ast.warmup_epochs{own}, or raise "
+            "training.epochs"
         )
 
     def sparse_span(self) -> range:
@@ -188,7 +188,18 @@ def config_keys() -> dict[str, tuple[str, Any]]:
 
 SHORT = reprlib.Repr()  # a config may hold far more than its text is long
 SHORT.maxstring = SHORT.maxother = 100
-RENAMED = {"ast.leave_out": "ast.forget_rate"}
+GONE = {  # keys of earlier days, and what to do instead
+    "ast.leave_out": "is now called ast.forget_rate",
+    "ast.explore_weight_cap": "is gone: an explored sample weighs 1",
+    "ast.proxy_every": "is gone: a proxy learns from one scored batch in four",
+    "ast.proxy_resolution": "is now ast.score_resolution",
+    "ast.score_ahead": "is gone: batches are scored ahead wherever that helps",
+    "dataset.cache_dir": "is gone: the environment variable HF_HOME says where downloads are kept",
+    "training.amp_dtype": "is now training.mixed_precision=bfloat16 or float16",
+    "training.compile_scoring": "is gone: training.compile holds for scoring too",
+    "training.loss_weight": "is gone: early_learning has the weight of its paper, 3",
+    "training.max_nonfinite_steps": "is gone: a loss that is not finite ends the run",
+}
 
 
 def dump_config(config: Config) -> str:
@@ -237,7 +248,7 @@ def load_config(
     path: str | Path | None,
     overrides: Sequence[str] = (),
     text: str | None = None,
-    check: Callable[[Config], None] | None = None,
+    check: Callable[[Config, Sequence[str]], None] | None = None,
 ) -> Config:
     """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05", see `parse_override`)
     over it.
@@ -258,7 +269,7 @@ def load_config(
     try:
         config = Config.model_validate({k: {} if v is None else v for k, v in raw.items()})
         if check is not None:
-            check(config)
+            check(config, [override.partition("=")[0] for override in overrides])
     except ValidationError as error:
         complaint = _explain(error)
     except ValueError as error:
@@ -290,8 +301,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return one_line(first["ctx"]["error"])
     key = ".".join(str(part)[:100] for part in first["loc"][:2])
-    if key in RENAMED:
-        return f"{key}: is now called {RENAMED[key]}"
+    if key in GONE:
+        return f"{key}: {GONE[key]}"
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key)}"
     wrong = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
@@ -327,13 +338,18 @@ def _nearest(key: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+# What changes no figure of a run: where its files lie, and how many processes read its pictures.
+NO_FIGURE = {"logging": True, "dataset": {"cache_folder"}, "training": {"num_workers"}}
+
+
 def run_id(config: Config) -> str:
-    """Which run a config is: a hash of what differs from the defaults, the seed included, logging
-    left out.
+    """Which run a config is: a hash of what differs from the defaults, the seed included, without
+    what changes no figure.
 
     A results file's `config` gives the same hash once it is read as a Config.
     """
-    differing = config.model_dump(exclude={"logging"}, exclude_defaults=True)
+    dumped = config.model_dump(exclude=NO_FIGURE, exclude_defaults=True)
+    differing = {section: values for section, values in dumped.items() if values}
     canonical = json.dumps(differing, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 

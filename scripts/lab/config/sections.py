@@ -64,9 +64,6 @@ class DatasetConfig(Section):
     label_key: str | None = Field(
         None, description="hf: label column; null: the only class label column"
     )
-    cache_dir: str | None = Field(
-        None, description="hf: where downloads are kept; null: the library's own"
-    )
     num_classes: int | None = Field(
         None, ge=2, description="checked against the data; null: taken from it"
     )
@@ -77,9 +74,8 @@ class DatasetConfig(Section):
     augment_policy: Literal["none", "rand_augment", "trivial_augment"] = Field(
         "none",
         description="torchvision's policies, after the crop. rand_augment: two operations of "
-        "magnitude 9 (of 30); "
-        "trivial_augment: one of any magnitude. Loader processes apply them, so they need "
-        "cache=none",
+        "magnitude 9 (of 30); trivial_augment: one of any magnitude. Loader processes apply "
+        "them, so they need cache=none",
     )
     random_erasing: float = Field(
         0.0,
@@ -90,19 +86,15 @@ class DatasetConfig(Section):
     normalise: Literal["imagenet", "measured"] = Field(
         "imagenet",
         description="mean and deviation of the pixels for weights that start at random; "
-        "measured: of "
-        "the training "
-        "pictures. Weights that were trained before keep their own",
+        "measured: of the training pictures. Weights that were trained before keep their own",
     )
     padding: Literal["black", "reflect"] = Field(
         "black", description="pad_crop: what lies beyond the picture's edge"
     )
     cache: Literal["none", "device", "disk"] = Field(
         "none",
-        description="decode once, keep the pixels, crop and flip on the training device; "
-        "device: on "
-        "that device; disk: "
-        "in files that later runs find again",
+        description="decode once, keep the pixels, crop and flip on the training device; device: "
+        "on that device; disk: in files that later runs find again",
     )
     cache_folder: str = Field("data/cache", description="cache=disk: where the files are kept")
     cache_format: Literal["raw", "jpeg"] = Field(
@@ -159,81 +151,49 @@ class ASTConfig(Section):
     )
     scoring: str = Field(
         "batch",
-        description="batch: score every loaded sample by a forward; proxy: by one of a small "
-        "network "
-        "that learns "
-        "beside; history: by its loss when last trained on",
+        description="what a sample's score comes from; batch: a forward of the network over every "
+        "loaded sample; proxy: a forward of a small network that learns beside; history: the loss "
+        "when the sample was last trained on, so that only chosen samples are loaded",
     )
-    proxy_model: str = Field(
-        "small_conv", description="proxy: small_conv (four convolutions) or as model.name"
-    )
-    proxy_resolution: int | None = Field(
-        None,
-        ge=1,
-        description="proxy: side of the pictures that it sees, pixels; null: dataset.image_size",
-    )
-    proxy_every: int = Field(
-        4, ge=1, description="proxy: it learns from every so-manieth scored batch"
-    )
+    proxy_model: str = Field("small_conv", description="small_conv (four convolutions) or a name")
     rule: str = Field(
         "pi",
-        description="which samples are active; pi: those over the controlled threshold; topk "
-        "(batch, "
-        "proxy): the top "
-        "share of each batch; infobatch (with history): those over the mean, and half of "
-        "the others, which "
-        "the schedule plans as 0.75 of the set, whatever target_activation says",
+        description="which of the scored are active; pi: those over the controlled threshold; "
+        "topk: a top share; infobatch: those over the mean, and half of the others with twice the "
+        "weight, which the schedule plans as 0.75 of the set",
     )
     forget_rate: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         0.0,
-        description="share of the samples that is not trained on, because their labels may be "
-        "wrong; "
-        "history: so much "
-        "of highest significance; auto: from half of the schedule on those whose label is "
-        "not believed, so many as "
-        "there are; it gained with 40 and more epochs and cost some accuracy with 20; with "
-        "training.loss=early_learning it lowered the accuracy",
+        description="share of all samples that is left out before the rule chooses, because their "
+        "labels may be wrong: those of the highest scores; auto: from half of the schedule on "
+        "those whose label is not believed, so many as there are. auto gained with 40 and more "
+        "epochs and cost some accuracy with 20; with training.loss=early_learning it lowered the "
+        "accuracy",
     )
     explore: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="history: chance of a sample below the threshold to be trained on all the same",
-    )
-    explore_weight_cap: float = Field(
-        1.0,
-        ge=1,
-        description="history: weight of such a sample is 1 / explore, at most this; 1: none. "
-        "At 1 / "
-        "explore or more "
-        "the gradient is that of all samples times 1 / activation, for it is divided by "
-        "the number trained on",
+        description="share of the samples that is trained on whatever the stored scores say",
     )
     score_resolution: int | None = Field(
         None,
         ge=1,
-        description="side at which the same view is scored, pixels; null: dataset.image_size",
+        description="side of the pictures that are scored, pixels; null: dataset.image_size",
     )
     score_statistics: Literal["running", "batch"] = Field(
         "running",
         description="BatchNorm's statistics while scoring: running averages, as in validation, or "
-        "those of the scored "
-        "batch, as in training",
-    )
-    score_ahead: bool = Field(
-        True,
-        description=(
-            "score a batch before the one before it is trained on: the GPU never waits for the host"
-        ),
+        "those of the scored batch, as in training",
     )
     pack: bool = Field(
         False, description="collect active samples into full batches before a training step"
     )
     target_activation: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         0.25,
-        description="share of samples to be active, 0 to 1; auto (with scored batches): all while "
-        "many are predicted "
-        "wrongly, later three times their share, at least 0.5; set at each epoch's end",
+        description="share of all samples to be active, 0 to 1; auto: all while many are predicted "
+        "wrongly, later three times their share, at least 0.5; set at each epoch's end. At most "
+        "what forget_rate leaves",
     )
     kp: float = Field(
         0.1, ge=0, description="proportional gain, threshold units per unit of activation error"
@@ -297,8 +257,7 @@ class TrainingConfig(Section):
         0,
         ge=0,
         description="epochs over which the rate rises from 0; lr_decay=time: their share of the "
-        "planned steps, as a "
-        "share of max_minutes",
+        "planned steps, as a share of max_minutes",
     )
     lr_decay: Literal["epochs", "time"] = Field(
         "epochs",
@@ -315,10 +274,9 @@ class TrainingConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="decay, an optimizer step, of an exponential moving average of the "
-        "weights; the "
-        "average is "
-        "validated and exported, and selection scores by the weights themselves; 0: none",
+        description="decay, an optimizer step, of an exponential moving average of the weights; "
+        "the average is validated and exported, and selection scores by the weights themselves; "
+        "0: none",
     )
     mixup: float = Field(
         0.0,
@@ -337,12 +295,8 @@ class TrainingConfig(Section):
     loss: Literal["cross_entropy", "generalised_cross_entropy", "early_learning"] = Field(
         "cross_entropy",
         description="that is minimised; the other two are made for wrong labels: on CIFAR-10 "
-        "with 17 "
-        "% of them "
-        "early_learning helped, most in 80 epochs, and generalised_cross_entropy did not",
-    )
-    loss_weight: float = Field(
-        3.0, ge=0, description="early_learning: weight of what it adds to the cross-entropy"
+        "with 17 % of them early_learning helped, most in 80 epochs, and "
+        "generalised_cross_entropy did not",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="of the training loss, not of the significance"
@@ -351,9 +305,10 @@ class TrainingConfig(Section):
         None, gt=0, description="largest gradient norm; null: no clipping"
     )
     grad_accum_steps: int = Field(1, ge=1, description="forward passes an optimizer step")
-    mixed_precision: bool = Field(True, description="autocast and, for float16, a GradScaler")
-    amp_dtype: Literal["auto", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the GPU has it, else float16; float32 on a CPU"
+    mixed_precision: bool | Literal["bfloat16", "float16"] = Field(
+        True,
+        description="autocast; true: on a GPU, in bfloat16 where it has that, else float16, with "
+        "a GradScaler; a name: in that type, on a CPU too",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto", description="auto: a GPU where there is one"
@@ -363,9 +318,6 @@ class TrainingConfig(Section):
         description=(
             "torch.compile mode of the training step; reduce-overhead: CUDA graphs; needs one shape"
         ),
-    )
-    compile_scoring: Compile | None = Field(
-        None, description="the same for scoring and validation; null: as training.compile"
     )
     sync_batchnorm: bool = Field(
         False,
@@ -381,11 +333,6 @@ class TrainingConfig(Section):
             "cap on wall time from start or resumption to the results, minutes; see lr_decay"
         ),
     )
-    max_nonfinite_steps: int = Field(
-        0,
-        ge=0,
-        description="steps with a loss that is not finite to leave out before the run is given up",
-    )
     early_stop_patience: int | None = Field(
         None, ge=1, description="stop after so many epochs without a new best"
     )
@@ -399,9 +346,8 @@ class MetricsConfig(Section):
         None,
         gt=0,
         description="forward + backward FLOP of one sample; null: counted from the model, two a "
-        "multiply-add, no input "
-        "gradient in the first layer (ResNet-50 at 224 px: 24.3e9; the often quoted 7.8e9 "
-        "is a forward alone)",
+        "multiply-add, no input gradient in the first layer (ResNet-50 at 224 px: 24.3e9; the "
+        "often quoted 7.8e9 is a forward alone)",
     )
     gpu_tdp_watts: float = Field(
         250.0, gt=0, description="for the energy proxy, watts of one GPU (of one process)"

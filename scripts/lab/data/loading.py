@@ -18,6 +18,7 @@ from lab.config.sections import TrainingConfig
 from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.machine.distributed import Dist
+from lab.machine.stateful import Stateful
 
 Loader = Iterable[LoaderBatch]
 
@@ -28,6 +29,11 @@ class DeviceBatch(NamedTuple):
     images: Tensor  # uint8 [batch, 3, H, W]
     labels: Tensor  # int64 [batch]
     indices: Tensor  # int64 [batch], of the samples in the data set
+    weights: Tensor | None = None  # float32 [batch], of the losses; None: all 1
+
+    def tensors(self) -> list[Tensor]:
+        """The fields that are there, in their order."""
+        return [each for each in self if each is not None]
 
 
 def as_is(batch: Any) -> Any:
@@ -86,11 +92,19 @@ class EpochPlan(Sampler):
         """
         return samples - samples % self.batch_size or samples
 
+    def samples_of(self, share: float) -> int:
+        """How many samples an epoch loads that loads this share of them."""
+        return self._in_full_batches(max(1, round(share * len(self.indices))))
+
+    def steps_of(self, share: float) -> int:
+        """How many batches these make."""
+        return math.ceil(self.samples_of(share) / self.batch_size)
+
     def planned_samples(self, epoch: int) -> int:
         """How many samples `epoch` loads, as far as `share` tells. With a mask the number may
         differ a little.
         """
-        return self._in_full_batches(max(1, round(self.share(epoch) * len(self.indices))))
+        return self.samples_of(self.share(epoch))
 
     def planned_steps(self, epoch: int) -> int:
         """How many batches `planned_samples(epoch)` makes."""
@@ -184,7 +198,7 @@ def await_copy(tensors: Sequence[Tensor], copied: torch.cuda.Event) -> None:
         tensor.record_stream(stream)
 
 
-class Scores(NamedTuple):
+class BatchScores(NamedTuple):
     """The scores of a batch on their way to the host; of several processes, of the batches of all
     ranks in order.
     """
@@ -192,8 +206,7 @@ class Scores(NamedTuple):
     # float32 [2, batch], on the host unless the rule chooses on the device: significance, nats; 1
     # if predicted right
     rows: Tensor
-    arrived: torch.cuda.Event | None  # when they are there; None: now
-    is_model: bool = True  # whether the predictions are those of the network that is trained
+    arrived: torch.cuda.Event | None = None  # when they are there; None: now
 
     def wait(self) -> Tensor:
         """The rows, once the scoring forward has finished."""
@@ -208,35 +221,39 @@ class Scores(NamedTuple):
         significance, correct = self.wait()
         if significance.is_cuda:
             return significance, correct.sum()
-        if (
-            len(significance) and significance.min() == -math.inf
-        ):  # padding of a rank with a smaller part
+        # padding of a rank with a smaller part
+        if len(significance) and significance.min() == -math.inf:
             significance, correct = self.rows[:, significance != -math.inf]
         return significance, int(correct.sum())
 
 
-class ScoreAhead:
-    """Gives each batch with its scores while the scoring of the next one has already started
-    (`ast.score_ahead`).
+class ScoreAhead(Stateful):
+    """Gives each batch with its scores while the scoring of the next one has already started.
 
     So the device has work while the host reads scores and chooses. The price: scores come from the
     weights before the previous batch was trained on. The threshold is not delayed, because the host
     chooses.
     """
 
-    def __init__(self, score: Callable[[DeviceBatch], Scores] | None, ahead: bool):
+    def __init__(self, score: Callable[[DeviceBatch], BatchScores] | None, ahead: bool):
         """score: starts scoring a batch; None: nothing is scored. ahead: if false, each is scored
         at its turn.
         """
         self.score = score
         self.depth = int(ahead and score is not None)
-        self.pending: Scores | None = None  # of a batch that is scored and not yet trained on
+        self.pending: BatchScores | None = None  # of a batch that is scored and not yet trained on
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        return {"pending": None if self.pending is None else self.pending.wait()}
+
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        self.pending = None if state["pending"] is None else BatchScores(state["pending"])
 
     def pairs(
         self, batches: Iterable[DeviceBatch], scoring: bool
-    ) -> Iterator[tuple[DeviceBatch, Scores | None]]:
+    ) -> Iterator[tuple[DeviceBatch, BatchScores | None]]:
         """The batches with their scores; with None where `scoring` is false."""
-        waiting: list[tuple[DeviceBatch, Scores | None]] = []
+        waiting: list[tuple[DeviceBatch, BatchScores | None]] = []
         depth = self.depth if scoring else 0
         # of a checkpoint: the weights that gave these scores are gone
         restored = self.pending

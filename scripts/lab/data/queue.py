@@ -10,9 +10,10 @@ import torch
 
 from lab.data.loading import DeviceBatch
 from lab.machine.distributed import Dist
+from lab.machine.stateful import Stateful
 
 
-class ActiveQueue:
+class ActiveQueue(Stateful):
     """Collects samples on the device until a full batch is there, so that every training step has
     one shape.
 
@@ -22,8 +23,9 @@ class ActiveQueue:
     they form the batches that one process would form, spread evenly.
     """
 
-    def __init__(self, batch_size: int, dist: Dist | None = None):
+    def __init__(self, batch_size: int, device: torch.device, dist: Dist | None = None):
         self.batch_size = batch_size
+        self.device = device
         self.dist = dist or Dist()
         self.clear()
 
@@ -40,14 +42,12 @@ class ActiveQueue:
         """
         counts = counts or [len(batch.labels)]
         if self.samples is not None:
-            batch = DeviceBatch(
-                *(torch.cat(pair) for pair in zip(self.samples, batch, strict=True))
-            )
+            pairs = zip(self.samples.tensors(), batch.tensors(), strict=True)
+            batch = DeviceBatch(*(torch.cat(pair) for pair in pairs))
         room = self.batch_size - sum(self.pending)
         taken = []
-        for pending, new in zip(
-            self.pending, counts, strict=True
-        ):  # of the new ones, those of the first ranks
+        # of the new ones, those of the first ranks
+        for pending, new in zip(self.pending, counts, strict=True):
             taken.append(pending + min(new, room))
             room -= min(new, room)
         self.pending = [pending + new for pending, new in zip(self.pending, counts, strict=True)]
@@ -56,12 +56,13 @@ class ActiveQueue:
             return None
         self.pending = [pending - gone for pending, gone in zip(self.pending, taken, strict=True)]
         own = taken[self.dist.rank]
-        self.samples = DeviceBatch(*(tensor[own:] for tensor in batch))
-        return DeviceBatch(*self.dist.balance(taken, [tensor[:own] for tensor in batch]))
+        self.samples = DeviceBatch(*(tensor[own:] for tensor in batch.tensors()))
+        first = [tensor[:own] for tensor in batch.tensors()]
+        return DeviceBatch(*self.dist.balance(taken, first))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is pending on any rank, and how many samples are each rank's. Collective."""
-        samples = self.samples
+        samples = None if self.samples is None else self.samples.tensors()
         if self.dist.world > 1 and sum(self.pending):
             parts = self.dist.all_gather_objects(
                 None if samples is None else [each.cpu() for each in samples]
@@ -70,9 +71,9 @@ class ActiveQueue:
                 torch.cat(each)
                 for each in zip(*(part for part in parts if part is not None), strict=True)
             ]
-        return {"samples": None if samples is None else list(samples), "pending": self.pending}
+        return {"samples": samples, "pending": self.pending}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this rank's part. Each keeps what it had; where the number of ranks has changed,
         they share evenly.
         """
@@ -83,4 +84,5 @@ class ActiveQueue:
             self.pending = list(state["pending"]) if same else np.diff(edges).tolist()
             start = sum(self.pending[: self.dist.rank])
             own = slice(start, start + self.pending[self.dist.rank])
-            self.samples = DeviceBatch(*(tensor[own].to(device) for tensor in state["samples"]))
+            mine = [tensor[own].to(self.device) for tensor in state["samples"]]
+            self.samples = DeviceBatch(*mine)

@@ -64,9 +64,8 @@ def notes(config: Config, plan: EpochPlan) -> Iterator[str]:
     steps = -(-plan.dense_samples // batch)
     if left_out:
         yield (
-            f"note: {len(plan.indices):,} training samples are {steps:,} batches of "
-            f"{batch:,}: each epoch leaves out "
-            f"another {left_out:,} of them"
+            f"note: {len(plan.indices):,} training samples are {steps:,} batches of {batch:,}: "
+            f"each epoch leaves out another {left_out:,} of them"
         )
     steady = not ast.kp or ast.target_activation == 1
     if ast.mode != "ast" or ast.rule != "pi" or ast.threshold_unit != "iqr" or steady:
@@ -75,9 +74,7 @@ def notes(config: Config, plan: EpochPlan) -> Iterator[str]:
     if ast.kp < gain:
         more = "" if steps >= SETTLING else f", after some {-(-SETTLING // steps)} sparse epochs"
         yield (
-            f"note: an epoch has {steps} control steps, few for ast.kp={ast.kp:g}: the "
-            f"first sparse epochs may miss "
-            f"ast.target_activation={ast.target_activation}; ast.kp={gain:g} "
-            f"ast.ki={0.2 * gain**2:.2g} would hold it"
-            f"{more}"
+            f"note: an epoch has {steps} control steps, few for ast.kp={ast.kp:g}: the first "
+            f"sparse epochs may miss ast.target_activation={ast.target_activation}; "
+            f"ast.kp={gain:g} ast.ki={0.2 * gain**2:.2g} would hold it{more}"
         )

@@ -1,8 +1,7 @@
-"""The optimizer and its learning rate schedule."""
+"""The optimizer of a run: its parameter groups, and its rate in each."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,27 +9,6 @@ from torch import nn
 
 from lab.base.errors import RequestError, one_line
 from lab.config.sections import TrainingConfig
-
-
-def lr_at(progress: float, training: TrainingConfig, warmup: float) -> float:
-    """Learning rate at `progress` (0 to 1) of the run: linear over its first part `warmup`, then by
-    the schedule.
-
-    cosine: half a cosine down to min_lr (Loshchilov & Hutter 2017, SGDR, equation 5, one cycle).
-    linear: a line down to min_lr. step: a tenth after each third, but not below min_lr. constant:
-    as it is.
-    """
-    if progress < warmup:
-        return training.lr * progress / warmup
-    decayed = min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))
-    if training.lr_schedule == "step":
-        return max(training.min_lr, training.lr / 10 ** min(2, int(3 * decayed)))
-    falls = {
-        "cosine": (1 + math.cos(math.pi * decayed)) / 2,
-        "linear": 1 - decayed,
-        "constant": 1.0,
-    }
-    return training.min_lr + (training.lr - training.min_lr) * falls[training.lr_schedule]
 
 
 def build_optimizer(

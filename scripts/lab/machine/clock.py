@@ -18,7 +18,7 @@ import torch
 from lab.base.errors import RequestError, TrainingFailed, one_line
 from lab.base.launch import launched
 from lab.base.streams import forget_unprinted
-from lab.config.loading import Config
+from lab.config.sections import TrainingConfig
 from lab.machine.devices import synchronize
 from lab.machine.distributed import Dist, vote_interval
 from lab.machine.meters import EnergyMeter
@@ -78,10 +78,10 @@ class Clock(Stateful):
     OWN = ("energy_kj",)
 
     def __init__(
-        self, config: Config, device: torch.device, dist: Dist, stop: Stop, started: float
+        self, training: TrainingConfig, device: torch.device, dist: Dist, stop: Stop, started: float
     ):
         """started: time.monotonic() seconds at the start of this session."""
-        self.training = config.training
+        self.training = training
         self.device = device
         self.dist = dist
         self.stop = stop
@@ -211,6 +211,12 @@ class Clock(Stateful):
         waited = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
         return "early_stopped" if patience is not None and waited >= patience else None
 
+    def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """The joules of all on rank 0."""
+        energies = [each["energy_kj"] for each in states]
+        total = None if None in energies else sum(energies)
+        return {"energy_kj": total if rank == 0 or total is None else 0.0}
+
     def reduce_to_rank0(self) -> None:
         """Move the energy counted on all ranks to rank 0. Collective."""
         if self.dist.world > 1:
@@ -254,7 +260,7 @@ KNOWN = (
 )
 
 
-def explained(error: Exception, config: Config | None = None) -> Exception:
+def explained(error: Exception, output_dir: str = "standard output") -> Exception:
     """`error` as the one line a user can act on, where it is of a kind that is known to end
     runs.
     """
@@ -275,8 +281,5 @@ def explained(error: Exception, config: Config | None = None) -> Exception:
             "training.batch_size"
         )
     if isinstance(error, OSError):
-        where = error.filename or (
-            "standard output" if config is None else config.logging.output_dir
-        )
-        return TrainingFailed(f"{where}: {met or error.strerror or text}")
+        return TrainingFailed(f"{error.filename or output_dir}: {met or error.strerror or text}")
     return error

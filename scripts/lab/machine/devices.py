@@ -16,6 +16,7 @@ from torch import Tensor
 from lab.base.errors import RequestError
 from lab.base.launch import launched, launched_here
 from lab.config.sections import TrainingConfig
+from lab.machine.stateful import Stateful
 
 
 def resolve_device(training: TrainingConfig) -> torch.device:
@@ -43,10 +44,10 @@ def resolve_device(training: TrainingConfig) -> torch.device:
 
 def resolve_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype | None:
     """The autocast type, None for plain float32."""
-    if not training.mixed_precision or (training.amp_dtype == "auto" and device.type == "cpu"):
+    if isinstance(training.mixed_precision, str):
+        return getattr(torch, training.mixed_precision)
+    if not training.mixed_precision or device.type == "cpu":
         return None
-    if training.amp_dtype != "auto":
-        return getattr(torch, training.amp_dtype)
     return (
         torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     )
@@ -156,22 +157,28 @@ class Normalise:
         return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
 
 
-def random_states(device: torch.device) -> list[Tensor | None]:
-    """States of the generators that dropout draws from: the host's and the device's."""
-    return [
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    ]
+class RandomGenerators(Stateful):
+    """The generators that dropout draws from: torch's, of the host and of the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def own_state(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"host": torch.get_rng_state(), "cuda": cuda, "rank": 0}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["host"])
+        if state["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        if state["rank"]:
+            seed_rank(int(torch.randint(2**31, ())), state["rank"])
+
+    def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """Rank 0 goes on with the numbers of rank 0, each other one with numbers of its own."""
+        return {**states[0], "rank": rank}
 
 
-def set_random_states(states: Sequence[Tensor | None], device: torch.device) -> None:
-    """Set what `random_states` returned."""
-    host, cuda = states
-    torch.set_rng_state(host)
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, device)
-
-
-def seed_rank(seed: int, rank: int, epoch: int = 0) -> None:
+def seed_rank(seed: int, rank: int) -> None:
     """Give a rank random numbers of its own for dropout."""
-    torch.manual_seed(seed + 1000003 * rank + epoch)
+    torch.manual_seed(seed + 1000003 * rank)

@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 from lab.base.console import print_rank0
 from lab.base.errors import NobodyThere, PeerLost, RequestError, one_line
 from lab.base.launch import launched
-from lab.config.loading import Config, checkpoint_folder
+from lab.config.sections import TrainingConfig
 
 CONTACT_SECONDS = 300.0  # how long a process waits for the others before it gives the run up
 WORTH_A_LINE = 5.0  # seconds of waiting for the others to start, after which it says so
@@ -364,28 +364,28 @@ class Dist:
         )
 
 
-def meet(config: Config, device: torch.device) -> Dist:
-    """Join the processes of this run. Raises RequestError where they do not fit together."""
+def meet(training: TrainingConfig, device: torch.device, request: Any) -> Dist:
+    """Join the processes of this run. Raises RequestError where they do not fit together.
+
+    request: what all must have been given alike, the config as plain data.
+    """
     _, world, _ = launched()
-    if config.training.batch_size % world:
+    if training.batch_size % world:
         raise RequestError(
-            f"training.batch_size: {config.training.batch_size} is no multiple of {world} processes"
+            f"training.batch_size: {training.batch_size} is no multiple of {world} processes"
         )
-    if world > 1 and config.training.sync_batchnorm and device.type == "cpu":
+    if world > 1 and training.sync_batchnorm and device.type == "cpu":
         raise RequestError(
             "training.sync_batchnorm: several processes need GPUs for it, torch has none "
             "for the CPU"
         )
     dist = Dist.join(device)
     if world > 1:
-        whole = config.model_dump(exclude={"logging"})
-        dist.require_same(
-            "the processes were given different configs", [whole, str(checkpoint_folder(config))]
-        )
-        share = config.training.batch_size // world
+        dist.require_same("the processes were given different configs", request)
+        share = training.batch_size // world
         print_rank0(
             f"{world} processes, {share} samples a step each of "
-            f"training.batch_size={config.training.batch_size}"
+            f"training.batch_size={training.batch_size}"
         )
     return dist
 
@@ -404,13 +404,12 @@ def average_running_statistics(floats: Sequence[Tensor], dist: Dist) -> list[tup
 
 
 def merge_gradients(
-    parameters: Sequence[nn.Parameter], samples: int, divisor: int, bad: Tensor | None, dist: Dist
-) -> tuple[Tensor, Tensor]:
+    parameters: Sequence[nn.Parameter], samples: int, divisor: int, dist: Dist
+) -> Tensor:
     """Make every rank's gradient the mean over the samples of all ranks, in one all-reduce.
 
     Each rank holds the gradient of its summed loss over `divisor`; a rank without samples adds
-    nothing. bad: bool on the device, whether a loss of this rank was not finite. Returns, on the
-    device: the number of samples on all ranks, and whether a loss of any rank was not finite.
+    nothing. Returns the number of samples on all ranks, on the device.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -418,11 +417,9 @@ def merge_gradients(
     # as they lie in memory, channels_last or not: autograd gives a gradient its parameter's strides
     # on every rank
     gradients = [p.grad.as_strided((p.numel(),), (1,)) for p in parameters]
-    device = gradients[0].device
-    flag = torch.zeros((), device=device) if bad is None else bad.float()
-    facts = torch.stack([torch.full((), float(samples), device=device), flag])
-    flat = torch.cat([*gradients, facts])
-    merged = flat[:-2].mul_(divisor)
-    total, flag = dist.all_sum(flat)[-2:]
+    count = torch.full((1,), float(samples), device=gradients[0].device)
+    flat = torch.cat([*gradients, count])
+    merged = flat[:-1].mul_(divisor)
+    total = dist.all_sum(flat)[-1]
     torch._foreach_copy_(gradients, merged.div_(total).split([len(g) for g in gradients]))
-    return total, flag > 0
+    return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lab.base.console import print_rank0
 from lab.base.errors import TrainingFailed, one_line
+from lab.machine.distributed import Dist
 from lab.machine.stateful import Stateful
 
 
@@ -26,6 +27,22 @@ class Ledger(Stateful):
     scored: int = 0
     trained: int = 0
     steps: int = 0
+
+    def reduce_to_rank0(self, dist: Dist) -> None:
+        """Move to rank 0 the samples that all processes have counted. Collective."""
+        totals = dist.all_gather([self.loaded, self.scored, self.trained]).sum(0)
+        mine = totals if dist.rank == 0 else totals * 0
+        self.loaded = int(mine[0])
+        self.scored = int(mine[1])
+        self.trained = int(mine[2])
+
+    def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """All count the same optimizer steps, and each its own samples."""
+        sums = {
+            name: sum(each[name] for each in states) for name in ("loaded", "scored", "trained")
+        }
+        counts = sums if rank == 0 else dict.fromkeys(sums, 0)
+        return {**counts, "steps": states[0]["steps"]}
 
     def dense_equivalents(self, scoring_cost: float = 1 / 3) -> float:
         """The forward + backward passes this work amounts to. A scored sample costs `scoring_cost`
@@ -45,49 +62,24 @@ class Ledger(Stateful):
 class Meter(Stateful):
     """Sums of loss and correct predictions over an epoch. They stay on the device, so counting
     never waits for it.
-
-    allowed: how many steps with a loss or score that is not finite the rest of the run may have.
     """
 
     STATE = ("sums", "correct", "trained", "predicted")
 
-    def __init__(self, device: torch.device, epoch: int, allowed: int = 0):
+    def __init__(self, device: torch.device, epoch: int):
         self.epoch = epoch
-        self.allowed = allowed
-        # loss, correct, non-finite steps, 1 + the first of them, their samples, optimizer steps
-        # skipped, their samples
-        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
-        self.correct = self.trained = self.predicted = 0  # correct: those counted on the host
+        # loss; correct predictions; 1 + the first step with a loss that is not finite, 0 for none
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.correct = 0  # those counted on the host
+        self.trained = 0
+        self.predicted = 0
 
-    def add_loss(
-        self, loss: Tensor, samples: int, step: int, objective: Tensor | None = None
-    ) -> Tensor:
-        """Add a loss summed over `samples`. Returns, on the device, whether it is not finite, or
-        the objective that was minimised (None: the loss).
-        """
-        bad = ~(loss if objective is None else loss + objective).isfinite()
+    def add_loss(self, loss: Tensor, objective: Tensor, samples: int, step: int) -> None:
+        """Add a loss summed over `samples`, minimised through `objective`. step: from 0."""
+        bad = ~(loss + objective).isfinite()
         self.sums[0] += loss.masked_fill(bad, 0.0)
-        self._add_bad(bad, samples, step)
+        self.sums[2] = torch.where((self.sums[2] == 0) & bad, step + 1, self.sums[2])
         self.trained += samples
-        return bad
-
-    def skip_batch(self, step: int) -> None:
-        """Count a batch whose scores are not finite. Raises TrainingFailed where it is one too
-        many.
-        """
-        self._add_bad(torch.ones((), dtype=torch.bool, device=self.sums.device), 0, step)
-        self.read()
-
-    def _add_bad(self, bad: Tensor, samples: int, step: int) -> None:
-        self.sums[3] = torch.where((self.sums[3] == 0) & bad, step + 1, self.sums[3])
-        self.sums[2] += bad
-        if self.allowed:  # else the first one ends the run
-            self.sums[4] += bad * samples
-
-    def add_skipped(self, bad: Tensor, samples: int) -> None:
-        """Count an optimizer step over `samples` as skipped where `bad`, on the device, is true."""
-        self.sums[5] += bad
-        self.sums[6] += bad * samples
 
     def add_correct(self, correct: Tensor | int, samples: int) -> None:
         """Add the number of correct predictions among `samples`, counted on the device or on the
@@ -99,33 +91,48 @@ class Meter(Stateful):
             self.sums[1] += correct
         self.predicted += samples
 
-    def skipped(self) -> tuple[int, int, int]:
-        """(non-finite steps, optimizer steps skipped for them, their samples). A device-to-host
-        read.
-        """
-        return tuple(int(self.sums[i]) for i in (2, 5, 6))
-
     def read(self) -> tuple[float | None, float | None]:
         """(mean loss of the trained, accuracy of the predicted in percent), None without any.
 
-        One device-to-host read. Raises TrainingFailed, naming the epoch's first step with a loss or
-        score that is not finite, once there are more of them than `allowed`.
+        One device-to-host read. Raises TrainingFailed naming the epoch's first step with a loss
+        that is not finite.
         """
-        loss, correct, bad_steps, first, bad_samples, *_ = self.sums.tolist()
-        if bad_steps > self.allowed:
-            raise TrainingFailed(f"non-finite loss in epoch {self.epoch + 1}, step {int(first)}")
-        trained = self.trained - bad_samples
-        accuracy = 100 * (correct + self.correct) / self.predicted if self.predicted else None
-        return (loss / trained if trained else None), accuracy
+        loss, correct, first_bad = self.sums.tolist()
+        if first_bad:
+            raise TrainingFailed(
+                f"non-finite loss in epoch {self.epoch + 1}, step {int(first_bad)}"
+            )
+        accuracy = None
+        if self.predicted:
+            accuracy = 100 * (correct + self.correct) / self.predicted
+        return (loss / self.trained if self.trained else None), accuracy
+
+    def reduce_to_rank0(self, dist: Dist) -> None:
+        """Move to rank 0 what all processes have counted. Collective."""
+        rows = dist.all_gather([self.correct, self.trained, self.predicted, *self.sums.tolist()])
+        mine = rows if dist.rank == 0 else rows[:0]
+        totals = mine[:, :3].sum(0)
+        self.correct = int(totals[0])
+        self.trained = int(totals[1])
+        self.predicted = int(totals[2])
+        self.sums.copy_(torch.from_numpy(merged_sums(mine[:, 3:])))
+
+    def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """Added up on rank 0, nothing elsewhere."""
+        mine = states if rank == 0 else []
+        counts = ("correct", "trained", "predicted")
+        sums = np.stack([each["sums"].cpu().numpy() for each in states])[: len(mine)]
+        return {
+            **{name: sum(each[name] for each in mine) for name in counts},
+            "sums": torch.from_numpy(merged_sums(sums)),
+        }
 
 
 def merged_sums(sums: np.ndarray) -> np.ndarray:
-    """`Meter.sums` of one process out of those of several, float64 [world, 7] -> [7]."""
+    """`Meter.sums` of one process out of those of several, float64 [processes, 3] -> [3]."""
     merged = sums.sum(0)
-    first_bad = sums[:, 3][sums[:, 3] > 0]
-    # all skip the same steps
-    merged[3] = first_bad.min() if len(first_bad) else 0
-    merged[5] = sums[:, 5].max()
+    bad = sums[:, 2][sums[:, 2] > 0]
+    merged[2] = bad.min() if len(bad) else 0
     return merged
 
 

@@ -31,6 +31,13 @@ class Stateful:
     def load_own_state(self, state: dict[str, Any]) -> None:
         self._restore(self.OWN, state)
 
+    def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """The own state of process `rank` where another number of processes goes on.
+
+        states: the own states of all processes before. Rank 0 goes on with what all had together.
+        """
+        return dict(states[0])
+
     def _values(self, names: Sequence[str]) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in names}
         return {

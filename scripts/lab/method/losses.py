@@ -26,7 +26,6 @@ class Loss(Stateful):
     ):
         """samples: how many indices the training set has."""
         self.smoothing = training.label_smoothing
-        self.weight = training.loss_weight
         self.is_plain = type(self) is Loss and not self.smoothing  # nothing but the cross-entropy
 
     def __call__(
@@ -72,11 +71,12 @@ class EarlyLearning(Loss):
     labels", equations 6 and 9).
 
     The network learns right labels first. The added term keeps it near what it predicted then. t
-    takes in a share of 1 - DECAY of p at each visit, before it is used. A weight of 3 is the
+    takes in a share of 1 - DECAY of p at each visit, before it is used. WEIGHT is the
     paper's for CIFAR-10.
     """
 
     DECAY = 0.7
+    WEIGHT = 3.0
     STATE = ("targets",)
 
     def __init__(
@@ -96,7 +96,7 @@ class EarlyLearning(Loss):
         probabilities = logits.softmax(-1).clamp(1e-4, 1 - 1e-4)
         predicted = probabilities.detach()
         rows = self.DECAY * rows + (1 - self.DECAY) * predicted / predicted.sum(-1, keepdim=True)
-        return losses + self.weight * torch.log1p(-(rows * probabilities).sum(-1)), rows
+        return losses + self.WEIGHT * torch.log1p(-(rows * probabilities).sum(-1)), rows
 
     def recall(self, indices: Tensor) -> Tensor:
         return self.targets[indices]

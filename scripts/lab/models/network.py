@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from lab.data.images import axis_weights
 from lab.data.mixing import Mixing
 from lab.machine.devices import Normalise, compiled, resolve_amp_dtype
 from lab.machine.distributed import Dist
+from lab.machine.stateful import Stateful
 from lab.method.losses import LOSSES, Loss
 from lab.method.sample_store import Visit
 from lab.models.average import WeightAverage
@@ -24,35 +25,44 @@ from lab.models.building import count_flops, eval_view, forward_shapes, size_arg
 from lab.models.weights import describe, input_moments
 
 
+class StepResult(NamedTuple):
+    """What a training forward gives, whatever the loss and the rule. On the device."""
+
+    objective: Tensor  # what is minimised: the sum of the losses, weighted where there are weights
+    loss: Tensor  # the sum of the plain cross-entropies, nats
+    correct: Tensor  # bool [batch]; of mixed labels the one of the largest share counts
+    visit: Visit | None  # what the step says of its samples; None where they have no weights
+    memory: Tensor | None  # the new rows of a loss that remembers its samples, see `Loss`
+
+
 def training_forward(
     model: nn.Module, normalise: Normalise, measure: Callable, loss: Loss
-) -> Callable:
-    """What a training step computes, one function to compile: images, labels -> (objective, correct
-    [batch], summed loss). The objective is the sum of `loss` that is minimised, weighted where
-    there are weights; the summed loss is the plain cross-entropy.
+) -> Callable[..., StepResult]:
+    """What a training step computes, one function to compile: images, labels -> StepResult.
 
-    Mixed labels are float [batch, classes], and the one of the largest share counts for `correct`.
-    With weights [batch] of the samples a `Visit` follows, with `rows` (see `Loss`) the new rows
-    come last.
+    labels: int64 [batch], or float [batch, classes] where pictures were mixed. weights: float32
+    [batch], of the losses; without them no Visit is computed. memory: see `Loss.recall`.
     """
 
     def forward(
-        images: Tensor, labels: Tensor, weights: Tensor | None = None, rows: Tensor | None = None
-    ) -> tuple[Any, ...]:
+        images: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> StepResult:
         with normalise.autocast():
             logits = model(normalise(images))
         correct = logits.argmax(-1) == (labels if labels.ndim == 1 else labels.argmax(-1))
         known = logits.detach().float()
-        losses, rows = loss(logits.float(), labels, rows)
-        plain = (
-            losses.detach() if loss.is_plain else F.cross_entropy(known, labels, reduction="none")
-        )
-        kept = () if rows is None else (rows,)
+        losses, memory = loss(logits.float(), labels, memory)
+        plain = losses.detach()
+        if not loss.is_plain:
+            plain = F.cross_entropy(known, labels, reduction="none")
         if weights is None:
-            return losses.sum(), correct, plain.sum(), *kept
+            return StepResult(losses.sum(), plain.sum(), correct, None, memory)
         confidence, predicted = known.softmax(-1).max(-1)
         visit = Visit(measure(logits.detach(), labels), plain, confidence, predicted, labels)
-        return (losses * weights).sum(), correct, plain.sum(), visit, *kept
+        return StepResult((losses * weights).sum(), plain.sum(), correct, visit, memory)
 
     return forward
 
@@ -84,7 +94,7 @@ def shrunk(images: Tensor, weights: Tensor | None) -> Tensor:
     return images if weights is None else weights @ images.to(weights.dtype) @ weights.mT
 
 
-class Network:
+class Network(Stateful):
     """The model on its device, and the functions over whole batches that are compiled: to train,
     score and validate.
     """
@@ -93,23 +103,23 @@ class Network:
         self,
         model: nn.Module,
         config: Config,
-        measure: Callable,
+        measure: Callable[[Tensor, Tensor], Tensor],
         device: torch.device,
         dist: Dist,
         samples: int = 0,
         classes: int = 0,
     ):
-        """measure: logits [batch, classes], labels [batch] -> significance [batch], nats. samples:
-        how many indices the training set has.
+        """measure: logits [batch, classes], labels [batch] -> significance [batch], nats.
+        samples: how many indices the training set has.
         """
         training = config.training
-        self.config = config
+        self.model_config = config.model
+        self.dataset = config.dataset
+        self.compile = training.compile
         self.device = device
         self.local_batch = training.batch_size // dist.world  # samples of a batch on this process
         self.synced = training.sync_batchnorm and dist.world > 1
-        self.base_flop = config.metrics.base_flop_per_sample or count_flops(
-            model, config.dataset.image_size
-        )
+        self.base_flop = config.metrics.base_flop_per_sample or count_flops(model, self.side)
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         model = synchronised(model) if self.synced else model
         self.model = model.to(device, memory_format=layout).train()
@@ -118,19 +128,44 @@ class Network:
         self.normalise = Normalise(*self.moments.values(), device, layout, self.amp_dtype)
         self.measure = measure
         self.loss = LOSSES[training.loss](training, samples, classes, device, dist)
-        self.forward = compiled(
-            training_forward(self.model, self.normalise, self.measure, self.loss), training.compile
-        )
+        step = training_forward(self.model, self.normalise, self.measure, self.loss)
+        self.forward = compiled(step, self.compile)
+        self.average: WeightAverage | None = None
+        if training.weight_average:
+            self.average = WeightAverage(self.model, training.weight_average)
         self.scorer = self.scoring_forward()
-        self.average = (
-            WeightAverage(self.model, training.weight_average) if training.weight_average else None
-        )
-        self.evaluator = (
-            self.scorer if self.average is None else self.scoring_forward(of=self.exported)
-        )
+        self.evaluator = self.scorer
+        if self.average is not None:
+            self.evaluator = self.scoring_forward(of=self.exported)
         self.mixing: Mixing | None = None
         if training.mixup or training.cutmix:
             self.mixing = Mixing(training, self.classes, dist)
+
+    @property
+    def side(self) -> int:
+        """Of the pictures that it trains on, pixels."""
+        return self.dataset.image_size
+
+    def state_dict(self) -> dict[str, Any]:
+        averaged = None if self.average is None else self.exported.state_dict()
+        return {"model": self.model.state_dict(), "averaged": averaged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.exported.load_state_dict(state["averaged"])
+
+    def own_state(self) -> dict[str, Any]:
+        return {"statistics": self.statistics()}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        for buffer, value in zip(self.statistics(), state["statistics"], strict=True):
+            buffer.copy_(value)
+
+    def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """The means of BatchNorm's statistics over all processes."""
+        buffers = zip(*(each["statistics"] for each in states), strict=True)
+        return {"statistics": [torch.stack(each).mean(0) for each in buffers]}
 
     @property
     def exported(self) -> nn.Module:
@@ -162,21 +197,20 @@ class Network:
         """`scoring_forward` in eval mode with the weights of a module, by default those that are
         trained, at `resolution` pixels or at full size. batch_statistics: see `eval_view`.
         """
-        training = self.config.training
         view = eval_view(self.model if of is None else of, batch_statistics)
         forward = scoring_forward(view, self.normalise, self.measure, self.shrink(resolution))
-        return compiled(forward, training.compile_scoring or training.compile)
+        return compiled(forward, self.compile)
 
     @cached_property
     def classes(self) -> int:
         """How many classes the network tells apart, found by a forward of shapes alone."""
-        return forward_shapes(self.model, self.config.dataset.image_size, training=False)[-1]
+        return forward_shapes(self.model, self.side, training=False)[-1]
 
     def shrink(self, resolution: int | None) -> Tensor | None:
         """The weights (`axis_weights`) [resolution, side] that take both axes of a picture to
         `resolution` pixels; None where they have as many.
         """
-        side = self.config.dataset.image_size
+        side = self.side
         if resolution in (None, side):
             return None
         whole = torch.tensor([[0.0, side]], device=self.device)
@@ -203,9 +237,8 @@ class Network:
         """What others need to build the network and to prepare its pictures: see
         `weights.describe`.
         """
-        config = self.config
-        size = size_argument(config.model, config.dataset.image_size)
-        return describe(config.model, config.dataset, self.model, classes, self.moments, size)
+        size = size_argument(self.model_config, self.side)
+        return describe(self.model_config, self.dataset, self.model, classes, self.moments, size)
 
     def weight_sum(self) -> float:
         """The sum of all weights: processes whose weights differ do not have it alike."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lab.base.errors import RequestError
-from lab.config.sections import ModelConfig
+from lab.config.sections import ASTConfig, ModelConfig, TrainingConfig
 from lab.data.loading import DeviceBatch
 from lab.machine.devices import compiled
 from lab.machine.distributed import Dist, merge_gradients
@@ -15,11 +15,12 @@ from lab.method.losses import Loss
 from lab.models.building import count_flops, get_model
 from lab.models.network import Network, shrunk, training_forward
 
+EVERY = 4  # batches that are scored for one that it learns from
 LR = 0.003  # of AdamW, at the peak of the schedule that it shares with the network
 
 
 class Proxy(Stateful):
-    """Scores batches for `network`, and learns from every `ast.proxy_every`-th of them.
+    """Scores batches for `network`, and learns from one in EVERY of them.
 
     Coleman et al. 2020, "Selection via proxy: efficient data selection for deep learning", here
     trained beside the network. Its BatchNorm normalises by the batch at hand, in scoring as in
@@ -28,50 +29,37 @@ class Proxy(Stateful):
 
     STATE = ("model", "optimizer", "batches")
 
-    def __init__(self, network: Network, dist: Dist):
+    def __init__(self, network: Network, ast: ASTConfig, training: TrainingConfig, dist: Dist):
         """Raises RequestError where `ast.proxy_model` names no network, or one that does not take
         its pictures.
         """
-        config = network.config
-        resolution = config.ast.proxy_resolution or config.dataset.image_size
-        with (
-            torch.random.fork_rng()
-        ):  # the network's random numbers are to be those of a run without a proxy
-            try:
-                model = get_model(
-                    ModelConfig(name=config.ast.proxy_model), network.classes, resolution
-                )
-            except RequestError as error:
-                named = (
-                    str(error)
-                    .replace("model.name:", "ast.proxy_model:")
-                    .replace("dataset.image_size", "a side")
-                )
-                raise RequestError(named) from None
+        resolution = ast.score_resolution or network.side
+        # the network's random numbers are to be those of a run without a proxy
+        with torch.random.fork_rng():
+            model = _build(ast.proxy_model, network.classes, resolution)
         flop = count_flops(model, resolution)
         self.model = model.to(network.device, memory_format=network.normalise.layout).train()
-        # batches: scored until now
         self.dist = dist
-        self.every = config.ast.proxy_every
-        self.batches = 0
+        self.batches = 0  # that were scored until now
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, fused=network.device.type == "cuda" or None
         )
         self.shrink = network.shrink(resolution)
         self.scores = network.scoring_forward(resolution, of=self.model, batch_statistics=True)
-        loss = Loss(config.training, 0, network.classes, network.device, dist)
+        loss = Loss(training, 0, network.classes, network.device, dist)
         step = training_forward(self.model, network.normalise, network.measure, loss)
-        self.forward = compiled(step, config.training.compile_scoring or config.training.compile)
+        self.forward = compiled(step, network.compile)
         # of a scored sample, its part of the proxy's own training included, as a share of the
         # network's training step
-        self.cost = flop / network.base_flop * (1 / 3 + 1 / self.every)
+        self.cost = flop / network.base_flop * (1 / 3 + 1 / EVERY)
 
     def add_gradient(self, images: Tensor, labels: Tensor) -> int:
         """Forward and backward over a batch (uint8 [batch, 3, H, W], int64 [batch]). Returns what
         the sum of the losses was divided by.
         """
         samples = max(1, len(labels))
-        (self.forward(shrunk(images, self.shrink), labels)[0] / samples).backward()
+        step = self.forward(shrunk(images, self.shrink), labels)
+        (step.objective / samples).backward()
         return samples
 
     def learn(self, batch: DeviceBatch, lr_share: float) -> None:
@@ -80,14 +68,21 @@ class Proxy(Stateful):
         lr_share: the network's learning rate as a share of its peak.
         """
         self.batches += 1
-        if (self.batches - 1) % self.every:
+        if (self.batches - 1) % EVERY:
             return
         samples = self.add_gradient(batch.images, batch.labels)
         if self.dist.world > 1:
-            merge_gradients(
-                list(self.model.parameters()), len(batch.labels), samples, None, self.dist
-            )
+            merge_gradients(list(self.model.parameters()), len(batch.labels), samples, self.dist)
         for group in self.optimizer.param_groups:
             group["lr"] = LR * lr_share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _build(name: str, classes: int, resolution: int) -> nn.Module:
+    """The proxy. What is wrong with it is said of `ast.proxy_model`."""
+    try:
+        return get_model(ModelConfig(name=name), classes, resolution)
+    except RequestError as error:
+        complaint = str(error).replace("model.name:", "ast.proxy_model:")
+        raise RequestError(complaint.replace("dataset.image_size", "a side")) from None

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lab.base.console import aligned, print_rank0
 from lab.config.loading import Config, checkpoint_folder
+from lab.config.sections import TrainingConfig
 from lab.data.cache.device import CachedLoader
 from lab.data.loading import EpochPlan
 
 LONG_HOURS = 1.0  # a run on a CPU that takes longer says so
 
 
-def announce(run: Any, plan: EpochPlan, classes: int, val_loader: Any) -> None:
-    """Print the device, the model, the data, the schedule and where results go. Collective."""
-    own = (
-        len(val_loader.indices)
-        if isinstance(val_loader, CachedLoader)
-        else sum(map(len, val_loader.batch_sampler))
-    )
-    val_pictures = int(run.dist.all_gather([own]).sum())
-    config = run.config
-    training = run.config.training
-    world = run.dist.world
+class Facts(NamedTuple):
+    """What a run knows of itself when it begins."""
+
+    gpu: str | None
+    processes: int
+    parameters: int
+    base_flop: float  # of a forward and backward over one sample
+
+
+def own_pictures(loader: Any) -> int:
+    """How many pictures of the validation set this process has."""
+    if isinstance(loader, CachedLoader):
+        return len(loader.indices)
+    return sum(map(len, loader.batch_sampler))
+
+
+def announce(
+    config: Config, facts: Facts, plan: EpochPlan, classes: int, val_pictures: int
+) -> None:
+    """Print the device, the model, the data, the schedule and where results go."""
     threads = torch.get_num_threads()
-    device = run.outputs.environment["gpu"] or f"CPU, {threads} thread{'s' * (threads > 1)}"
-    parameters = sum(parameter.numel() for parameter in run.network.model.parameters())
-    batch = min(training.batch_size, len(plan.indices))
+    device = facts.gpu or f"CPU, {threads} thread{'s' * (threads > 1)}"
+    batch = min(config.training.batch_size, len(plan.indices))
     steps = -(-plan.dense_samples // batch)
     rows = {
-        "device": device if world == 1 else f"{world} x {device}",
-        "model": f"{config.model.name}, {parameters / 1e6:,.2f} M parameters, "
-        f"{run.network.base_flop / 1e9:.3g} GFLOP per picture (forward and backward)",
+        "device": device if facts.processes == 1 else f"{facts.processes} x {device}",
+        "model": f"{config.model.name}, {facts.parameters / 1e6:,.2f} M parameters, "
+        f"{facts.base_flop / 1e9:.3g} GFLOP per picture (forward and backward)",
         "data": f"{config.dataset.type}, {classes:,} classes, {len(plan.indices):,} pictures in "
-        f"training, "
-        f"{val_pictures:,} in validation",
+        f"training, {val_pictures:,} in validation",
         "schedule": schedule(config, f"{steps:,} step{'s' * (steps > 1)} of {batch:,} pictures"),
         "mode": mode(config),
         "results": f"{config.logging.output_dir}, checkpoints in {checkpoint_folder(config)}",
@@ -70,19 +78,18 @@ def mode(config: Config) -> str:
     return f"ast: {share} {where}, scoring={ast.scoring}, rule={ast.rule}"
 
 
-def say_if_long(run: Any) -> None:
-    """After the first epoch of a run on a CPU, say how long all epochs will take, if that is over
-    LONG_HOURS.
+def say_if_long(training: TrainingConfig, epoch_seconds: float) -> None:
+    """Say how long all epochs of a run on a CPU will take, if that is over LONG_HOURS.
+
+    epoch_seconds: of the first one, validation included.
     """
-    training = run.config.training
-    clock = run.clock
-    if run.device.type != "cpu" or run.metrics.epoch != 1 or training.lr_decay == "time":
+    if training.lr_decay == "time":
         return
-    hours = training.epochs * (clock.train_seconds + clock.eval_seconds) / 3600
+    hours = training.epochs * epoch_seconds / 3600
     hours = min(hours, (training.max_minutes or float("inf")) / 60)
     if hours > LONG_HOURS:
         print_rank0(
-            f"note: on this CPU all {training.epochs} epochs take about {hours:.1f} "
-            f"hours; a GPU, a lower "
-            "training.epochs, dataset.image_size or dataset.max_train_samples makes it shorter"
+            f"note: on this CPU all {training.epochs} epochs take about {hours:.1f} hours; a GPU, "
+            "a lower training.epochs, dataset.image_size or dataset.max_train_samples makes it "
+            "shorter"
         )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lab.base.console import print_rank0
 from lab.base.errors import RequestError
 from lab.base.files import append_jsonl, replace_text, require_appendable, require_folder
-from lab.config.loading import Config, checkpoint_folder
 from lab.config.sections import LoggingConfig
 from lab.engine.checkpoint import Checkpoints, host_copy, state_bytes
 from lab.machine.devices import environment, synchronize
@@ -24,7 +23,7 @@ from lab.machine.distributed import Dist
 from lab.models.weights import WeightsFolder
 from lab.outputs import diet
 from lab.outputs.result import save_results, weights_folder
-from lab.outputs.tables import epoch_line, summary
+from lab.outputs.tables import summary
 
 
 class Outputs:
@@ -32,16 +31,17 @@ class Outputs:
     have.
     """
 
-    def __init__(self, config: Config, device: torch.device, dist: Dist):
-        self.config = config
+    def __init__(self, logging: LoggingConfig, folder: Path, device: torch.device, dist: Dist):
+        """folder: where the run's checkpoints go."""
+        self.logging = logging
+        self.folder = folder
         self.device = device
         self.dist = dist
         self.checkpoints: Checkpoints | None = None  # from `open` on
         self.weights: WeightsFolder | None = None  # likewise
         self.board: Any | None = None
-        self.saved_at: tuple[int, int] | None = (
-            None  # (epoch, step) of this session's newest checkpoint
-        )
+        # (epoch, step) of this session's newest checkpoint
+        self.saved_at: tuple[int, int] | None = None
         # now: at the end, a dead loader worker would break into its subprocess
         self.environment = environment(device) | {"processes": dist.world}
 
@@ -53,8 +53,8 @@ class Outputs:
         """
         if self.dist.rank == 0:
             self.board = board
-            self.checkpoints = Checkpoints(checkpoint_folder(self.config))
-            self.weights = WeightsFolder(weights_folder(self.config), facts)
+            self.checkpoints = Checkpoints(self.folder)
+            self.weights = WeightsFolder(weights_folder(self.folder), facts)
             self.checkpoints.require_space(state_bytes(model, copies), state_bytes(model, 0))
 
     def save(
@@ -81,12 +81,11 @@ class Outputs:
 
     def checkpoint_due(self) -> bool:
         """Whether logging.checkpoint_minutes have passed since the last checkpoint."""
-        minutes = self.config.logging.checkpoint_minutes if self.dist.rank == 0 else None
+        minutes = self.logging.checkpoint_minutes if self.dist.rank == 0 else None
         return minutes is not None and time.monotonic() - self.checkpoints.saved >= 60 * minutes
 
     def close_epoch(self, row: dict[str, Any]) -> None:
-        """Show an epoch's row of the history, on the console and in TensorBoard."""
-        print_rank0(epoch_line(self.config, row))
+        """Show an epoch's row of the history in TensorBoard."""
         if self.board is not None:
             add_scalars(self.board, row)
 
@@ -96,13 +95,13 @@ class Outputs:
         Of an epoch cut short (`whole` false) the line is kept beside the checkpoint too: a resumed
         run repeats the epoch, and takes the line back.
         """
-        if self.checkpoints is not None and self.config.logging.jsonl_path is not None:
+        if self.checkpoints is not None and self.logging.jsonl_path is not None:
             self.checkpoints.then(self._append, row, whole)
 
     def _append(self, row: dict[str, Any], whole: bool) -> None:
         if not whole:
             replace_text(self.checkpoints.capped, json.dumps(row) + "\n")
-        append_jsonl(self.config.logging.jsonl_path, row)
+        append_jsonl(self.logging.jsonl_path, row)
 
     def finish(self) -> None:
         """Wait until everything is on the disk. Raises TrainingFailed where the disk does not take
@@ -119,11 +118,11 @@ class Outputs:
         if self.checkpoints is None:
             return None
         self.checkpoints.close()
-        path = save_results(result, self.config.logging.output_dir)
+        path = save_results(result, self.logging.output_dir)
         print_rank0(f"{summary(result)}\nresults: {path}")
         if result["weights"] is not None:
             of = f"of epoch {result['best_epoch']}, {result['best_accuracy']:.2f} %"
-            print_rank0(f"weights: {weights_folder(self.config)} ({of})")
+            print_rank0(f"weights: {weights_folder(self.folder)} ({of})")
         if eaten is not None and result["status"] not in ("failed", "interrupted"):
             eaten.write(path, {name: result["times_trained"][name] for name in diet.SHEETS})
         return path
@@ -160,15 +159,3 @@ def prepare_outputs(outputs: LoggingConfig) -> None:
     require_folder(Path(outputs.output_dir), "logging.output_dir", outputs.output_dir)
     if outputs.jsonl_path is not None:
         require_appendable(Path(outputs.jsonl_path), "logging.jsonl_path")
-
-
-def live_figures(run: Any) -> dict[str, str]:
-    """What the progress bar shows. A device read. Raises TrainingFailed on a non-finite loss too
-    many.
-    """
-    loss, _ = run.metrics.meter.read()
-    shown = {"loss": f"{loss:.3f}" if loss is not None else "-"}
-    if run.selection.activations:
-        shown["activation"] = f"{run.selection.activations[-1]:.3f}"
-        shown["threshold"] = f"{run.selection.thresholds[-1]:.3f}"
-    return shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
@@ -15,12 +15,14 @@ import numpy as np
 from lab.base.files import utc_now, write_result
 from lab.config.loading import Config, checkpoint_folder
 from lab.data.datasets import ImageDataset
+from lab.machine.clock import Clock
+from lab.method.times_trained import TimesTrained
 from lab.outputs import diet
 
 
-def weights_folder(config: Config) -> Path:
+def weights_folder(checkpoints: Path) -> Path:
     """Where a run writes the weights of its best epoch."""
-    return checkpoint_folder(config) / "weights"
+    return checkpoints / "weights"
 
 
 def save_results(result: dict[str, Any], output_dir: str | Path) -> Path:
@@ -44,45 +46,49 @@ def save_results(result: dict[str, Any], output_dir: str | Path) -> Path:
     return path
 
 
-def count_diet(run: Any, dataset: ImageDataset, indices: np.ndarray) -> diet.Diet | None:
-    """What the run was trained on; None on ranks other than 0, and where the device has failed.
-    indices: int64 [n], of the training set.
+def count_diet(
+    dataset: ImageDataset, indices: np.ndarray, counts: TimesTrained | None
+) -> diet.Diet | None:
+    """What the run was trained on; None without counts, and where the device has failed.
+
+    indices: int64 [n], of the training set. counts: on rank 0, those of all processes.
     """
-    if run.outputs.checkpoints is None:
+    if counts is None:
         return None
     with contextlib.suppress(RuntimeError):
-        return diet.Diet.of(dataset, indices, run.metrics.times_trained.times.cpu().numpy())
+        return diet.Diet.of(dataset, indices, counts.times.cpu().numpy())
     return None
 
 
-def build_result(run: Any, outcome: dict[str, str], eaten: diet.Diet | None) -> dict[str, Any]:
-    """The contents of a results file: the documented keys first, then how they came about."""
-    metrics = run.metrics
-    clock = run.clock
-    folder = weights_folder(run.config)
-    with contextlib.suppress(
-        RuntimeError
-    ):  # of an unfinished epoch; a device that failed cannot say
-        metrics.settle()
-    accuracies = metrics.history["val_acc"]
-    best = max(accuracies, default=0.0)
+def build_result(
+    config: Config,
+    outcome: Mapping[str, str],
+    counted: Mapping[str, Any],
+    clock: Clock,
+    facts: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The contents of a results file: the documented keys first, then how they came about.
+
+    outcome: `status`, and perhaps the `error`. counted: of `Metrics.result`.
+    """
+    folder = weights_folder(checkpoint_folder(config))
+    trained = counted["final_accuracy"] is not None
     return {
-        "best_accuracy": best,
+        "best_accuracy": counted["best_accuracy"],
         "total_time_hours": clock.elapsed() / 3600,
-        "epochs_completed": metrics.epochs_completed,
-        "training_history": metrics.history,
+        "epochs_completed": counted["epochs_completed"],
+        "training_history": counted["training_history"],
         **outcome,
-        "seed": run.config.training.seed,
-        "best_epoch": accuracies.index(best) + 1 if accuracies else None,
-        "final_accuracy": accuracies[-1] if accuracies else None,
+        "seed": config.training.seed,
+        "best_epoch": counted["best_epoch"],
+        "final_accuracy": counted["final_accuracy"],
         "train_seconds": clock.train_seconds,
         "energy_kj": clock.energy_kj,
-        "weights": str(folder.relative_to(run.config.logging.output_dir)) if accuracies else None,
-        **diet.figures(eaten, metrics.by_class),
-        "base_flop_per_sample": run.network.base_flop,
-        "ledger": asdict(metrics.ledger),
-        "nonfinite_steps": metrics.nonfinite_steps,
-        "bad_images": metrics.read_errors.found,
-        "config": run.config.model_dump(),
-        "environment": run.outputs.environment | {"finished_utc": utc_now()},
+        "weights": str(folder.relative_to(config.logging.output_dir)) if trained else None,
+        **facts,
+        "ledger": counted["ledger"],
+        "bad_images": counted["bad_images"],
+        "config": config.model_dump(),
+        "environment": {**environment, "finished_utc": utc_now()},
     }

@@ -14,6 +14,7 @@ from dotenv import find_dotenv, load_dotenv
 from lab.base.errors import NobodyThere, RequestError, TrainingFailed, one_line
 from lab.base.launch import launched
 from lab.base.streams import standard_streams
+from lab.config.keys import all_needs
 from lab.config.loading import config_keys
 
 
@@ -132,20 +133,21 @@ def command_parser(description: str | None, config_help: bool = False) -> argpar
 
 
 def options_help() -> str:
-    """Every config key with its default and meaning, by section, for --help-config."""
+    """Every config key with its default, what it needs and its meaning, for --help-config."""
     lines = [
-        (
-            "Config keys: by section in a YAML or JSON file, as section.key=value on the "
-            "command line. There text is taken"
-        ),
-        'verbatim and null is no value; the word null itself goes into a file, as "null".',
+        "Config keys: by section in a YAML or JSON file, as section.key=value on the command line.",
+        "There text is taken verbatim and null is no value; the word null itself goes into a file,",
+        'as "null".',
     ]
+    needs = all_needs()
     section = ""
     for key, (description, default) in config_keys().items():
         if key.partition(".")[0] != section:
             section = key.partition(".")[0]
             lines.append(f"\n{section}")
-        lines.append(f"  {key} (default {'null' if default is None else str(default).lower()})")
+        facts = [f"default {'null' if default is None else str(default).lower()}"]
+        facts += [f"read with {other}={' or '.join(v)}" for other, v in needs.get(key, {}).items()]
+        lines.append(f"  {key} ({', '.join(facts)})")
         lines += textwrap.wrap(
             description, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
         )

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lab.base.errors import RequestError, one_line
-from lab.config.loading import RENAMED, config_keys, sparse_span
+from lab.base.reading import spell
+from lab.config.loading import config_keys, sparse_span
 
 REQUIRED = ("best_accuracy", "total_time_hours", "epochs_completed", "training_history")
 ACTIVATION_BAND = 0.02  # an epoch's activation further than this from its target is worth a warning
@@ -136,15 +137,7 @@ def finished_at(utc: str | None, name: str) -> tuple[float, int, str]:
     return seconds, int(number or 0), name
 
 
-def spell(value: Any) -> str:
-    """A config value as text, 10 and 10.0 alike, without what is no text: half a surrogate pair."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return (
-        value.encode("utf-8", "replace").decode() if isinstance(value, str) else json.dumps(value)
-    )
-
-
+RENAMED = {"ast.leave_out": "ast.forget_rate"}  # keys of earlier days that only changed their name
 DEFAULTS = {
     key: spell(default)
     for key, (_, default) in config_keys().items()

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from lab.base.errors import one_line
-from lab.config.sections import ASTConfig, auto_augment
+from lab.config.keys import all_needs, unmet
+from lab.config.sections import auto_augment
 from lab.study.results import DEFAULTS, ResultsFile, is_whole
 
 Group = tuple[tuple[str, str], ...]  # keys and values that its runs share; () where they do not say
@@ -22,9 +23,7 @@ UNKNOWN = "no whole config: not known to be comparable"
 # Of the dataset, what does not change what is seen.
 NOT_SEEN = {
     f"dataset.{key}"
-    for key in (
-        "cache cache_dir cache_folder cache_format cache_resolution max_bad_images num_classes"
-    ).split()
+    for key in "cache cache_folder cache_format cache_resolution max_bad_images num_classes".split()
 }
 # What is done to training pictures alone, as training.mixup is: settings that one wants to compare.
 RECIPE = {"dataset.augment_policy", "dataset.random_erasing"}
@@ -42,36 +41,12 @@ FIRST = (
 FIRST = [f"ast.{key}" for key in FIRST]
 LAST = ["training.epochs", "gpu"]
 # What changes no training: in a label only where nothing else tells two settings apart.
-NO_CAUSE = {
-    f"training.{key}"
-    for key in "num_workers compile compile_scoring device max_nonfinite_steps".split()
-}
+NO_CAUSE = {f"training.{key}" for key in "num_workers compile device".split()}
 NO_CAUSE |= {"metrics.base_flop_per_sample", "metrics.gpu_tdp_watts", *NOT_SEEN}
 
-AST_KEYS = set(ASTConfig.model_fields)
-CONTROLLER = {
-    "kp",
-    "ki",
-    "kp_warmup_epochs",
-    "ki_warmup_epochs",
-    "initial_threshold",
-    "min_threshold",
-}
-CONTROLLER |= {"threshold_unit", "min_active"}
-STORED = {"forget_rate", "explore", "explore_weight_cap"}
-PROXY = {"proxy_model", "proxy_resolution", "proxy_every"}
-IDLE = {  # keys of `ast` that do nothing: by mode, by scoring, by rule
-    "dense": AST_KEYS - {"mode"},
-    "dense twin": AST_KEYS - {"mode"},
-    "random": AST_KEYS - {"mode", "target_activation", "warmup_epochs", "anneal_epochs"},
-    "batch": STORED | PROXY,
-    "proxy": STORED | {"score_resolution", "score_statistics"},
-    "history": PROXY
-    | {"score_statistics", "score_resolution", "score_ahead", "pack", "min_active"},
-    "topk": CONTROLLER,
-    "infobatch": CONTROLLER
-    | STORED
-    | {"target_activation", "anneal_epochs"},  # it has its own dense end
+NEEDS = all_needs()
+RANDOM_KEYS = {
+    f"ast.{leaf}" for leaf in "mode target_activation warmup_epochs anneal_epochs".split()
 }
 
 
@@ -145,23 +120,15 @@ def group_titles(firsts: Mapping[Group, ResultsFile]) -> dict[Group, str]:
 
 def acts(settings: Mapping[str, str], key: str) -> bool:
     """Whether a key of the config has a say in a run of these settings."""
-    section, _, leaf = key.partition(".")
     mode = settings.get("ast.mode", "")
-    if key == "ast.forget_rate" and mode == "ast" and settings.get(key) in ("0", "auto"):
-        return True  # a number is for stored scores alone
-    if key == "training.loss_weight":
-        return settings.get("training.loss") == "early_learning"
-    if section == "ast":
-        names = (
-            [mode]
-            if mode != "ast"
-            else ["ast", settings.get("ast.scoring", ""), settings.get("ast.rule", "")]
-        )
-        return not any(leaf in IDLE.get(name, ()) for name in names)
-    by_time = settings.get("training.lr_decay") == "time"
+    if key.startswith("ast.") and mode != "ast":
+        return key in (RANDOM_KEYS if mode == "random" else {"ast.mode"})
+    if key in ("training.epochs", "training.max_minutes"):
+        by_time = settings.get("training.lr_decay") == "time"
+        return by_time == (key == "training.max_minutes")
     if mode == "dense twin" and key in ("training.lr_decay", "training.lr_warmup_epochs"):
         return False  # they follow from the time of its sparse run
-    return key != ("training.epochs" if by_time else "training.max_minutes")
+    return not any(unmet(key, settings, NEEDS))
 
 
 def telling_keys(settings: Sequence[Mapping[str, str]], keys: Iterable[str]) -> list[str]:

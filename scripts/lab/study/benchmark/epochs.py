@@ -13,30 +13,36 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from lab.base.console import Columns, progress_bar, table_line
 from lab.config.loading import Config
-from lab.data.loading import DeviceBatch, device_batches
-from lab.engine.state import warm_up
-from lab.machine.devices import configure_backends, environment, resolve_device, synchronize
+from lab.data.loading import DeviceBatch, EpochPlan, device_batches
+from lab.machine.devices import environment, resolve_device, synchronize
 from lab.machine.workers import end_workers
-from lab.method.sample_store import Visit
 from lab.study.benchmark.inputs import read_in_order
 from lab.study.benchmark.timing import write_json
 
 
+class Steps(Protocol):
+    """A run of the lab whose epochs can be timed: what `benchmark.py` makes of `train_ast`."""
+
+    device: torch.device
+
+    def begin_epoch(self, plan: EpochPlan) -> None:
+        """Begin the next epoch, and choose what it loads."""
+
+    def train(self, batches: Iterator[DeviceBatch], steps: int) -> None:
+        """Train on batches as the first `steps` of an epoch."""
+
+
 class Lab(NamedTuple):
-    """What is above this module: functions and classes of `train_ast`."""
+    """What is above this module: functions of `train_ast`, and how `benchmark.py` calls them."""
 
     build_dataloaders: Callable[..., Any]
-    get_model: Callable[..., Any]
-    run: Any
-    begin_epoch: Callable[..., None]
-    train_one_epoch: Callable[..., bool]
+    build_steps: Callable[[Config, torch.device, Any], Steps]
 
 
 def ways(activations: Sequence[float], patterns: Sequence[str] | None) -> dict[str, dict[str, Any]]:
@@ -110,13 +116,12 @@ class HostMemory:
         return self.largest
 
 
-def time_steps(run: Any, lab: Lab, batch: DeviceBatch, count: int) -> float:
+def time_steps(run: Steps, batch: DeviceBatch, count: int) -> float:
     """Seconds of a step over one resident batch: what an epoch costs at least."""
     for timed in (max(4, count // 4), count):
-        run.metrics.step = 0
         synchronize(run.device)
         started = time.perf_counter()
-        lab.train_one_epoch(run, islice(repeat(batch), timed), timed)
+        run.train(islice(repeat(batch), timed), timed)
         synchronize(run.device)
     return (time.perf_counter() - started) / count
 
@@ -161,7 +166,7 @@ class Epoch(NamedTuple):
 
 
 def time_epoch(
-    run: Any, lab: Lab, loaders: tuple, limit: int | None, lead: int | None, repeats: int
+    run: Steps, loaders: tuple, limit: int | None, lead: int | None, repeats: int
 ) -> Epoch:
     """The median of the repeats, of an even number the faster of the two in the middle.
 
@@ -171,33 +176,18 @@ def time_epoch(
     train, _, plan, _ = loaders
     found = []
     for most in (lead, *[limit] * repeats):
-        run.metrics.epoch = run.metrics.epoch + 1
-        run.metrics.step = 0
         waits = Waits(run.device)
         synchronize(run.device)
         started = time.perf_counter()
-        lab.begin_epoch(run, plan)
+        run.begin_epoch(plan)
         count = len(plan) if most is None else min(most, len(plan))
         batches = device_batches(train, run.device)
-        lab.train_one_epoch(run, waits.watch(islice(batches, count)), count)
+        run.train(waits.watch(islice(batches, count)), count)
         synchronize(run.device)
         seconds = time.perf_counter() - started
         found.append(Epoch(seconds, waits.seconds() / seconds, count, len(plan)))
         batches.close()
     return statistics.median_low(found[1:])
-
-
-def remember_scores(run: Any, indices: np.ndarray) -> None:
-    """Give every sample a random score, as if an epoch had been trained, for a rule that chooses by
-    stored ones.
-    """
-    store = getattr(run.selection, "store", None)
-    if store is not None:
-        scores = torch.rand(
-            len(indices), device=run.device, generator=torch.Generator(run.device).manual_seed(0)
-        )
-        known = Visit(scores, scores, scores, torch.zeros_like(scores), torch.zeros_like(scores))
-        store.record(torch.from_numpy(indices).to(run.device), known, 0)
 
 
 def time_way(
@@ -215,19 +205,11 @@ def time_way(
         memory = HostMemory()
         loaders = lab.build_dataloaders(config, device)
         if run is None:
-            configure_backends(True, device)
-            model = lab.get_model(config.model, loaders[-1], args.image_size)
-            run = lab.run.build(config, model, device, 10**6, int(loaders[2].indices.max()) + 1)
-            warm_up(run)
-            side = args.image_size
-            images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8).to(
-                device
-            )
+            run = lab.build_steps(config, device, loaders)
+            size = (args.batch_size, 3, args.image_size, args.image_size)
+            images = torch.randint(0, 256, size, dtype=torch.uint8).to(device)
             labels = torch.randint(0, loaders[-1], (args.batch_size,)).to(device)
-            run.metrics.epoch = 1
-            remember_scores(run, loaders[2].indices)
-            run.start_epoch(1, loaders[2].permutation())
-            step = time_steps(run, lab, DeviceBatch(images, labels, labels), args.steps)
+            step = time_steps(run, DeviceBatch(images, labels, labels), args.steps)
         if kind == "disk":
             read_in_order(
                 loaders[0].file, max(1, args.workers)
@@ -236,7 +218,7 @@ def time_way(
             (args.stream_steps, 2, 1) if kind == "none" else (args.epoch_steps, args.epoch_steps, 2)
         )
         seconds, waited, count, whole = time_epoch(
-            run, lab, loaders, limit, lead, args.repeats or repeats
+            run, loaders, limit, lead, args.repeats or repeats
         )
         end_workers()
         row = {

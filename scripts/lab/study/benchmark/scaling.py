@@ -134,17 +134,21 @@ def break_even(rows: Mapping[str, Mapping[str, float]], activation: float) -> di
     return found
 
 
+Choose = Callable[[torch.Tensor, float], None]  # scores [n], nats, and a share to be active
+
+
 @cache
-def choosing_ms(select_active: Callable, samples: int, activation: float) -> float:
+def choosing_ms(
+    choose: Callable[[torch.Tensor, float], None], samples: int, activation: float
+) -> float:
     """Milliseconds the host takes to choose among so many scores, float32: the median of three,
     measured here.
     """
     scores = torch.randn(samples, generator=torch.Generator().manual_seed(0))
     times = []
-    threshold = scores.sort().values[min(samples - 1, round((1 - activation) * samples))].item()
     for _ in range(4):
         started = time.perf_counter()
-        select_active(scores, threshold)
+        choose(scores, activation)
         times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times[1:])  # the first one warms up
 
@@ -256,9 +260,7 @@ def scalable(path: Path) -> tuple[StepsFile, dict[str, StepsRow]]:
     return found, rows
 
 
-def scaling(
-    path: Path, sizes: Sequence[int], assumed: Assumed, select_active: Callable
-) -> dict[str, Any]:
+def scaling(path: Path, sizes: Sequence[int], assumed: Assumed, choose: Callable) -> dict[str, Any]:
     """For each loop in a `steps --nproc` file, what a considered batch takes on each number of GPUs
     in `sizes`, its bytes, and what breaks first.
     """
@@ -271,7 +273,7 @@ def scaling(
             row=row,
             found=found,
             assumed=assumed,
-            choose_ms=partial(choosing_ms, select_active),
+            choose_ms=partial(choosing_ms, choose),
         )
         ahead = "not scored ahead" not in name
         gradients, scores = (row.collectives.get(kind) for kind in ("gradients", "scores"))
