@@ -85,23 +85,11 @@ class Config(Section):
             (is_trained and d.normalise == "measured", f"dataset.normalise: {refitted}"),
             (has_weights and self.model.pretrained, f"model.weights: {two_starts}"),
             (
-                d.cache_resolution and d.cache == "none",
-                "dataset.cache_resolution: needs dataset.cache=device or disk",
-            ),
-            (
-                d.cache_resolution and not cropped,
-                "dataset.cache_resolution: only with augment=random_resized_crop",
-            ),
-            (
                 on_host and d.cache != "none",
                 f"dataset.augment_policy: {d.augment_policy} needs dataset.cache=none",
             ),
             (
-                in_jpeg and d.cache != "disk",
-                "dataset.cache_format: jpeg needs dataset.cache=disk",
-            ),
-            (
-                in_jpeg and not cropped,
+                in_jpeg and d.cache == "disk" and not cropped,
                 "dataset.cache_format: jpeg needs augment=random_resized_crop",
             ),
         )
@@ -135,15 +123,7 @@ class Config(Section):
                 t.lr_decay == "time" and not t.max_minutes,
                 "training.max_minutes: needed with training.lr_decay=time",
             ),
-            (
-                t.label_smoothing and t.loss == "generalised_cross_entropy",
-                "training.label_smoothing: not with training.loss=generalised_cross_entropy",
-            ),
             (t.min_lr > t.lr, f"training.min_lr: at most training.lr={t.lr:g}"),
-            (
-                t.min_lr and t.lr_schedule == "constant",
-                "training.min_lr: lr_schedule=constant never falls to it",
-            ),
             (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
             (
                 t.lr_warmup_epochs > t.epochs,
