@@ -138,7 +138,7 @@ class PIController(Stateful):
         )
         threshold = None if ast.initial_threshold == "auto" else ast.initial_threshold
         return cls(
-            target=1.0 if ast.target_activation == "auto" else ast.target_activation,
+            target=1.0 if isinstance(ast.target_activation, str) else ast.target_activation,
             threshold=threshold,
             **gains,
         )
@@ -330,7 +330,8 @@ class StoredScores(Scores):
     def check(cls, config: Config) -> None:
         ast = config.ast
         replaced = "explore" in RULES[ast.rule].REPLACES
-        least = AutoTarget.LEAST if ast.target_activation == "auto" else ast.target_activation
+        moves = isinstance(ast.target_activation, str)
+        least = AutoTarget.LEAST if moves else ast.target_activation
         complaint = f"{ast.explore:g} or more of all samples, and ast.target_activation"
         crowded = not replaced and ast.explore >= least
         first_complaint((crowded, f"ast.explore: {complaint} is no larger"))
@@ -591,9 +592,12 @@ def parts_of(config: Config) -> Parts:
     if ast.mode != "ast":
         return Parts(Scores, Rule, Target, LabelDoubt)
     rule = RULES[ast.rule]
-    is_number = rule.target is not None or ast.target_activation not in TARGETS
-    target = Target if is_number else TARGETS[ast.target_activation]
-    doubt = DOUBTS.get(ast.forget_rate) or (HighestScores if ast.forget_rate else LabelDoubt)
+    target = Target
+    if rule.target is None and isinstance(ast.target_activation, str):
+        target = TARGETS[ast.target_activation]
+    doubt = HighestScores if ast.forget_rate else LabelDoubt
+    if isinstance(ast.forget_rate, str):
+        doubt = DOUBTS[ast.forget_rate]
     return Parts(SCORINGS[ast.scoring], rule, target, doubt)
 
 
@@ -602,7 +606,7 @@ def shares_of(config: Config) -> Shares:
     ast = config.ast
     parts = parts_of(config)
     # with an automatic target a run begins with all: nothing is learned yet
-    target = 1.0 if ast.target_activation in TARGETS else ast.target_activation
+    target = 1.0 if isinstance(ast.target_activation, str) else ast.target_activation
     target = target if parts.rule.target is None else parts.rule.target
     doubted = ast.forget_rate if parts.doubt is HighestScores else 0.0
     packs = ast.pack and not parts.scores.before_loading
@@ -808,15 +812,18 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
         ("ast.measure", ast.measure, MEASURES),
         ("ast.scoring", ast.scoring, SCORINGS),
         ("ast.rule", ast.rule, RULES),
+        ("ast.target_activation", ast.target_activation, TARGETS),
+        ("ast.forget_rate", ast.forget_rate, DOUBTS),
     ):
-        require_known(key, value, table)
+        if isinstance(value, str):  # the last two may be a number
+            require_known(key, value, table)
     unread = unread_keys(config)
     refused = next((key for key in given if key in unread), None)
     if refused is not None:
         raise ValueError(f"{refused}: nothing reads it here; it needs {unread[refused]}")
     DATASETS[config.dataset.type].check(config.dataset)
     parts = parts_of(config)
-    is_auto = ast.target_activation in TARGETS
+    is_auto = isinstance(ast.target_activation, str)
     is_number = not is_auto and parts.rule.target is None and parts.doubt is HighestScores
     too_few = is_number and ast.forget_rate + ast.target_activation > 1 + 1e-9
     varies = training.compile != "off" and not parts.scores.before_loading and not ast.pack
@@ -828,7 +835,10 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
     }
     keeper = next((name for name, keeps in keepers.items() if keeps), None)
     first_complaint(
-        (is_auto and ast.mode == "random", "ast.target_activation: auto needs ast.mode=ast"),
+        (
+            is_auto and ast.mode == "random",
+            f"ast.target_activation: {ast.target_activation} needs ast.mode=ast",
+        ),
         (
             too_few,
             f"ast.forget_rate: leaves fewer than ast.target_activation={ast.target_activation} "
@@ -1271,7 +1281,7 @@ class Run:
         network = Network(model, config, measure, device, dist, samples, classes)
         selection = Selection(config, network, samples, device, dist)
         clock = Clock(training, device, dist, stop or Stop(), started)
-        is_auto = isinstance(selection.target, AutoTarget)
+        is_auto = parts_of(config).target is not Target
         schedule = Schedule(training, shares_of(config), planned_steps, clock, is_auto)
         trainer = Trainer(network, training, schedule, dist)
         queue = None

@@ -32,7 +32,7 @@ AST_VALUES = {
     "min_threshold": 8.0,
     "threshold_unit": "raw",
     "explore": 0.3,
-    "score_resolution": 6,
+    "score_resolution": 8,
     "score_statistics": "batch",
     "proxy_model": "test_resnet",
     "pack": True,
@@ -40,7 +40,7 @@ AST_VALUES = {
 BASE = {
     "model": {"name": "small_conv"},
     "dataset": {
-        "image_size": 8,
+        "image_size": 12,
         "max_train_samples": 96,
         "max_val_samples": 32,
         "label_noise": 0.2,

@@ -162,7 +162,7 @@ class ASTConfig(Section):
         "topk: a top share; infobatch: those over the mean, and half of the others with twice the "
         "weight, which the schedule plans as 0.75 of the set",
     )
-    forget_rate: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+    forget_rate: Annotated[float, Field(ge=0, lt=1)] | str = Field(
         0.0,
         description="share of all samples that is left out before the rule chooses, because their "
         "labels may be wrong: those of the highest scores; auto: from half of the schedule on "
@@ -189,7 +189,7 @@ class ASTConfig(Section):
     pack: bool = Field(
         False, description="collect active samples into full batches before a training step"
     )
-    target_activation: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+    target_activation: Annotated[float, Field(gt=0, le=1)] | str = Field(
         0.25,
         description="share of all samples to be active, 0 to 1; auto: all while many are predicted "
         "wrongly, later three times their share, at least 0.5; set at each epoch's end. At most "

@@ -394,10 +394,9 @@ def cached_side(config: DatasetConfig) -> int:
     3.0 (125 pictures of ImageNet). Where nothing is cropped, pictures are cached as squares of
     `image_size`.
     """
-    cropped = config.resolved_augment() == "random_resized_crop"
-    return config.cache_resolution or (
-        round(config.image_size * SHRUNK) if cropped else config.image_size
-    )
+    if config.resolved_augment() != "random_resized_crop":
+        return config.image_size
+    return config.cache_resolution or round(config.image_size * SHRUNK)
 
 
 def shrink(image: Tensor, side: int) -> Tensor:

@@ -73,7 +73,8 @@ def mode(config: Config) -> str:
     )
     if ast.mode == "random":
         return f"random: a share of {ast.target_activation} {where}, all samples in the others"
-    target = "auto" if ast.target_activation == "auto" else f"{ast.target_activation:g}"
+    target = ast.target_activation
+    target = target if isinstance(target, str) else f"{target:g}"
     share = "its own share" if ast.rule == "infobatch" else f"target activation {target}"
     return f"ast: {share} {where}, scoring={ast.scoring}, rule={ast.rule}"
 

@@ -332,12 +332,9 @@ def activation_errors(history: Mapping[str, np.ndarray], settings: Mapping[str, 
     if settings.get("ast.mode") != "ast" or settings.get("ast.rule") == "infobatch":
         return np.full(len(active), np.nan)
     sparse = sparse_epochs(history, settings)
-    constant = settings.get("ast.target_activation", "nan")
-    target = (
-        history.get("target", np.full(len(active), np.nan))
-        if constant == "auto"
-        else float(constant)
-    )
+    target = history.get("target", np.full(len(active), np.nan))
+    with contextlib.suppress(ValueError):  # else it moves, and the history has it
+        target = float(settings.get("ast.target_activation", "nan"))
     return np.where(sparse & (np.cumsum(sparse) > 1), np.abs(active - target), np.nan)
 
 
