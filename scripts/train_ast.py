@@ -393,15 +393,16 @@ class Threshold(Rule):
         self.streak = 0.0  # log probability of the current run of all or none active
 
     def choose(self, pool: Pool, target: float) -> Choice:
-        n = len(pool.scores)
+        scores = pool.scores.numpy()
+        n = len(scores)
         if target >= 1:
             return Choice(torch.arange(n), self.controller.min_threshold)
-        known = pool.scores[: 2**16]  # the order is random, so any part of it is a fair sample
-        known = known[known.isfinite()]
-        known = known if len(known) else torch.zeros(1)
+        known = scores[: 2**16]  # the order is random, so any part of it is a fair sample
+        known = known[np.isfinite(known)]
+        known = known if len(known) else np.zeros(1, dtype=np.float32)
         self.controller.target = target
         # no threshold takes a share of equal scores: it stands on them, and draws among them
-        tied = plateau(known.numpy(), target) if self.moves else None
+        tied = plateau(known, target) if self.moves else None
         if tied is not None and self.controller.threshold != tied:
             self.controller.start(tied)
         draws = None if tied is None else pool.uniforms().numpy()
@@ -410,24 +411,29 @@ class Threshold(Rule):
         for start in range(0, n, self.batch_size):
             here = slice(start, start + self.batch_size)
             if self.controller.threshold is None:  # after a dense phase, or lost
-                self.controller.start(torch.quantile(known, 1 - target).item())
+                start_at = torch.quantile(torch.from_numpy(known), 1 - target)
+                self.controller.start(start_at.item())
             thresholds.append(self.controller.threshold)
             self.controller.epoch = pool.epoch + start / n
-            active[here] = self.step(pool.scores[here], None if draws is None else draws[here])
+            active[here] = self.step(scores[here], None if draws is None else draws[here])
         return Choice(torch.from_numpy(np.flatnonzero(active)), statistics.fmean(thresholds))
 
-    def step(self, scores: Tensor, draws: np.ndarray | None) -> np.ndarray:
+    def step(self, scores: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
         """Who of a batch is active, bool [batch]; then the threshold moves."""
         controller = self.controller
-        active = scores.numpy() > controller.threshold
+        active = scores > controller.threshold
         expected = np.count_nonzero(active) / len(active)
         if draws is not None:
-            ties = draw_ties(scores.numpy(), active, controller.threshold, controller.target, draws)
+            ties = draw_ties(scores, active, controller.threshold, controller.target, draws)
             active = active | ties.taken
             expected = ties.expected
-        ranked = scores[scores.isfinite()].sort(descending=True).values
-        if len(ranked):
-            iqr = ranked[len(ranked) // 4].item() - ranked[3 * len(ranked) // 4].item()
+        known = scores[np.isfinite(scores)]
+        if len(known):
+            last = len(known) - 1
+            upper = last - len(known) // 4
+            lower = max(0, last - 3 * len(known) // 4)
+            ranked = np.partition(known, (lower, upper))
+            iqr = float(ranked[upper]) - float(ranked[lower])
             self.iqr = 0.9 * self.iqr + 0.1 * iqr if self.iqr else iqr  # one batch alone is noisy
         controller.update(expected, self.iqr if self.in_iqr else 1.0)
         if self.restarts and self.is_lost(np.count_nonzero(active), len(active)):
