@@ -400,6 +400,7 @@ class Threshold(Rule):
         known = scores[: 2**16]  # the order is random, so any part of it is a fair sample
         known = known[np.isfinite(known)]
         known = known if len(known) else np.zeros(1, dtype=np.float32)
+        self.observe_spread(known, batches=math.ceil(n / self.batch_size))
         self.controller.target = target
         # no threshold takes a share of equal scores: it stands on them, and draws among them
         tied = plateau(known, target) if self.moves else None
@@ -418,6 +419,18 @@ class Threshold(Rule):
             active[here] = self.step(scores[here], None if draws is None else draws[here])
         return Choice(torch.from_numpy(np.flatnonzero(active)), statistics.fmean(thresholds))
 
+    def observe_spread(self, known: np.ndarray, batches: int) -> None:
+        """Take in the inter-quartile range of the scores, with the weight of so many batches: that
+        of one alone is noisy.
+        """
+        last = len(known) - 1
+        upper = last - len(known) // 4
+        lower = max(0, last - 3 * len(known) // 4)
+        ranked = np.partition(known, (lower, upper))
+        iqr = float(ranked[upper]) - float(ranked[lower])
+        keep = 0.9**batches
+        self.iqr = keep * self.iqr + 0.1 * (1 - keep) / (1 - 0.9) * iqr if self.iqr else iqr
+
     def step(self, scores: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
         """Who of a batch is active, bool [batch]; then the threshold moves."""
         controller = self.controller
@@ -427,14 +440,6 @@ class Threshold(Rule):
             ties = draw_ties(scores, active, controller.threshold, controller.target, draws)
             active = active | ties.taken
             expected = ties.expected
-        known = scores[np.isfinite(scores)]
-        if len(known):
-            last = len(known) - 1
-            upper = last - len(known) // 4
-            lower = max(0, last - 3 * len(known) // 4)
-            ranked = np.partition(known, (lower, upper))
-            iqr = float(ranked[upper]) - float(ranked[lower])
-            self.iqr = 0.9 * self.iqr + 0.1 * iqr if self.iqr else iqr  # one batch alone is noisy
         controller.update(expected, self.iqr if self.in_iqr else 1.0)
         if self.restarts and self.is_lost(np.count_nonzero(active), len(active)):
             controller.threshold = None  # the scores have left it behind
