@@ -1452,9 +1452,10 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
             if trained is not None:
                 trainer.window_forwards += 1
                 any_active_in_accum |= trained > 0
-            if trainer.window_forwards == run.config.training.grad_accum_steps:
-                if any_active_in_accum:
-                    run.optimizer_step()
+            window_full = trainer.window_forwards == run.config.training.grad_accum_steps
+            if window_full and any_active_in_accum:
+                run.optimizer_step()
+            if window_full:
                 any_active_in_accum = False
                 trainer.window_forwards = 0
             heartbeat(metrics.step, len(batch.labels) * run.dist.world, run.live_figures)
