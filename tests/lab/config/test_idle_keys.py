@@ -51,6 +51,8 @@ def test_the_parts_read_the_keys_of_the_page():
         ("ast.target_activation", {"ast__rule": "infobatch"}, ["ast.rule=pi or topk"]),
         ("ast.pack", {"ast__scoring": "proxy"}, []),
         ("ast.pack", {"ast__scoring": "history"}, ["ast.scoring=batch or proxy"]),
+        ("dataset.cache_folder", {}, ["dataset.cache=device or disk"]),
+        ("dataset.cache_folder", {"dataset__cache": "device"}, []),  # files that are there
         ("ast.mode", {"ast__scoring": "history"}, []),  # every run reads it
         ("training.momentum", {"training__optimizer": "lamb"}, ["training.optimizer=sgd or muon"]),
         ("dataset.padding", {}, ["dataset.augment=pad_crop"]),  # auto, of digits: none
