@@ -435,13 +435,13 @@ class Threshold(Rule):
         """Who of a batch is active, bool [batch]; then the threshold moves."""
         controller = self.controller
         active = scores > controller.threshold
-        expected = np.count_nonzero(active) / len(active)
+        expected = int(np.count_nonzero(active)) / len(active)  # a checkpoint takes plain numbers
         if draws is not None:
             ties = draw_ties(scores, active, controller.threshold, controller.target, draws)
             active = active | ties.taken
             expected = ties.expected
         controller.update(expected, self.iqr if self.in_iqr else 1.0)
-        if self.restarts and self.is_lost(np.count_nonzero(active), len(active)):
+        if self.restarts and self.is_lost(int(np.count_nonzero(active)), len(active)):
             controller.threshold = None  # the scores have left it behind
         return active
 
@@ -1463,9 +1463,10 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
             if trained is not None:
                 trainer.window_forwards += 1
                 any_active_in_accum |= trained > 0
-            if trainer.window_forwards == run.config.training.grad_accum_steps:
-                if any_active_in_accum:
-                    run.optimizer_step()
+            window_full = trainer.window_forwards == run.config.training.grad_accum_steps
+            if window_full and any_active_in_accum:
+                run.optimizer_step()
+            if window_full:
                 any_active_in_accum = False
                 trainer.window_forwards = 0
             heartbeat(metrics.step, len(batch.labels) * run.dist.world, run.live_figures)

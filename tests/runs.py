@@ -115,7 +115,6 @@ WAYS = {
     "dense": ["ast.mode=dense"],
     "random": ["ast.mode=random"],
     "ast": [],
-    "ast, scored on the spot": ["ast.score_ahead=false"],
     "packed": ["ast.pack=true"],
     "packed, accumulated": [
         "ast.pack=true",
@@ -139,8 +138,15 @@ WAYS = {
         "dataset.augment=random_resized_crop",
         "ast.pack=true",
     ],
-    "non-finite steps allowed": ["training.max_nonfinite_steps=3"],
-    "history": ["ast.scoring=history", "ast.target_activation=0.5", "ast.explore_weight_cap=4"],
+    "history": ["ast.scoring=history", "ast.target_activation=0.5"],
+    "doubted": ["ast.forget_rate=0.2", "dataset.label_noise=0.2", "ast.pack=true"],
+    "history, doubted": [
+        "ast.scoring=history",
+        "ast.rule=topk",
+        "ast.target_activation=0.5",
+        "ast.forget_rate=auto",
+        "training.epochs=6",
+    ],
     "history, two workers": [
         "ast.scoring=history",
         "ast.target_activation=0.5",
@@ -171,7 +177,7 @@ WAYS = {
         ),
         *("model.name=small_conv", "training.lr=0.2"),
     ],
-    "proxy": ["ast.scoring=proxy", "ast.pack=true", "ast.proxy_every=2", "ast.proxy_resolution=12"],
+    "proxy": ["ast.scoring=proxy", "ast.pack=true", "ast.score_resolution=12"],
     "mixed, averaged, LAMB": [
         *(
             "training.mixup=0.2",

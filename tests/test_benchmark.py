@@ -19,7 +19,6 @@ LOOPS = [
     "dense loop",
     "batch-scored loop, a=0.25",
     "  scored at 16 px",
-    "  not scored ahead",
     "proxy-scored loop, a=0.25",
 ]
 LOOPS += ["random loop, a=0.25", "stored scores, a=0.25", "batch-scored loop, not packed"]
@@ -106,7 +105,7 @@ def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_
     assert done.returncode == 0, done.stderr
     saved, single = (json.loads(each.read_text()) for each in (path, one_process))
     assert (saved["processes"], saved["batch_size"], single["processes"]) == (2, 32, 1)
-    assert list(saved["rows"]) == LOOPS[:7]  # the peers of one process are left out
+    assert list(saved["rows"]) == LOOPS[:6]  # the peers of one process are left out
     assert set(single["rows"]) == set(LOOPS[:2])
     for name, row in saved["rows"].items():
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
@@ -124,16 +123,14 @@ def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_
         assert saved["rows"][name]["speed_up"] == pytest.approx(speed_up)
     config = Config(model={"name": "test_resnet"})
     weights = sum(p.numel() for p in get_model(config.model, 10, 32).parameters())
-    dense, scored, ahead, _, _, drawn = [saved["rows"][name]["collectives"] for name in LOOPS[1:7]]
+    dense, scored, smaller, _, drawn = [saved["rows"][name]["collectives"] for name in LOOPS[1:6]]
     assert set(dense) == {"gradients", "agreement"}
     assert dense["gradients"]["calls"] == 1
-    assert (
-        dense["gradients"]["bytes"] == 4 * weights + 8
-    )  # float32, and how many samples, and whether one was bad
+    assert dense["gradients"]["bytes"] == 4 * weights + 4  # float32, and how many samples
     assert dense["agreement"]["calls"] == 5 / 4  # one a step, and one as the epoch begins
     assert drawn["gradients"]["calls"] == 1 / 4  # a quarter of the steps
     assert {"scores", "agreement"} <= set(scored)
-    for each in (scored, ahead):
+    for each in (scored, smaller):
         assert each["scores"]["calls"] == 1
         assert (
             each["scores"]["bytes"] == 2 * 4 * 16

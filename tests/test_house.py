@@ -17,7 +17,8 @@ MODULES = {
     for path in sorted(SCRIPTS.rglob("*.py"))
 }
 ROOMS = "base config machine data method models engine outputs study".split()  # in their order
-LIGHT = ["lab.config.loading", "lab.config.grid", "lab.outputs.tables", "lab.study.analysis.report"]
+LIGHT = [f"lab.config.{name}" for name in ("grid", "keys", "loading")]
+LIGHT += ["lab.outputs.tables", "lab.study.analysis.report"]
 LIGHT += [f"lab.base.{name}" for name in ("console", "errors", "files", "launch", "reading")]
 LIGHT += [f"lab.study.{name}" for name in ("cli", "results", "sweep")]
 LIGHT += ["analyze_results"]
@@ -77,6 +78,15 @@ def test_nothing_is_packed(name):
         and isinstance(node.value, ast.Tuple)
     ]
     assert packed == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_parameter_is_a_whole_run_without_a_type(name):
+    parameters = (arg for f in functions(name) for arg in (*f.args.args, *f.args.kwonlyargs))
+    untyped = [
+        arg for arg in parameters if arg.arg == "run" and ast.unparse(arg.annotation) == "Any"
+    ]
+    assert untyped == []
 
 
 def room(name: str) -> int:

@@ -52,7 +52,7 @@ def test_dry_run_prints_the_resolved_config(capsys):
         "out",
         "ast.pack=false",
         "--dry-run",
-        "training.momentum=0.8",
+        "training.weight_decay=0.02",
     ]
     assert run_experiment.main(["--config", CONFIG, *flags]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -68,7 +68,7 @@ def test_dry_run_prints_the_resolved_config(capsys):
         "logging.output_dir=out",
         "ast.pack=false",
     ]
-    expected = load_config(CONFIG, [*overrides, "training.momentum=0.8"])
+    expected = load_config(CONFIG, [*overrides, "training.weight_decay=0.02"])
     assert printed == expected.model_dump()
 
 
@@ -99,7 +99,8 @@ def test_help_fits_a_screen_and_the_keys_have_their_own(capsys):
         assert [line for line in lines if line in Config.model_fields] == list(
             Config.model_fields
         )  # the sections
-        assert "  ast.target_activation (default 0.25)" in lines
+        assert "  ast.target_activation (default 0.25, read with ast.rule=pi or topk)" in lines
+        assert "  ast.mode (default ast)" in lines
         assert max(map(len, lines)) <= 120
 
 

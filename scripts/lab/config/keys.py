@@ -47,7 +47,7 @@ OTHER_NEEDS: dict[str, Needs] = {
         for key in "name subset revision split_train split_val image_key label_key".split()
     },
     "dataset.padding": {"dataset.augment": ("pad_crop",)},
-    "dataset.cache_folder": {"dataset.cache": ("disk",)},
+    "dataset.cache_folder": {"dataset.cache": ("device", "disk")},
     "dataset.cache_format": {"dataset.cache": ("disk",)},
     "dataset.cache_resolution": {
         "dataset.cache": ("device", "disk"),

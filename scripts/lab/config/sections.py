@@ -96,7 +96,11 @@ class DatasetConfig(Section):
         description="decode once, keep the pixels, crop and flip on the training device; device: "
         "on that device; disk: in files that later runs find again",
     )
-    cache_folder: str = Field("data/cache", description="cache=disk: where the files are kept")
+    cache_folder: str = Field(
+        "data/cache",
+        description="cache=disk: where the files are kept; cache=device: from where pictures come "
+        "that are there",
+    )
     cache_format: Literal["raw", "jpeg"] = Field(
         "raw",
         description=(

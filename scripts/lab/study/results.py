@@ -138,7 +138,19 @@ def finished_at(utc: str | None, name: str) -> tuple[float, int, str]:
 
 
 RENAMED = {"ast.leave_out": "ast.forget_rate"}  # keys of earlier days that only changed their name
-DEFAULTS = {
+# Keys of earlier days that are gone, as text: the values by which every run goes today.
+FORMER = {
+    "ast.explore_weight_cap": "1",
+    "ast.proxy_every": "4",
+    "ast.proxy_resolution": "null",
+    "ast.score_ahead": "true",
+    "dataset.cache_dir": "null",
+    "training.amp_dtype": "auto",
+    "training.compile_scoring": "null",
+    "training.loss_weight": "3",
+    "training.max_nonfinite_steps": "0",
+}
+DEFAULTS = FORMER | {
     key: spell(default)
     for key, (_, default) in config_keys().items()
     if not key.startswith("logging.")
@@ -280,8 +292,9 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, str]:
     one setting.
 
     Renamed keys have their new names. Where the config is whole, keys that it lacks have their
-    defaults: a new key's default keeps the meaning of older runs. A config that is not whole is
-    some other lab's, and stays as it is.
+    defaults: a new key's default keeps the meaning of older runs, and a key that is gone (FORMER)
+    has the value by which runs go without it. A config that is not whole is some other lab's, and
+    stays as it is.
     """
     settings = {}
     for name, part in (result.get("config") or {}).items():

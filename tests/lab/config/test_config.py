@@ -1,22 +1,25 @@
 """Configs: strict, named errors, every preset, every documented key."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import run_experiment
 from conftest import REPO
 from lab.base.errors import RequestError
-from lab.config.loading import Config, config_keys
-from lab.study.cli import options_help
+from lab.config.loading import GONE, Config, config_keys, run_id
+from lab.config.sections import LoggingConfig
+from lab.study.cli import options_help, run_cli
 from train_ast import load_config
 
 PRESETS = sorted((REPO / "configs").glob("*.yaml"))
 DOCUMENTED = """
     model.name model.pretrained
     dataset.type dataset.train_dir dataset.val_dir dataset.name dataset.split_train
-    dataset.split_val dataset.cache_dir dataset.num_classes dataset.image_size ast.target_activation
+    dataset.split_val dataset.num_classes dataset.image_size ast.target_activation
     ast.kp ast.ki ast.initial_threshold ast.min_threshold ast.entropy_weight ast.min_active
     ast.kp_warmup_epochs ast.ki_warmup_epochs
     training.lr training.momentum training.weight_decay training.min_lr training.batch_size
@@ -28,8 +31,7 @@ DOCUMENTED = """
     model.small_stem dataset.subset dataset.revision dataset.image_key dataset.label_key
     dataset.max_train_samples dataset.max_val_samples ast.mode ast.scoring ast.pack
     ast.threshold_unit ast.warmup_epochs ast.anneal_epochs training.optimizer
-    training.lr_warmup_epochs training.label_smoothing training.grad_clip_norm training.amp_dtype
-    training.device
+    training.lr_warmup_epochs training.label_smoothing training.grad_clip_norm training.device
 """.split()
 
 
@@ -72,7 +74,8 @@ def test_yaml_json_and_overrides_mean_the_same(tmp_path):
 
 def test_off_is_a_word(tmp_path):
     (tmp_path / "a.yaml").write_text("training:\n  compile: off\n")
-    assert load_config(tmp_path / "a.yaml", ["dataset.name=no"]).training.compile == "off"
+    config = load_config(tmp_path / "a.yaml", ["dataset.name=off", "dataset.type=hf"])
+    assert (config.training.compile, config.dataset.name) == ("off", "off")
     with pytest.raises(RequestError, match="model.pretrained: expected a valid boolean, got 'yes'"):
         load_config(None, ["model.pretrained=yes"])
     assert load_config(None, ["model.pretrained=true"]).model.pretrained
@@ -115,12 +118,16 @@ def test_resolved_config_loads_again(tmp_path):
         ("training.compile=default", "training.compile: needs ast.pack=true"),
         ("training.compile=max", "training.compile: expected"),
         ("ast.score_resolution=64", "ast.score_resolution: at most dataset.image_size=32"),
-        ("dataset.cache_resolution=40", "dataset.cache_resolution: needs dataset.cache=device"),
+        (
+            "dataset.cache_resolution=40",
+            "dataset.cache_resolution: nothing reads it here; it needs dataset.cache=device or "
+            "disk and dataset.augment=random_resized_crop",
+        ),
         ("training.lr_decay=time", "training.max_minutes: needed with training.lr_decay=time"),
         ("training.min_lr=9", "training.min_lr: at most training.lr=0.1"),
         (
             "training.min_lr=0.01 training.lr_schedule=constant",
-            "training.min_lr: lr_schedule=constant never falls to it",
+            "training.min_lr: nothing reads it here; it needs training.lr_schedule=cosine or",
         ),
         ("training.layer_decay=0", "training.layer_decay: expected greater than 0, got 0"),
         ("training.weight_average=1", "training.weight_average: expected less than 1, got 1"),
@@ -141,26 +148,52 @@ def test_resolved_config_loads_again(tmp_path):
             "training.cutmix: ast.scoring=history remembers each sample",
         ),
         ("ast.initial_threshold=-1", "ast.initial_threshold: at least ast.min_threshold=0"),
-        ("ast.rule=infobatch", "ast.rule: infobatch needs ast.scoring=history"),
-        ("ast.scoring=history ast.rule=topk", "ast.rule: topk needs ast.scoring=batch"),
-        ("ast.scoring=history ast.rule=infobatch", "ast.entropy_weight: 0 for ast.rule=infobatch"),
-        ("ast.scoring=history ast.explore=0.3", "ast.explore: 0.3 or more of all samples"),
+        ("ast.rule=infobatch", "ast.entropy_weight: 0 for ast.rule=infobatch"),
         (
-            "ast.scoring=history ast.explore=0 ast.explore_weight_cap=4",
-            "ast.explore_weight_cap: with ast.explore=0 no",
+            "ast.scoring=batch ast.rule=infobatch ast.entropy_weight=0 training.mixup=0.2",
+            "training.mixup: ast.rule=infobatch weighs each sample, and a mixture has no one",
         ),
+        (
+            "ast.forget_rate=0.2 training.cutmix=1",
+            "training.cutmix: ast.forget_rate=0.2 remembers each sample",
+        ),
+        ("ast.scoring=loss", "ast.scoring: expected 'batch', 'proxy' or 'history', got 'loss'"),
+        ("ast.rule=top", "ast.rule: expected 'pi', 'topk' or 'infobatch', got 'top'"),
+        ("ast.measure=loss", "ast.measure: expected 'loss_entropy', got 'loss'"),
+        ("ast.forget_rate=half", "ast.forget_rate: expected 'auto', got 'half'"),
+        ("ast.target_activation=half", "ast.target_activation: expected 'auto', got 'half'"),
+        (
+            "ast.mode=random ast.target_activation=auto",
+            "ast.target_activation: auto needs ast.mode=ast",
+        ),
+        ("ast.scoring=history ast.explore=0.3", "ast.explore: 0.3 or more of all samples"),
         (
             "ast.scoring=history ast.forget_rate=0.8",
             "ast.forget_rate: leaves fewer than ast.target_activation=0.25",
         ),
         (
             "ast.scoring=history ast.score_resolution=8",
-            "ast.score_resolution: ast.scoring=history makes no forward",
+            "ast.score_resolution: nothing reads it here; it needs ast.scoring=batch or proxy",
         ),
         (
-            "ast.explore_weight_cap=0.5",
-            "ast.explore_weight_cap: expected greater than or equal to 1",
+            "ast.rule=topk ast.kp=0.3",
+            "override 'ast.kp=0.3': ast.kp: nothing reads it here; it needs ast.rule=pi",
         ),
+        (
+            "ast.explore=0.2",
+            "ast.explore: nothing reads it here; it needs ast.scoring=history",
+        ),
+        (
+            "ast.rule=infobatch ast.entropy_weight=0 ast.explore=0.2",
+            "ast.explore: nothing reads it here; it needs ast.scoring=history and ast.rule=pi or "
+            "topk",
+        ),
+        (
+            "training.optimizer=adamw training.momentum=0.8",
+            "training.momentum: nothing reads it here; it needs training.optimizer=sgd or muon",
+        ),
+        ("training.mixed_precision=int8", "training.mixed_precision: expected"),
+        ("training.mixed_precision=1", "training.mixed_precision: expected"),
         ("dataset.label_noise=1", "dataset.label_noise: expected less than 1"),
         ("dataset.label_noise=-0.1", "dataset.label_noise: expected greater than or equal to 0"),
         ("dataset.repeat=0", "dataset.repeat: expected greater than or equal to 1"),
@@ -177,6 +210,43 @@ def test_a_wrong_value_is_one_line_that_names_the_key(override, message):
         )
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", GONE)
+def test_an_old_name_is_one_line_that_says_what_replaced_it(key, tmp_path, capsys):
+    """On the command line and in a file; the key that it names is one of today."""
+    section, _, leaf = key.partition(".")
+    (tmp_path / "old.yaml").write_text(f"{section}:\n  {leaf}: 3\n")
+    common = ["--output-dir", str(tmp_path / "out"), "--config"]
+    for source, argv in (
+        (f"override '{key}=3'", [*common, str(REPO / "configs/digits_smoke.yaml"), f"{key}=3"]),
+        (tmp_path / "old.yaml", [*common, str(tmp_path / "old.yaml")]),
+    ):
+        assert run_cli(lambda argv=argv: run_experiment.main(argv)) == 2
+        assert capsys.readouterr().err == f"error: {source}: {key}: {GONE[key]}\n"
+    named = re.findall(r"\b(?:ast|dataset|training)\.\w+", GONE[key])
+    assert set(named) <= config_keys().keys()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_known_by_what_decides_its_figures():
+    """Not by where its files lie, and not by how many processes read its pictures."""
+    disk = ["dataset.cache=disk"]
+    whole = run_id(load_config(None, disk))
+    others = {
+        "dataset.cache_folder": "elsewhere",
+        "training.num_workers": "3",
+        "logging.output_dir": "elsewhere",
+        "logging.jsonl_path": "log",
+        "logging.checkpoint_minutes": "2",
+        "logging.tensorboard": "true",
+    }
+    for key, value in others.items():
+        assert run_id(load_config(None, [*disk, f"{key}={value}"])) == whole, key
+    assert {f"logging.{key}" for key in LoggingConfig.model_fields} < others.keys()
+    for other in ("dataset.cache=none", "training.seed=1", "training.device=cpu", "ast.kp=0.2"):
+        assert run_id(load_config(None, [*disk, other])) != whole, other
+    assert run_id(Config.model_validate(load_config(None, disk).model_dump())) == whole
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_neither_workers_nor_order_change_what_a_sample_looks_like(image_folder,
 
 def test_validation_sees_every_sample_once(image_folder):
     _, loader, _, _ = build_dataloaders(folder_config(image_folder, "training.batch_size=4"), CPU)
-    labels = torch.cat([labels for _, labels, _ in device_batches(loader, CPU)])
+    labels = torch.cat([batch.labels for batch in device_batches(loader, CPU)])
     assert labels.bincount().tolist() == [3, 3, 3]
 
 
@@ -104,7 +104,8 @@ def test_repeated_images_come_so_often_each_time_augmented_anew(cache, image_fol
         image_folder, *keys, "training.batch_size=15", "dataset.augment=pad_crop"
     )
     train, _, plan, _ = build_dataloaders(config, CPU)
-    ((images, labels, indices),) = device_batches(train, CPU)
+    (batch,) = device_batches(train, CPU)
+    images, labels, indices = batch.tensors()
     assert len(plan.indices) == len(set(indices.tolist())) == 15
     groups = {}
     for image, label, index in zip(images, labels.tolist(), indices.tolist(), strict=True):

@@ -20,12 +20,18 @@ from conftest import BatchNormNet, make_batch, make_config, make_run, save_pictu
 from lab.base.errors import RequestError, TrainingFailed
 from lab.base.files import align_jsonl
 from lab.config.loading import Config, checkpoint_folder
-from lab.engine.checkpoint import Checkpoints, host_copy, load_checkpoint, save_checkpoint
-from lab.engine.state import load_run_state, run_state
+from lab.engine.checkpoint import (
+    FORMAT,
+    Checkpoints,
+    host_copy,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lab.engine.state import load_state
 from lab.machine.clock import Stop
-from lab.outputs.result import build_result
+from lab.study.cli import run_cli
 from runs import WAYS, CapAfter, StopAfter, final_state, same, untimed
-from train_ast import close_epoch, train
+from train_ast import close_epoch, execute, train
 
 SMALL = [
     "model.name=test_resnet",
@@ -52,7 +58,6 @@ def _one_thread() -> Iterator[None]:
 
 OVERLAP = [
     "layers, Adam",
-    "ast, scored on the spot",
     "resident",
     "accumulated",
 ]  # others hold what is in them
@@ -205,7 +210,9 @@ def test_a_checkpoint_made_to_harm_runs_no_code_and_is_refused(hostile, tmp_path
     if hostile == "code":
         state["bomb"] = Bomb(tmp_path / "exploded")
     elif hostile == "another shape":
-        state["model"]["conv1.weight"] = torch.zeros(3) if "conv1.weight" in state["model"] else 0
+        state["network"]["model"]["conv1.weight"] = torch.zeros(3)
+    elif hostile == "no model":
+        del state["network"]["model"]
     elif hostile != "a list":
         del state[hostile.removeprefix("no ")]
     save_checkpoint([1, 2] if hostile == "a list" else state, path)
@@ -214,6 +221,26 @@ def test_a_checkpoint_made_to_harm_runs_no_code_and_is_refused(hostile, tmp_path
     ):
         train(config, resume="auto")
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("number", [None, 1, 2, 3, FORMAT + 1])
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(number, tmp_path, capsys):
+    """One of earlier days also has a config that this lab no longer reads: the format is told
+    first.
+    """
+    config, _ = trained(tmp_path, "training.epochs=1")
+    path = checkpoint_folder(config) / "last.pt"
+    state = load_checkpoint(path, config)
+    state["config"]["ast"]["explore_weight_cap"] = 1.0
+    state.pop("format")
+    save_checkpoint(state if number is None else state | {"format": number}, path)
+    before = path.read_bytes()
+    assert run_cli(lambda: execute(config, "auto")) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {path}: a checkpoint of another version of the lab; start the run afresh\n"
+    )
+    assert path.read_bytes() == before
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path):
@@ -445,87 +472,67 @@ def test_checkpoints_within_an_epoch_come_as_often_as_asked(tmp_path):
     assert same(final_state(config), final_state(whole_config))
 
 
-def test_steps_with_a_loss_that_is_not_finite_are_left_out(tmp_path):
-    """Weights and running statistics stay as they were; one more than allowed ends the run."""
-    model = BatchNormNet()
-    run = make_run(model, "ast.mode=dense", "training.max_nonfinite_steps=2", "training.lr=0.01")
-    run.start_epoch(0, np.arange(0))
+def spoilt(forward):
+    """A forward whose losses are not a number, and its gradients neither."""
+
+    def spoil(*inputs):
+        result = forward(*inputs)
+        return result._replace(loss=result.loss * math.nan, objective=result.objective * math.nan)
+
+    return spoil
+
+
+def test_a_state_with_a_loss_that_is_not_finite_is_not_kept():
+    """The step is named once the epoch's sums are read; what was before is whole."""
+    run = make_run(BatchNormNet(), "ast.mode=dense", "training.lr=0.01")
+    run.start_epoch(1, np.arange(0))
     images, labels = make_batch()
     whole = run.network.forward
-    before = {
-        name: value.clone()
-        for name, value in model.state_dict().items()
-        if value.is_floating_point()
-    }
-    run.network.forward = lambda images, labels: tuple(
-        part * math.nan for part in whole(images, labels)
-    )
-    for _ in range(2):
+    for number in range(4):
+        run.network.forward = spoilt(whole) if number == 2 else whole
         trained_on(run, images, labels)
-        run.trainer.optimizer_step()
-        assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
-    run.network.forward = whole
-    trained_on(run, images, labels)
-    run.trainer.optimizer_step()
-    assert not torch.equal(before["head.weight"], model.head.weight)
-    assert not torch.equal(before["body.1.running_mean"], model.body[1].running_mean)
-    run.metrics.step = 3
+        run.optimizer_step()
+        run.metrics.step += 1
+        if number == 1:
+            host_copy(run.state())
+    with pytest.raises(TrainingFailed, match="non-finite loss in epoch 2, step 3$"):
+        run.state()
     run.clock.epoch_seconds = 1.0
-    row = close_epoch(run, 10.0, 48)
-    assert (row["samples_trained"], row["optimizer_steps"], run.metrics.nonfinite_steps) == (
-        16,
-        1,
-        2,
-    )
-    assert 0 < row["train_loss"] < 10
-    run.start_epoch(1, np.arange(0))
-    run.network.forward = lambda images, labels: tuple(
-        part * math.nan for part in whole(images, labels)
-    )
-    trained_on(run, images, labels)
-    with pytest.raises(TrainingFailed, match="non-finite loss in epoch 2, step 1"):
-        run_state(run)
+    with pytest.raises(TrainingFailed, match="non-finite loss in epoch 2, step 3$"):
+        close_epoch(run, 10.0, 48)
+    assert run.metrics.history["epoch"] == []
 
 
-def test_the_ledger_of_an_unfinished_epoch_leaves_out_what_changed_no_weight():
-    """In the results and, once resumed, in the epoch's row: each step is taken out once."""
-    run = make_run(BatchNormNet(), "ast.mode=dense", "training.max_nonfinite_steps=3")
-    whole = run.network.forward
-    (images, labels) = make_batch()
-    for number in range(5):
-        spoil = math.nan if number in (1, 3) else 1.0
-        run.network.forward = lambda images, labels, spoil=spoil: tuple(
-            part * spoil for part in whole(images, labels)
-        )
+def test_the_ledger_of_an_unfinished_epoch_goes_on_where_it_was():
+    """In the results and, once resumed, in the epoch's row."""
+    run = make_run(BatchNormNet(), "ast.mode=dense")
+    images, labels = make_batch()
+    for _ in range(3):
         run.metrics.ledger.loaded += len(labels)
         trained_on(run, images, labels)
-        run.trainer.optimizer_step()
+        run.optimizer_step()
         run.metrics.step += 1
-    state = host_copy(run_state(run))
-    for _ in range(2):
-        result = build_result(run, {"status": "interrupted"}, None)
-        assert result["ledger"] == {"loaded": 80, "scored": 0, "trained": 48, "steps": 3}
-        assert result["nonfinite_steps"] == 2
-    resumed = make_run(BatchNormNet(), "ast.mode=dense", "training.max_nonfinite_steps=3")
-    load_run_state(resumed, state)
+    state = host_copy(run.state())
+    ledger = {"loaded": 48, "scored": 0, "trained": 48, "steps": 3}
+    assert run.metrics.result()["ledger"] == ledger
+    resumed = make_run(BatchNormNet(), "ast.mode=dense")
+    load_state(resumed.parts(), state, resumed.dist)
+    assert same(host_copy(resumed.state()) | {"clock": None}, state | {"clock": None})
+    assert resumed.metrics.result()["ledger"] == ledger
     resumed.clock.epoch_seconds = 1.0
-    row = close_epoch(resumed, 10.0, 80)
-    assert (row["samples_trained"], row["optimizer_steps"], resumed.metrics.nonfinite_steps) == (
-        48,
-        3,
-        2,
-    )
-    assert build_result(resumed, {"status": "completed"}, None)["ledger"] == result["ledger"]
+    row = close_epoch(resumed, 10.0, 48)
+    assert (row["samples_trained"], row["optimizer_steps"]) == (48, 3)
+    assert row["train_loss"] == pytest.approx(run.metrics.meter.read()[0])
 
 
-def test_non_finite_steps_that_do_not_end_leave_the_last_good_checkpoint(tmp_path):
-    keys = ["training.max_nonfinite_steps=4", "model.name=test_vit", "dataset.image_size=32"]
+def test_a_run_that_diverges_leaves_the_last_good_checkpoint(tmp_path):
+    keys = ["model.name=test_vit", "dataset.image_size=32"]
     config, _ = trained(tmp_path, *keys, "training.epochs=1")
     state = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
-    state["model"]["head.bias"].fill_(math.nan)  # what a diverged run would be
-    spoilt = tmp_path / "spoilt.pt"
-    save_checkpoint(state, spoilt)
+    state["network"]["model"]["head.bias"].fill_(math.nan)  # what a diverged run would be
+    diverged = tmp_path / "diverged.pt"
+    save_checkpoint(state, diverged)
     with pytest.raises(TrainingFailed, match=r"non-finite loss in epoch 2, step 1"):
-        trained(tmp_path, *keys, resume=str(spoilt))
+        trained(tmp_path, *keys, resume=str(diverged))
     longer = make_config(*SMALL, "ast.mode=dense", f"logging.output_dir={tmp_path}", *keys)
     assert not (checkpoint_folder(longer) / "last.pt").exists()

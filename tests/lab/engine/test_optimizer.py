@@ -21,7 +21,8 @@ from conftest import (
 )
 from lab.base.errors import RequestError
 from lab.config.sections import ModelConfig, TrainingConfig
-from lab.engine.optimizer import build_optimizer, lr_at
+from lab.engine.optimizer import build_optimizer
+from lab.method.schedule import lr_at
 from lab.models.building import get_model
 from train_ast import evaluate
 
@@ -106,8 +107,8 @@ def test_each_layer_learns_more_slowly_than_the_one_after_it():
     assert by_name["patch_embed.proj.weight"][0] == scales[0] / 2
     assert by_name["cls_token"][1] == by_name["blocks.0.norm1.weight"][1] == 0.0
     trained_on(run, torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
-    run.trainer.optimizer_step()
-    assert all(group["lr"] == run.trainer.lr * group["lr_scale"] for group in groups)
+    run.optimizer_step()
+    assert all(group["lr"] == run.schedule.lr * group["lr_scale"] for group in groups)
 
 
 def test_layers_that_are_not_known_are_told():
@@ -145,7 +146,7 @@ def test_the_average_is_torchs_and_is_what_is_validated():
     expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0), use_buffers=True)
     for step in range(1, 13):
         sparse_step(run, images, labels)
-        run.trainer.optimizer_step()
+        run.optimizer_step()
         expected.multi_avg_fn = get_ema_multi_avg_fn(min(0.6, (1 + step) / (10 + step)))
         if (
             step == 1

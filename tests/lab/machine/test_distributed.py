@@ -27,12 +27,13 @@ from lab.base.errors import TrainingFailed
 from lab.config.loading import Config, checkpoint_folder
 from lab.data import datasets
 from lab.data.datasets import ImageDataset
+from lab.data.loading import DeviceBatch
 from lab.data.queue import ActiveQueue
 from lab.engine.checkpoint import load_checkpoint
-from lab.engine.state import merged_own, own_state
 from lab.machine.clock import Clock, Stop
 from lab.machine.distributed import Dist
 from lab.method.sample_store import SampleStore, Visit
+from lab.models.network import StepResult
 from lab.outputs.log import Outputs
 from lab.study.cli import run_cli
 from runs import (
@@ -64,7 +65,6 @@ WAYS = {
     "random": ["ast.mode=random", "ast.target_activation=0.5", "training.epochs=10"],
     "ast": [],
     "ast, few active": ["ast.target_activation=0.06", "ast.min_active=1"],
-    "ast, scored on the spot": ["ast.score_ahead=false", "ast.warmup_epochs=1"],
     "accumulated": ["training.grad_accum_steps=4", "training.grad_clip_norm=1.0"],
     "accumulated, AdamW": [
         "training.grad_accum_steps=3",
@@ -84,7 +84,15 @@ WAYS = {
     ],
     "top-k": ["ast.rule=topk", "ast.pack=true"],
     "target auto, packed": ["ast.target_activation=auto", "ast.warmup_epochs=1", "ast.pack=true"],
-    "history": [*HISTORY, "ast.explore_weight_cap=4"],
+    "history": HISTORY,
+    "history, top-k, doubted": [*HISTORY, "ast.rule=topk", "ast.forget_rate=0.2"],
+    "history, doubted by prediction": [
+        *HISTORY,
+        "ast.forget_rate=auto",
+        "dataset.label_noise=0.2",
+    ],
+    "packed, doubted": ["ast.pack=true", "ast.target_activation=0.4", "ast.forget_rate=0.2"],
+    "infobatch of batches": ["ast.rule=infobatch", "ast.entropy_weight=0"],
     "infobatch": [*HISTORY, "ast.rule=infobatch", "ast.entropy_weight=0"],
     "resident": [
         "dataset.cache=device",
@@ -93,7 +101,6 @@ WAYS = {
         "training.epochs=2",
     ],
     "resident history": [*HISTORY, "dataset.cache=device", "dataset.augment=pad_crop"],
-    "steps left out": ["training.max_nonfinite_steps=3", "ast.mode=dense"],
     "averaged, erased": [
         "training.weight_average=0.9",
         "ast.mode=dense",
@@ -124,14 +131,16 @@ def last(config: Config) -> dict[str, Any]:
     return load_checkpoint(checkpoint_folder(config) / "last.pt", config)
 
 
-IN_TWO = ["packed, accumulated", "history", "resident", "steps left out"]
+IN_TWO = ["packed, accumulated", "history", "resident", "history, doubted by prediction"]
 IN_THREE = [
     "dense",
     "ast",
     "ast, few active",
     "accumulated",
     "top-k",
-    "infobatch",
+    "infobatch of batches",
+    "packed, doubted",
+    "history, top-k, doubted",
     "target auto, packed",
 ]
 
@@ -171,8 +180,8 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
     expected = last(one)
     got = last(many)
     for kind in ("model", "averaged"):
-        for name, tensor in (expected[kind] or {}).items():
-            assert torch.allclose(tensor, got[kind][name], atol=1e-5, rtol=0), name
+        for name, tensor in (expected["network"][kind] or {}).items():
+            assert torch.allclose(tensor, got["network"][kind][name], atol=1e-5, rtol=0), name
     for key, values in whole["training_history"].items():
         if key not in TIMED:
             got_values = result["training_history"][key]
@@ -185,8 +194,9 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
         stores = [state["selection"]["store"] for state in (expected, got)]
         assert torch.allclose(stores[0]["significance"], stores[1]["significance"], atol=1e-4)
         assert torch.equal(stores[0]["seen"], stores[1]["seen"])
-        assert torch.equal(expected["selection"]["kinds"], got["selection"]["kinds"])
-    if expected["queue"] is not None and expected["queue"]["samples"] is not None:
+        assert torch.equal(expected["selection"]["weights"], got["selection"]["weights"])
+    assert same(expected["selection"]["doubt"], got["selection"]["doubt"])
+    if "queue" in expected and expected["queue"]["samples"] is not None:
         for ours, theirs in zip(
             got["queue"]["samples"][1:], expected["queue"]["samples"][1:], strict=True
         ):
@@ -212,8 +222,7 @@ def test_gradients_are_merged_as_they_lie_in_memory(tmp_path):
         )
         run.network.model.to(memory_format=torch.channels_last)
         trained_on(run, images[part], labels[part])
-        if dist.world > 1:
-            assert int(run.trainer.merge_gradients()) == 8
+        run.trainer.merge_gradients()
         assert run.network.model[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
         return [parameter.grad for parameter in run.network.model.parameters()]
 
@@ -245,8 +254,8 @@ def test_windows_of_synchronised_ranks_have_one_divisor(tmp_path):
         for part in windows:
             trained_on(run, images[part], labels[part])
             assert run.trainer.window_divisor == (8 if dist.world > 1 else 12)
-        states = dist.gather_objects(own_state(run))
-        return None if states is None else merged_own(states)["trainer"]["gradients"]
+        states = dist.gather_objects(run.trainer.own_state())
+        return None if states is None else run.trainer.merged(states, 0)["gradients"]
 
     merged, _ = ranks(
         2, lambda rank: gradients(Dist.join(torch.device("cpu")), *parts[rank]), tmp_path
@@ -294,10 +303,7 @@ def test_the_gradient_through_synchronised_batchnorm_is_that_of_one_process(
         run = Run.build(config, net, torch.device("cpu"), 9, dist=dist)
         for part in parts:
             trained_on(run, images[part], labels[part])
-        if dist.world > 1:
-            assert int(run.trainer.merge_gradients()) == ends[-1]
-        else:
-            run.trainer.merge_gradients()
+        run.trainer.merge_gradients()
         return [parameter.grad for parameter in run.network.model.parameters()]
 
     bounds = list(itertools.starmap(slice, itertools.pairwise(ends)))
@@ -393,8 +399,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(
     assert resumed["ledger"] == whole["ledger"]
     expected = last(one)
     got = last(many)
-    for name, tensor in expected["model"].items():
-        assert torch.allclose(tensor, got["model"][name], atol=1e-5, rtol=0), name
+    for name, tensor in expected["network"]["model"].items():
+        assert torch.allclose(tensor, got["network"]["model"][name], atol=1e-5, rtol=0), name
     for key in (
         "samples_loaded",
         "samples_scored",
@@ -412,7 +418,7 @@ MIXED = [
     "training.weight_average=0.9",
     "dataset.random_erasing=0.5",
 ]
-PROXY = ["ast.scoring=proxy", "ast.proxy_every=2"]
+PROXY = ["ast.scoring=proxy"]
 
 
 @pytest.mark.parametrize(
@@ -603,10 +609,10 @@ def test_a_rank_that_fails_ends_all_and_says_why_once(tmp_path, monkeypatch):
     config = make_config(*TWENTY, f"logging.output_dir={tmp_path}/out")
     step = Trainer.train_step
 
-    def failing(trainer: Trainer, *inputs: Any, **options: Any) -> int:
-        if trainer.metrics.epoch == 2:
+    def failing(trainer: Trainer, batch: DeviceBatch, weights: None, epoch: int, at: int) -> Any:
+        if epoch == 2:
             raise TrainingFailed("the disk is gone")
-        return step(trainer, *inputs, **options)
+        return step(trainer, batch, weights, epoch, at)
 
     def work(rank: int) -> None:
         Trainer.train_step = failing if rank == 1 else step
@@ -637,7 +643,7 @@ def test_queues_of_several_ranks_take_the_batches_of_one(world, tmp_path):
 
     def work(rank: int) -> Any:
         dist = Dist.join(torch.device("cpu"))
-        queue = ActiveQueue(batch, dist)
+        queue = ActiveQueue(batch, torch.device("cpu"), dist)
         batches = []
         for step, counts in enumerate(steps):
             images, labels = samples(step, rank)
@@ -649,7 +655,7 @@ def test_queues_of_several_ranks_take_the_batches_of_one(world, tmp_path):
         return batches, queue.state_dict()["samples"][1].tolist()
 
     results = ranks(world, work, tmp_path).results() if world > 1 else [work(0)]
-    one = ActiveQueue(batch)
+    one = ActiveQueue(batch, torch.device("cpu"))
     expected = []
     for step in range(len(steps)):
         parts = zip(*(samples(step, rank) for rank in range(world)), strict=True)
@@ -860,43 +866,47 @@ def test_unreadable_pictures_are_counted_over_all_ranks(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["dense", "accumulated"])
-def test_a_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(
-    way, tmp_path, monkeypatch
-):
-    """The ledger and the weights are those of one process that met it in the same step."""
+def test_a_loss_that_is_not_finite_on_one_rank_ends_the_run_on_all(way, tmp_path, monkeypatch):
+    """With one line, that of the rank which found it first; one process names the step itself."""
     layer_norm_net(monkeypatch)
-    keys = [*TWENTY, *WAYS[way], "training.max_nonfinite_steps=3"]
     one, many = (
-        make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many")
+        make_config(*TWENTY, *WAYS[way], f"logging.output_dir={tmp_path}/{name}")
+        for name in ("one", "many")
     )
     step = Trainer.train_step
 
-    def spoilt(trainer: Trainer, *inputs: Any, **options: Any) -> int:
+    def spoilt(trainer: Trainer, batch: DeviceBatch, weights: None, epoch: int, at: int) -> Any:
         whole = trainer.network.forward
-        if (trainer.metrics.epoch, trainer.metrics.step) in ((1, 2), (2, 4)):
-            trainer.network.forward = lambda *inputs: (
-                float("nan") * (got := whole(*inputs))[0],
-                *got[1:],
-            )
-        trained = step(trainer, *inputs, **options)
+
+        def forward(*inputs: Any) -> StepResult:
+            result = whole(*inputs)
+            nan = float("nan")
+            return result._replace(loss=result.loss * nan, objective=result.objective * nan)
+
+        trainer.network.forward = forward if (epoch, at) == (1, 2) else whole
+        trained = step(trainer, batch, weights, epoch, at)
         trainer.network.forward = whole
         return trained
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", spoilt)
-        whole, _ = train(one)
+        with pytest.raises(TrainingFailed, match="^non-finite loss in epoch 2, step 3$"):
+            train(one)
 
-    def work(rank: int) -> Any:
-        Trainer.train_step = (
-            spoilt if rank == 0 else step
-        )  # rank 1 may have no active sample in that step
-        return train(many)[0]
+    def work(rank: int) -> None:
+        # rank 1 may have no active sample in that step
+        Trainer.train_step = spoilt if rank == 0 else step
+        command(many)
 
-    result = ranks(2, work, tmp_path / "ranks").results()[0]
-    assert result["ledger"] == whole["ledger"]
-    assert result["nonfinite_steps"] == whole["nonfinite_steps"] == 2
-    for name, tensor in last(one)["model"].items():
-        assert torch.allclose(tensor, last(many)["model"][name], atol=1e-5, rtol=0), name
+    ended = ranks(2, work, tmp_path / "ranks")
+    refused(ended, 1, "error: non-finite loss in epoch 2, step ")
+    assert int(ended.errors()[0].rpartition(" ")[2]) in (3, 4, 5)
+    (path,) = (tmp_path / "many").glob("final_results_*.json")
+    result = json.loads(path.read_text())
+    assert (result["status"], result["training_history"]["epoch"]) == ("failed", [1])
+    kept = last(many)
+    assert kept["metrics"]["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in kept["network"]["model"].values())
 
 
 @pytest.mark.parametrize(

@@ -18,21 +18,51 @@ CPU = torch.device("cpu")
 
 def test_meter_means_over_samples_not_over_batches():
     meter = Meter(CPU, epoch=0)
-    meter.add_loss(torch.tensor(6.0), samples=3, step=0)
-    meter.add_loss(torch.tensor(10.0), samples=1, step=1)
+    for loss, samples in ((6.0, 3), (10.0, 1)):
+        meter.add_loss(torch.tensor(loss), torch.tensor(99.0), samples, step=0)
     meter.add_correct(torch.tensor(1), samples=2)  # counted on the device
     meter.add_correct(2, samples=2)  # or by the host
     assert meter.read() == (4.0, 75.0)
     assert Meter(CPU, 0).read() == (None, None)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_meter_names_the_first_non_finite_step(bad):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("of", ["loss", "objective"])
+def test_meter_names_the_first_non_finite_step(of, bad):
     meter = Meter(CPU, epoch=2)
-    for step, loss in enumerate([1.0, bad, 1.0, bad]):
-        meter.add_loss(torch.tensor(loss + 1), 2, step)
-    with pytest.raises(TrainingFailed, match="non-finite loss in epoch 3, step 2"):
-        meter.read()
+    for step, value in enumerate([1.0, bad, 1.0, bad]):
+        values = {
+            "loss": torch.tensor(1.0),
+            "objective": torch.tensor(1.0),
+            of: torch.tensor(value),
+        }
+        meter.add_loss(**values, samples=2, step=step)
+    for _ in range(2):
+        with pytest.raises(TrainingFailed, match="non-finite loss in epoch 3, step 2$"):
+            meter.read()
+    assert meter.sums[0].isfinite()
+
+
+def test_counts_of_several_processes_add_up():
+    """On rank 0 of another number of them; the first bad step of any is the first of all."""
+    states = []
+    for rank, (loss, bad) in enumerate([(6.0, 0), (2.0, 5), (1.0, 3)]):
+        meter = Meter(CPU, 0)
+        meter.add_loss(torch.tensor(loss), torch.tensor(1.0), samples=2, step=0)
+        if bad:
+            meter.add_loss(torch.tensor(math.nan), torch.tensor(1.0), samples=1, step=bad - 1)
+        meter.add_correct(torch.tensor(1), samples=2)
+        meter.add_correct(rank, samples=2)
+        states.append(meter.state_dict())
+    merged = [meter.merged(states, rank) for rank in (0, 1)]
+    assert [(each["correct"], each["trained"], each["predicted"]) for each in merged] == [
+        (3, 8, 12),
+        (0, 0, 0),
+    ]
+    assert [each["sums"].tolist() for each in merged] == [[9, 3, 3], [0, 0, 0]]
+    ledgers = [Ledger(10, 5, 3, 7).state_dict(), Ledger(20, 6, 4, 7).state_dict()]
+    assert Ledger().merged(ledgers, 0) == {"loaded": 30, "scored": 11, "trained": 7, "steps": 7}
+    assert Ledger().merged(ledgers, 1) == {"loaded": 0, "scored": 0, "trained": 0, "steps": 7}
 
 
 def test_ledger_differences_and_equivalents():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from lab.base.errors import one_line
-from lab.config.keys import all_needs, unmet
+from lab.config.keys import RULE_KEYS, SCORING_KEYS, all_needs, unmet
 from lab.config.sections import auto_augment
 from lab.study.results import DEFAULTS, ResultsFile, is_whole
 
@@ -23,7 +23,9 @@ UNKNOWN = "no whole config: not known to be comparable"
 # Of the dataset, what does not change what is seen.
 NOT_SEEN = {
     f"dataset.{key}"
-    for key in "cache cache_folder cache_format cache_resolution max_bad_images num_classes".split()
+    for key in (
+        "cache cache_dir cache_folder cache_format cache_resolution max_bad_images num_classes"
+    ).split()
 }
 # What is done to training pictures alone, as training.mixup is: settings that one wants to compare.
 RECIPE = {"dataset.augment_policy", "dataset.random_erasing"}
@@ -41,12 +43,25 @@ FIRST = (
 FIRST = [f"ast.{key}" for key in FIRST]
 LAST = ["training.epochs", "gpu"]
 # What changes no training: in a label only where nothing else tells two settings apart.
-NO_CAUSE = {f"training.{key}" for key in "num_workers compile device".split()}
+NO_CAUSE = {
+    f"training.{key}"
+    for key in "num_workers compile compile_scoring device max_nonfinite_steps".split()
+}
 NO_CAUSE |= {"metrics.base_flop_per_sample", "metrics.gpu_tdp_watts", *NOT_SEEN}
 
-NEEDS = all_needs()
-RANDOM_KEYS = {
-    f"ast.{leaf}" for leaf in "mode target_activation warmup_epochs anneal_epochs".split()
+NEEDS = {  # also of keys of earlier days
+    **all_needs(),
+    "ast.explore_weight_cap": {"ast.scoring": ("history",), "ast.rule": ("pi",)},
+    "ast.proxy_every": {"ast.scoring": ("proxy",)},
+    "ast.proxy_resolution": {"ast.scoring": ("proxy",)},
+    "ast.score_ahead": {"ast.scoring": ("batch", "proxy")},
+    "training.loss_weight": {"training.loss": ("early_learning",)},
+}
+PARTS = {"ast.scoring": SCORING_KEYS, "ast.rule": RULE_KEYS}  # what is known of them, by value
+AST_KEYS = {  # that have a say, by ast.mode
+    "dense": "mode",
+    "dense twin": "mode",
+    "random": "mode target_activation warmup_epochs anneal_epochs",
 }
 
 
@@ -119,16 +134,23 @@ def group_titles(firsts: Mapping[Group, ResultsFile]) -> dict[Group, str]:
 
 
 def acts(settings: Mapping[str, str], key: str) -> bool:
-    """Whether a key of the config has a say in a run of these settings."""
+    """Whether a key of the config has a say in a run of these settings: also where its part is
+    one of somebody's own, of which nothing is known.
+    """
     mode = settings.get("ast.mode", "")
-    if key.startswith("ast.") and mode != "ast":
-        return key in (RANDOM_KEYS if mode == "random" else {"ast.mode"})
+    if key.startswith("ast.") and mode in AST_KEYS:
+        return key.removeprefix("ast.") in AST_KEYS[mode].split()
     if key in ("training.epochs", "training.max_minutes"):
         by_time = settings.get("training.lr_decay") == "time"
         return by_time == (key == "training.max_minutes")
     if mode == "dense twin" and key in ("training.lr_decay", "training.lr_warmup_epochs"):
         return False  # they follow from the time of its sparse run
-    return not any(unmet(key, settings, NEEDS))
+    known = {
+        other: values
+        for other, values in NEEDS.get(key, {}).items()
+        if settings.get(other) in PARTS.get(other, settings.values())
+    }
+    return not any(unmet(key, settings, {key: known}))
 
 
 def telling_keys(settings: Sequence[Mapping[str, str]], keys: Iterable[str]) -> list[str]:

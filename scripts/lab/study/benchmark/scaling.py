@@ -138,9 +138,7 @@ Choose = Callable[[torch.Tensor, float], None]  # scores [n], nats, and a share 
 
 
 @cache
-def choosing_ms(
-    choose: Callable[[torch.Tensor, float], None], samples: int, activation: float
-) -> float:
+def choosing_ms(choose: Choose, samples: int, activation: float) -> float:
     """Milliseconds the host takes to choose among so many scores, float32: the median of three,
     measured here.
     """
@@ -260,7 +258,7 @@ def scalable(path: Path) -> tuple[StepsFile, dict[str, StepsRow]]:
     return found, rows
 
 
-def scaling(path: Path, sizes: Sequence[int], assumed: Assumed, choose: Callable) -> dict[str, Any]:
+def scaling(path: Path, sizes: Sequence[int], assumed: Assumed, choose: Choose) -> dict[str, Any]:
     """For each loop in a `steps --nproc` file, what a considered batch takes on each number of GPUs
     in `sizes`, its bytes, and what breaks first.
     """

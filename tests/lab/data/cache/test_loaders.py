@@ -30,7 +30,7 @@ def test_resident_validation_is_the_streamed_one(kind, image_folder, parquet_fol
             "training.batch_size=4",
         )
         _, val, _, _ = build_dataloaders(config, CPU)
-        batches[cache] = list(device_batches(val, CPU))
+        batches[cache] = [batch.tensors() for batch in device_batches(val, CPU)]
     streamed, kept = (
         [torch.cat(part) for part in zip(*batches[cache], strict=True)]
         for cache in ("none", "device")
@@ -54,10 +54,10 @@ def test_a_sample_looks_the_same_streamed_and_resident(size, apart, image_folder
         train, _, plan, _ = build_dataloaders(folder_config(image_folder, *keys), CPU)
         plan.epoch = 3
         batches[cache] = list(device_batches(train, CPU))
-    for (streamed, labels, _), (kept, kept_labels, _) in zip(
-        batches["none"], batches["device"], strict=True
-    ):
-        assert torch.equal(labels, kept_labels)
+    for fresh, cached in zip(batches["none"], batches["device"], strict=True):
+        assert torch.equal(fresh.labels, cached.labels)
+        streamed = fresh.images
+        kept = cached.images
         difference = (streamed.float() - kept.float()).abs().mean()
         assert difference <= apart  # crops of down to a few pixels, their edges rounded twice
         assert (streamed.float() - kept.float().flip(-1)).abs().mean() > 20
@@ -87,9 +87,8 @@ def test_resident_batches_follow_the_plan_and_depend_on_the_seed_and_epoch_alone
         )
         train, _, plan, _ = build_dataloaders(config, CPU)
         plan.epoch = number
-        images, labels, _ = (
-            torch.cat(part) for part in zip(*device_batches(train, CPU), strict=True)
-        )
+        batches = [batch.tensors() for batch in device_batches(train, CPU)]
+        images, labels, _ = (torch.cat(part) for part in zip(*batches, strict=True))
         return plan.indices_to_load().tolist(), images, labels
 
     order, images, labels = epoch(1)

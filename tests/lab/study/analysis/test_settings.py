@@ -1,16 +1,18 @@
 """Comparison groups, their titles, and the labels of settings."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import MINIMAL, make_config
+from conftest import MINIMAL, REPO, make_config
 from helpers import studies_of, study_of, write_run
+from lab.config.loading import GONE, Config, config_keys
 from lab.study.analysis.settings import LABEL_CHARACTERS, UNKNOWN, comparison_group, label_settings
 from lab.study.analysis.tables import verdict
-from lab.study.results import settings_of
+from lab.study.results import FORMER, RENAMED, load_runs, settings_of
 
 
 def label(settings):
@@ -54,12 +56,20 @@ def test_other_data_or_another_model_is_another_group(key, value, words, tmp_pat
 
 @pytest.mark.parametrize(
     "override",
-    "dataset.cache=device dataset.cache_dir=x training.num_workers=3 dataset.max_bad_images=2 "
-    "dataset.num_classes=10 dataset.augment=none dataset.train_dir=unread training.lr=0.3 "
-    "dataset.random_erasing=0.25 dataset.augment_policy=rand_augment".split(),
+    "dataset.cache=device training.num_workers=3 dataset.max_bad_images=2 dataset.num_classes=10 "
+    "dataset.augment=none training.lr=0.3 dataset.random_erasing=0.25 "
+    "dataset.augment_policy=rand_augment".split(),
 )
 def test_what_changes_no_picture_of_the_data_makes_no_group(override):
     assert comparison_group(settings(override)) == comparison_group(settings())
+
+
+@pytest.mark.parametrize("key", ["train_dir", "cache_folder", "cache_dir"])
+def test_a_folder_that_is_not_read_makes_no_group(key):
+    """As it may stand in a file; `cache_dir` in one of earlier days."""
+    config = make_config().model_dump()
+    config["dataset"][key] = "unread"
+    assert comparison_group(settings_of({"config": config})) == comparison_group(settings())
 
 
 def test_the_size_of_the_cache_counts_where_crops_are_cut_from_it():
@@ -124,7 +134,113 @@ def test_older_results_are_the_same_setting_as_newer_ones(tmp_path):
     assert (list(table.index), list(table["n"]), list(table["seeds"])) == (["ast"], [2], ["0 1"])
 
 
+def test_keys_that_are_gone_stand_in_the_way_of_nothing():
+    """Every one has its value of today in a run that does not know it, and a line that refuses
+    it.
+    """
+    assert {*FORMER, *RENAMED} == set(GONE)
+    assert not {*FORMER, *RENAMED} & config_keys().keys()
+    old = make_config().model_dump()
+    for key, value in FORMER.items():
+        section, leaf = key.split(".")
+        old[section][leaf] = {"null": None, "true": True, "auto": "auto"}.get(value, value)
+    assert settings_of({"config": old}) == settings()
+
+
+def test_a_published_dense_run_is_the_baseline_of_a_run_of_today(tmp_path):
+    """They are one comparison group, and the same settings are one setting."""
+    (old,) = read_published("cifar10_study_h200/dense", count=1)
+    result = json.loads(old.path.read_text())
+    assert result["config"]["ast"]["mode"] == "dense"
+    config = result["config"]
+    for key in GONE:
+        section, leaf = key.split(".")
+        config[section].pop(leaf, None)
+    today = Config.model_validate(config).model_dump()
+    for name, changes in (
+        ("again", {"training": {"seed": 77}}),
+        ("sparse", {"ast": {"mode": "ast"}}),
+    ):
+        changed = {section: today[section] | changes.get(section, {}) for section in today}
+        facts = {"environment": result["environment"], "seed": changed["training"]["seed"]}
+        write_run(tmp_path, name, extra={**facts, "config": changed})
+    shutil.copy(old.path, tmp_path)
+    study = study_of(tmp_path)
+    assert study.baseline == "dense"
+    assert dict(study.table["n"]) == {"dense": 2, "ast": 1}
+
+
 # ------------------------------------------------------------------------------------------- Labels
+
+PUBLISHED = {  # by folder, the labels of its settings as they were before keys were gone
+    "cifar10_study_h100/noise": [
+        "ast target_activation=0.8 explore=0.05 anneal_epochs=0 epochs=50",
+        "ast target_activation=0.4 explore=0.1 anneal_epochs=0 epochs=88",
+        "ast target_activation=0.8 explore=0.05 anneal_epochs=0 epochs=25",
+        "dense epochs=40",
+        "dense epochs=20",
+        "random target_activation=0.4 anneal_epochs=9 epochs=88",
+        "random target_activation=0.8 anneal_epochs=0 epochs=50",
+        "ast target_activation=0.8 explore=0.05 anneal_epochs=0 epochs=12",
+        "dense epochs=10",
+    ],
+    "cifar10_half_h100/black": [
+        "dense epochs=60",
+        "dense epochs=40",
+        "ast rule=pi score_ahead=true warmup_epochs=5 anneal_epochs=5 epochs=47",
+        "ast rule=topk score_ahead=true warmup_epochs=5 anneal_epochs=5 epochs=47",
+        "ast rule=topk score_ahead=true warmup_epochs=2 anneal_epochs=2 epochs=50",
+        "ast rule=topk score_ahead=true warmup_epochs=0 anneal_epochs=0 epochs=56",
+        "ast rule=pi score_ahead=true warmup_epochs=2 anneal_epochs=2 epochs=50",
+        "ast rule=topk score_ahead=false warmup_epochs=2 anneal_epochs=2 epochs=50",
+        "random warmup_epochs=5 anneal_epochs=5 epochs=47",
+        "dense epochs=20",
+    ],
+    "cifar10_resnet18_h200": [
+        "dense ki=0.2 num_workers=4",
+        "dense ki=0.05 num_workers=null",
+        "ast target_activation=0.5",
+        "random target_activation=0.5 ki=0.2 num_workers=4",
+        "random target_activation=0.5 ki=0.05 num_workers=null",
+        "random target_activation=0.25 ki=0.2 num_workers=4",
+        "random target_activation=0.25 ki=0.05 num_workers=null",
+        "ast target_activation=0.25",
+    ],
+}
+
+
+def read_published(folder, count=None):
+    """The first runs of a folder of published results."""
+    runs, _ = load_runs([REPO / "results" / "published" / folder])
+    return runs[:count]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED)
+def test_published_results_are_labelled_as_they_were(folder):
+    studies = studies_of(REPO / "results" / "published" / folder)
+    assert [label for study in studies.values() for label in study.table.index] == PUBLISHED[folder]
+
+
+def test_a_key_of_earlier_days_is_named_where_it_had_a_say():
+    stored = settings("ast.scoring=history", "ast.target_activation=0.5")
+    weighted = stored | {"ast.explore_weight_cap": "4"}
+    assert label([settings(), stored, weighted]) == [
+        "ast scoring=batch target_activation=0.25",
+        "ast scoring=history target_activation=0.5 explore_weight_cap=1",
+        "ast scoring=history target_activation=0.5 explore_weight_cap=4",
+    ]
+    late = settings() | {"ast.score_ahead": "false"}
+    assert label([settings(), late]) == ["ast score_ahead=true", "ast score_ahead=false"]
+
+
+def test_a_part_of_ones_own_may_read_every_key():
+    own = settings() | {"ast.rule": "mine", "ast.kp": "3"}
+    top = settings("ast.rule=topk") | {"ast.kp": "5"}
+    assert label([own, own | {"ast.kp": "4"}, top]) == [
+        "ast rule=mine kp=3",
+        "ast rule=mine kp=4",
+        "ast rule=topk",
+    ]
 
 
 def test_labels_name_every_key_that_sets_a_setting_apart():
