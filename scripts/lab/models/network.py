@@ -240,8 +240,7 @@ class Network(Stateful):
         size = size_argument(self.model_config, self.side)
         return describe(self.model_config, self.dataset, self.model, classes, self.moments, size)
 
-    def weight_sum(self) -> float:
-        """The sum of all weights: processes whose weights differ do not have it alike."""
-        return (
-            torch.stack([p.detach().double().sum() for p in self.model.parameters()]).sum().item()
-        )
+    def alike(self) -> list[float]:
+        """Numbers that every process must have alike: the sum of all weights."""
+        sums = [parameter.detach().double().sum() for parameter in self.model.parameters()]
+        return [torch.stack(sums).sum().item()]
