@@ -419,7 +419,7 @@ class Threshold(Rule):
         """Who of a batch is active, bool [batch]; then the threshold moves."""
         controller = self.controller
         active = scores.numpy() > controller.threshold
-        expected = np.count_nonzero(active) / len(active)
+        expected = int(np.count_nonzero(active)) / len(active)  # a checkpoint takes plain numbers
         if draws is not None:
             ties = draw_ties(scores.numpy(), active, controller.threshold, controller.target, draws)
             active = active | ties.taken
