@@ -104,7 +104,7 @@ class HighestScores(LabelDoubt):
         # rounded by what was left out before, so that small batches add up to the share
         before = math.floor(self.share * self.pooled)
         count = math.floor(self.share * (self.pooled + n)) - before
-        if not scores.is_cuda:  # of stored ones, a sample never seen is nobody to doubt
+        if scores.is_cpu:  # of stored ones, a sample never seen is nobody to doubt
             count = min(count, int(scores.isfinite().sum()))
             scores = scores.nan_to_num(posinf=-math.inf)
         order = scores.sort(descending=True, stable=True).indices
