@@ -404,10 +404,11 @@ class Threshold(Rule):
         if tied is not None and self.controller.threshold != tied:
             self.controller.start(tied)
         draws = None if tied is None else pool.uniforms().numpy()
+        size = self.batch_size if tied is None else n  # a step would leave equal scores
         active = np.zeros(n, dtype=bool)
         thresholds = []
-        for start in range(0, n, self.batch_size):
-            here = slice(start, start + self.batch_size)
+        for start in range(0, n, size):
+            here = slice(start, start + size)
             if self.controller.threshold is None:  # after a dense phase, or lost
                 self.controller.start(torch.quantile(known, 1 - target).item())
             thresholds.append(self.controller.threshold)
