@@ -407,10 +407,11 @@ class Threshold(Rule):
         if tied is not None and self.controller.threshold != tied:
             self.controller.start(tied)
         draws = None if tied is None else pool.uniforms().numpy()
+        size = self.batch_size if tied is None else n  # a step would leave equal scores
         active = np.zeros(n, dtype=bool)
         thresholds = []
-        for start in range(0, n, self.batch_size):
-            here = slice(start, start + self.batch_size)
+        for start in range(0, n, size):
+            here = slice(start, start + size)
             if self.controller.threshold is None:  # after a dense phase, or lost
                 start_at = torch.quantile(torch.from_numpy(known), 1 - target)
                 self.controller.start(start_at.item())
@@ -686,7 +687,7 @@ class Selection(Stateful):
         believed = self.weights.cpu().numpy()[order] == 1
         order = order[believed]
         scores = self.scores.of_epoch(order)
-        if scores is None:
+        if scores is None or not len(order):
             return
         drawn = torch.from_numpy(uniforms[believed])
         floor = self.min_active
@@ -738,17 +739,23 @@ class Selection(Stateful):
         target = self.share / (1 - self.doubt.share)
         chance = self.scores.explored
         if not chance:
-            return self.rule.choose(pool, target)
+            return self.by_rule(pool, target)
         uniforms = pool.uniforms()
         explored = uniforms < chance
         others = torch.nonzero(~explored)[:, 0]
         # uniform in [0, 1) again, for those who are not explored
         rest = Pool(pool.scores, lambda: (uniforms - chance) / (1 - chance), pool.epoch).at(others)
-        choice = self.rule.choose(rest, (target - chance) / (1 - chance))
+        choice = self.by_rule(rest, (target - chance) / (1 - chance))
         weights = torch.ones(len(uniforms))
         weights[others] = choice.weights_of(len(others))
         rows = torch.nonzero(explored.index_fill(0, others[choice.rows], True))[:, 0]
         return Choice(rows, choice.threshold, None if choice.weights is None else weights[rows])
+
+    def by_rule(self, pool: Pool, target: float) -> Choice:
+        """Whom the rule takes: of nobody, nobody, with no threshold."""
+        if not len(pool.scores):  # all are doubted, or explored
+            return Choice(torch.arange(0, device=pool.scores.device), math.nan)
+        return self.rule.choose(pool, target)
 
     def mask(self) -> np.ndarray | None:
         """uint8 by index, nonzero for the samples that this epoch loads; None: the planned number

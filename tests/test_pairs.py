@@ -1,5 +1,5 @@
-"""Every scoring with every rule, target and doubt: it trains and holds what was asked, or is refused
-with the reason.
+"""Every scoring with every rule, target and doubt: it trains and holds what was asked, or is
+refused with the reason.
 """
 
 from __future__ import annotations

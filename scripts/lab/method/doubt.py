@@ -78,7 +78,7 @@ class HighestScores(LabelDoubt):
     data via iterative trimmed loss minimization").
     """
 
-    STATE = ("last_left_out", "pooled", "left")
+    STATE = ("epoch", "last_left_out", "pooled", "left")
     keeps_labels = True
 
     def __init__(

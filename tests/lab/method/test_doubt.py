@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from lab.method.labels import class_bars, doubted
 
 NOBODY = np.zeros(4, bool)
