@@ -2,7 +2,7 @@
 
 A picture is a uint8 tensor [3, H, W]. A box is the part of it that a crop keeps: (top, left,
 height, width) in whole pixels. Streamed pictures are cut one by one (`Augmentation.__call__`),
-cached ones in batches: squares by `crop_resize`, pictures of several sizes by `views.cut`. All get
+cached ones in batches: squares by `pad_crop`, pictures of several sizes by `views.cut`. All get
 their boxes from `Augmentation.boxes`.
 """
 
@@ -216,9 +216,7 @@ class Augmentation:
         self.crops = augment == "random_resized_crop"
         self.random = train and augment != "none"
         self.margin = max(1, self.size // 8)  # pixels; 4 at a size of 32
-        self.reflected = (
-            self.margin if config.padding == "reflect" and not self.crops else 0
-        )  # pixels
+        self.reflects = config.padding == "reflect"
         policy = POLICIES.get(config.augment_policy) if train else None
         self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR)
         self.erasing = config.random_erasing if train else 0.0  # chance
@@ -292,7 +290,7 @@ class Augmentation:
             around = [self.margin] * 4
             image = (
                 F.pad(image[None].float(), around, "reflect")[0].to(image)
-                if self.reflected
+                if self.reflects
                 else F.pad(image, around)
             )
             top = top + self.margin
@@ -325,62 +323,45 @@ def erase(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
     return torch.where(inside, colour.view(3, 1, 1), images)
 
 
-def axis_weights(
-    start: Tensor,
-    length: Tensor,
-    size: int,
-    side: int,
-    mirror: Tensor | None = None,
-    reflected: int = 0,
-) -> Tensor:
-    """The matrices that crop and resize one axis of a batch of pictures: [batch, size, side].
+def pad_crop(images: Tensor, boxes: Tensor, mirror: Tensor, reflects: bool = False) -> Tensor:
+    """Shift and mirror each picture of a batch: uint8 [batch, 3, S, S] -> the same.
 
-    Row i of a matrix holds the weights with which the `side` pixels of the picture make up pixel i
-    of the result. The result shows the interval [start, start + length). Weights are bilinear with
-    antialiasing, as in Pillow and torchvision: a triangle whose half width is max(1, length / size)
-    pixels. Each row sums to 1, but a row whose pixels all lie outside the picture is 0, which makes
-    them black.
-
-    start, length: float [batch], whole pixels. mirror: bool [batch], which pictures are turned
-    round on this axis. reflected: so many pixels beyond each edge are the picture's reflection,
-    without its edge pixels repeated. float32 on the CPU; float16 on a GPU, which holds every grey
-    level exactly.
-    """
-    start = start.float()[:, None, None]
-    length = length.float()[:, None, None]
-    scale = length / size
-    outputs = torch.arange(size, device=start.device) + 0.5
-    if mirror is not None:
-        outputs = torch.where(mirror[:, None], size - outputs, outputs)
-    pixels = torch.arange(-reflected, side + reflected, device=start.device) + 0.5 - start
-    weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(
-        min=0
-    )
-    weights = weights * ((pixels > 0) & (pixels < length))
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
-    if reflected:  # the weight of a reflected pixel goes to the pixel it shows
-        before, weights, after = weights.split([reflected, side, reflected], -1)
-        weights = weights.contiguous()
-        weights[..., 1 : reflected + 1] += before.flip(-1)
-        weights[..., side - 1 - reflected : side - 1] += after.flip(-1)
-    return weights.to(torch.float16 if start.is_cuda else torch.float32)
-
-
-def crop_resize(
-    images: Tensor, boxes: Tensor, mirror: Tensor, size: int, reflected: int = 0
-) -> Tensor:
-    """Crop, resize and mirror each picture of a batch: uint8 [batch, 3, S, S] -> uint8 [batch, 3,
-    size, size].
-
-    Two products of matrices, one for each axis (see `axis_weights`). boxes: float [batch, 4];
-    mirror: bool [batch].
-    reflected: pixels beyond the edges that are the picture's reflection.
+    One gather for the whole batch, so that the device is not waited for. boxes: float [batch, 4] of
+    S x S whole pixels, which may begin outside the picture; mirror: bool [batch]. Beyond the edge
+    the picture is black, or with `reflects` its own reflection without the edge pixels repeated.
     """
     side = images.shape[-1]
-    rows = axis_weights(boxes[:, 0], boxes[:, 2], size, side, reflected=reflected)
-    columns = axis_weights(boxes[:, 1], boxes[:, 3], size, side, mirror, reflected)
-    narrow = images.to(columns.dtype).flatten(1, 2) @ columns.mT
-    return (rows[:, None] @ narrow.unflatten(1, (3, side))).round().clamp(0, 255).to(torch.uint8)
+    pixels = torch.arange(side, device=images.device)
+    rows = boxes[:, :1].long() + pixels
+    columns = boxes[:, 1:2].long() + torch.where(mirror[:, None], pixels.flip(0), pixels)
+    if reflects:
+        last = side - 1
+        rows = last - (last - rows.abs()).abs()
+        columns = last - (last - columns.abs()).abs()
+    else:  # all that lies beyond the edge is looked up in a black frame
+        images = F.pad(images, [1, 1, 1, 1])
+        rows = (rows + 1).clamp(0, side + 1)
+        columns = (columns + 1).clamp(0, side + 1)
+    places = rows[:, :, None] * images.shape[-1] + columns[:, None, :]
+    places = places.flatten(1)[:, None].expand(-1, 3, -1)
+    return images.flatten(2).gather(2, places).unflatten(2, (side, side))
+
+
+def resize_weights(size: int, side: int, device: torch.device) -> Tensor:
+    """The matrix that resizes one axis of pictures from `side` to `size` pixels: [size, side].
+
+    Row i holds the weights of the pixels that make up pixel i of the result: bilinear with
+    antialiasing, as in Pillow and torchvision, a triangle whose half width is max(1, side / size)
+    pixels. Each row sums to 1. float32 on the CPU; float16 on a GPU, which holds every grey level
+    exactly.
+    """
+    scale = torch.tensor(side / size, device=device)
+    centres = (torch.arange(size, device=device) + 0.5) * scale
+    pixels = torch.arange(side, device=device) + 0.5
+    weights = 1 - (pixels - centres[:, None]).abs() / scale.clamp(min=1)
+    weights = weights.clamp(min=0)
+    weights = weights / weights.sum(1, keepdim=True)
+    return weights.to(torch.float16 if device.type == "cuda" else torch.float32)
 
 
 SHRUNK = 25 / 14  # short side of cached pictures / image_size: 400 px for 224

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -144,6 +145,19 @@ class EpochPlan(Sampler):
             yield list(zip(indices.tolist(), uniforms.numpy(), strict=True))
 
 
+Item = TypeVar("Item")
+
+
+def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, each once `count` further ones have been begun."""
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def device_batches(
     loader: Loader, device: torch.device, read_errors: ReadErrors | None = None
 ) -> Iterator[DeviceBatch]:
@@ -155,23 +169,20 @@ def device_batches(
     """
     read_errors = read_errors or ReadErrors(0)
     copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    prefetched: tuple[DeviceBatch, torch.cuda.Event] | None = None
-    for images, labels, indices, unreadable in loader:
-        read_errors.add(unreadable)
-        batch = DeviceBatch(images, labels, indices)
-        if copy_stream is None or images.is_cuda:
-            yield batch
-            continue
+
+    def begin_copy(loaded: LoaderBatch) -> tuple[DeviceBatch, torch.cuda.Event | None]:
+        read_errors.add(loaded.unreadable)
+        batch = DeviceBatch(loaded.images, loaded.labels, loaded.indices)
+        if loaded.images.device.type == device.type:
+            return batch, None
         with torch.cuda.stream(copy_stream):
             batch = DeviceBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-            copied = copy_stream.record_event()
-        if prefetched is not None:
-            await_copy(*prefetched)
-            yield prefetched[0]
-        prefetched = batch, copied
-    if prefetched is not None:
-        await_copy(*prefetched)
-        yield prefetched[0]
+            return batch, copy_stream.record_event()
+
+    for batch, copied in ahead(map(begin_copy, loader), 0 if copy_stream is None else 1):
+        if copied is not None:
+            await_copy(batch, copied)
+        yield batch
 
 
 def await_copy(tensors: Sequence[Tensor], copied: torch.cuda.Event) -> None:

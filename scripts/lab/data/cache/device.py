@@ -16,7 +16,7 @@ from torch import Tensor
 from lab.config.loading import Config
 from lab.data.cache.disk import Index, Recipe
 from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors
-from lab.data.images import crop_resize, erase
+from lab.data.images import erase, pad_crop
 from lab.data.loading import EpochPlan
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.data.views import table_of_views
@@ -77,9 +77,7 @@ class CachedLoader:
         self.sample_indices = torch.from_numpy(indices).to(device)
         self.read_errors = ReadErrors(config.dataset.max_bad_images)
         mode = "off" if plan is None or config.training.compile == "off" else "default"
-        crop = partial(
-            crop_resize, size=self.augmentation.size, reflected=self.augmentation.reflected
-        )
+        crop = partial(pad_crop, reflects=self.augmentation.reflects)
         self.crop = compiled(crop, mode)
         self.erase = compiled(partial(erase, colour=self.augmentation.grey.to(device)), mode)
         self.compiles = (

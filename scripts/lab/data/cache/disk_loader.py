@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from lab.config.loading import Config
 from lab.data.cache.device import CachedLoader
 from lab.data.cache.disk import CacheFile
 from lab.data.datasets import ImageDataset, LoaderBatch
-from lab.data.loading import EpochPlan, await_copy
+from lab.data.loading import EpochPlan, ahead, await_copy
 from lab.data.views import COLUMNS, FIRST, bytes_needed, cut
 
 
@@ -79,19 +78,6 @@ class HostBatch(NamedTuple):
     slot: Slot
     size: int  # bytes of both
     reads: list[Future]
-
-
-Item = TypeVar("Item")
-
-
-def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """The items, each once `count` further ones have been begun."""
-    waiting: deque[Item] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
 
 
 class DiskLoader(CachedLoader):
