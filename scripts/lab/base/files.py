@@ -255,23 +255,30 @@ def align_jsonl(path: Path, history: Mapping[str, Sequence], capped: Path | None
     """
     if is_device(path):
         return
-    text, gone = (
-        each.read_text(encoding="utf-8", errors="replace")
-        if each is not None and each.exists()
-        else ""
-        for each in (path, capped)
-    )
+    gone = _text_of(capped)
     lines = [
-        line for line in text.splitlines(keepends=True) if line.endswith("\n") and line != gone
+        line
+        for line in _text_of(path).splitlines(keepends=True)
+        if line.endswith("\n") and line != gone
     ]
-    own = [
+    wanted = [
         json.dumps(dict(zip(history, row, strict=True))) + "\n"
         for row in zip(*history.values(), strict=True)
     ]
-    start = max((i for i, line in enumerate(lines) if own and line == own[0]), default=len(lines))
+    # this run's lines begin where its first epoch was last written, and end where another run's do
+    starts = [i for i, line in enumerate(lines) if wanted and line == wanted[0]]
+    start = starts[-1] if starts else len(lines)
     later = [i for i in range(start + 1, len(lines)) if lines[i].startswith('{"epoch": 1,')]
-    lines[start : later[0] if later else len(lines)] = own
+    end = later[0] if later else len(lines)
+    lines[start:end] = wanted
     replace_text(path, "".join(lines))
+
+
+def _text_of(path: Path | None) -> str:
+    """What a file holds; nothing where there is none."""
+    if path is None or not path.exists():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def utc_now() -> str:

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from lab.base.errors import one_line
 from lab.config.sections import DatasetConfig
-from lab.data.randomness import as_seed, own_generator
+from lab.data.randomness import as_seed, host_generator
 from lab.machine.devices import IMAGENET_MOMENTS
 
 try:
@@ -51,9 +51,8 @@ def decode_image(data: bytes) -> Tensor:
         pixels = pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
         return torch.from_numpy(pixels).permute(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        why = re.sub(
-            r" <_io\.BytesIO.*?>", "", one_line(error)
-        )  # an address in memory, new in every run
+        # without the address in memory, which is another one in every run
+        why = re.sub(r" <_io\.BytesIO.*?>", "", one_line(error))
         raise ValueError(f"not a readable image ({why})") from None
 
 
@@ -88,7 +87,8 @@ def _decode_by_pillow(data: bytes) -> Tensor:
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # of Pillow: they count as none
+# of Pillow: damaged data count as none
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -124,9 +124,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     is black and what white. Raises ValueError for these.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        numbers = "floating-point" if image.mode == "F" else "32-bit or signed"
         raise ValueError(
-            f"{kind} grey levels, whose black and white are not known; convert it to 8 or 16 bits"
+            f"{numbers} grey levels, whose black and white are not known; convert it to 8 or 16 "
+            f"bits"
         )
     if not image.mode.startswith("I"):
         return image
@@ -157,41 +158,35 @@ def random_crops(
     smallest, largest = areas
     area = smallest + (largest - smallest) * uniforms[:, :10]
     shape = torch.exp(math.log(ratio) * (2 * uniforms[:, 10:20] - 1))
-    tries = torch.stack(
-        [area / shape / aspects[:, None], area * shape * aspects[:, None]], 1
-    ).sqrt()  # [n, 2, 10]
+    heights = area / shape / aspects[:, None]
+    widths = area * shape * aspects[:, None]
+    tries = torch.stack([heights, widths], 1).sqrt()  # [n, 2, 10], shares of the picture's sides
     fits = (tries <= 1).all(1)
     found = fits.any(1, keepdim=True)
     first = fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
-    middle = torch.stack([ratio / aspects, ratio * aspects], 1).clamp(max=1)
-    lengths = (
-        (torch.where(found, tries.gather(2, first)[..., 0], middle) * sides).round().clamp(min=1)
-    )
-    starts = torch.where(
-        found, uniforms[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2
-    ).floor()
+    largest_in_middle = torch.stack([ratio / aspects, ratio * aspects], 1).clamp(max=1)
+    shares = torch.where(found, tries.gather(2, first)[..., 0], largest_in_middle)
+    lengths = (shares * sides).round().clamp(min=1)
+    random_starts = uniforms[:, 20:22] * (sides - lengths + 1)
+    starts = torch.where(found, random_starts, (sides - lengths) / 2).floor()
     return torch.cat([starts, lengths], 1)
 
 
-CENTRE = (
-    0.875  # side of the validation crop / shorter side of the picture, with random_resized_crop
-)
+# side of the validation crop / shorter side of the picture, with random_resized_crop
+CENTRE = 0.875
 
 
 def centre_crops(aspects: Tensor, sides: Tensor) -> Tensor:
     """Square boxes in the middle of the pictures, float64 [n, 4], for validation; arguments as of
     `random_crops`.
     """
-    lengths = (
-        (CENTRE * sides * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round().clamp(min=1)
-    )
+    square = torch.stack([1 / aspects, aspects], 1).clamp(max=1)  # the largest, as shares
+    lengths = (CENTRE * sides * square).round().clamp(min=1)
     return torch.cat([((sides - lengths) / 2).floor(), lengths], 1)
 
 
-POLICIES = {
-    "rand_augment": v2.RandAugment,
-    "trivial_augment": v2.TrivialAugmentWide,
-}  # dataset.augment_policy
+# by dataset.augment_policy
+POLICIES = {"rand_augment": v2.RandAugment, "trivial_augment": v2.TrivialAugmentWide}
 
 
 class Augmentation:
@@ -220,9 +215,8 @@ class Augmentation:
         policy = POLICIES.get(config.augment_policy) if train else None
         self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR)
         self.erasing = config.random_erasing if train else 0.0  # chance
-        self.grey = (
-            torch.tensor(IMAGENET_MOMENTS["mean"]).mul(255).round().to(torch.uint8)
-        )  # what it covers with
+        # what erasing covers with
+        self.grey = torch.tensor(IMAGENET_MOMENTS["mean"]).mul(255).round().to(torch.uint8)
 
     def boxes(self, uniforms: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes, float64 [n, 4], and which pictures are mirrored, bool [n].
@@ -232,10 +226,10 @@ class Augmentation:
         margin.
         """
         mirror = (uniforms[:, 22] < 0.5) & self.random
+        if self.crops and self.random:
+            return random_crops(uniforms, aspects, sides), mirror
         if self.crops:
-            return random_crops(uniforms, aspects, sides) if self.random else centre_crops(
-                aspects, sides
-            ), mirror
+            return centre_crops(aspects, sides), mirror
         starts = ((uniforms[:, :2] * (2 * self.margin + 1)).floor() - self.margin) * self.random
         return torch.cat([starts, torch.full_like(starts, self.size)], 1), mirror
 
@@ -244,10 +238,7 @@ class Augmentation:
         UNIFORMS_PER_SAMPLE].
         """
         if not self.crops:
-            images = [
-                image if image.shape[1:] == (self.size,) * 2 else resize(image, self.size)
-                for image in images
-            ]
+            images = [squared(image, self.size) for image in images]
         if images and (self.crops or self.random):
             sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
             boxes, mirrors = self.boxes(uniforms, sides[:, 0] / sides[:, 1], sides)
@@ -266,7 +257,7 @@ class Augmentation:
         number.
         """
         changed = []
-        with own_generator() as generator:
+        with host_generator() as generator:
             for image, number in zip(images, numbers, strict=True):
                 generator.manual_seed(as_seed(number))
                 changed.append(self.policy(image))
@@ -296,18 +287,20 @@ class Augmentation:
             top = top + self.margin
             left = left + self.margin
         image = image[:, top : top + height, left : left + width]
-        image = resize(image, self.size) if self.crops else image
+        image = resize(image, self.size, self.size) if self.crops else image
         return image.flip(-1) if mirror else image
 
 
-def resize(image: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, size, size] or [3, *size], bilinear with antialiasing."""
-    image = image[None].contiguous(
-        memory_format=torch.channels_last
-    )  # as decoders leave it, and the fast layout
-    return F.interpolate(
-        image, (size, size) if isinstance(size, int) else size, mode="bilinear", antialias=True
-    )[0]
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [3, H, W] -> uint8 [3, height, width], bilinear with antialiasing."""
+    # as decoders leave it, and the fast layout
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
+
+
+def squared(image: Tensor, side: int) -> Tensor:
+    """The whole picture, uint8 [3, H, W], as a square: resized where it is none of this side."""
+    return image if image.shape[1:] == (side, side) else resize(image, side, side)
 
 
 def erase(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
@@ -387,4 +380,4 @@ def shrink(image: Tensor, side: int) -> Tensor:
     """
     height, width = image.shape[1:]
     scale = side / min(height, width)
-    return image if scale >= 1 else resize(image, (round(height * scale), round(width * scale)))
+    return image if scale >= 1 else resize(image, round(height * scale), round(width * scale))

@@ -65,10 +65,8 @@ class EpochPlan(Sampler):
         self.seed = seed
         self.share = share
         self.dist = dist or Dist()
-        self._permutation: tuple[int, np.ndarray] = (
-            -1,
-            indices,
-        )  # of the epoch that the first one names
+        self._permuted_epoch = -1  # the epoch that `_permutation` is of; -1: of none
+        self._permutation = indices
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int, first_batch: int = 0, mask: np.ndarray | None = None) -> None:
@@ -112,18 +110,18 @@ class EpochPlan(Sampler):
         """How many batches the current epoch has, those before `first_batch` included."""
         if self.mask is None:
             return self.planned_steps(self.epoch)
-        return math.ceil(
-            self._in_full_batches(np.count_nonzero(self.mask[self.indices])) / self.batch_size
-        )
+        masked = np.count_nonzero(self.mask[self.indices])
+        return math.ceil(self._in_full_batches(masked) / self.batch_size)
 
     def permutation(self) -> np.ndarray:
         """All indices in the order of the current epoch, int64 [n], whether it loads them or
         not.
         """
-        if self._permutation[0] != self.epoch:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
-            self._permutation = self.epoch, order
-        return self._permutation[1]
+        if self._permuted_epoch != self.epoch:
+            generator = np.random.default_rng((self.seed, self.epoch))
+            self._permutation = generator.permutation(self.indices)
+            self._permuted_epoch = self.epoch
+        return self._permutation
 
     def indices_to_load(self) -> np.ndarray:
         """The indices that the current epoch loads, in its order; of all processes, and from batch
@@ -219,9 +217,8 @@ class Scores(NamedTuple):
         significance, correct = self.wait()
         if significance.is_cuda:
             return significance, correct.sum()
-        if (
-            len(significance) and significance.min() == -math.inf
-        ):  # padding of a rank with a smaller part
+        if len(significance) and significance.min() == -math.inf:
+            # padding of a rank with a smaller part
             significance, correct = self.rows[:, significance != -math.inf]
         return significance, int(correct.sum())
 
@@ -270,10 +267,13 @@ def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
     """
     if training.num_workers is not None:
         return training.num_workers
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return 0 if in_memory else min(16, max(1, cores // launched_here()))
+    if in_memory:
+        return 0
+    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has, in a container
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(16, max(1, cores // launched_here()))
 
 
 def loader_options(config: Config, device: torch.device, dataset: ImageDataset) -> dict[str, Any]:

@@ -44,10 +44,9 @@ class ActiveQueue:
                 *(torch.cat(pair) for pair in zip(self.samples, batch, strict=True))
             )
         room = self.batch_size - sum(self.pending)
+        # of each rank: all that is pending, and of the new ones those of the first ranks
         taken = []
-        for pending, new in zip(
-            self.pending, counts, strict=True
-        ):  # of the new ones, those of the first ranks
+        for pending, new in zip(self.pending, counts, strict=True):
             taken.append(pending + min(new, room))
             room -= min(new, room)
         self.pending = [pending + new for pending, new in zip(self.pending, counts, strict=True)]
@@ -55,9 +54,9 @@ class ActiveQueue:
             self.samples = batch
             return None
         self.pending = [pending - gone for pending, gone in zip(self.pending, taken, strict=True)]
-        own = taken[self.dist.rank]
-        self.samples = DeviceBatch(*(tensor[own:] for tensor in batch))
-        return DeviceBatch(*self.dist.balance(taken, [tensor[:own] for tensor in batch]))
+        taken_here = taken[self.dist.rank]
+        self.samples = DeviceBatch(*(tensor[taken_here:] for tensor in batch))
+        return DeviceBatch(*self.dist.balance(taken, [tensor[:taken_here] for tensor in batch]))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is pending on any rank, and how many samples are each rank's. Collective."""
@@ -82,5 +81,5 @@ class ActiveQueue:
             same = len(state["pending"]) == self.dist.world
             self.pending = list(state["pending"]) if same else np.diff(edges).tolist()
             start = sum(self.pending[: self.dist.rank])
-            own = slice(start, start + self.pending[self.dist.rank])
-            self.samples = DeviceBatch(*(tensor[own].to(device) for tensor in state["samples"]))
+            part = slice(start, start + self.pending[self.dist.rank])
+            self.samples = DeviceBatch(*(tensor[part].to(device) for tensor in state["samples"]))

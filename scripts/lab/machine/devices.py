@@ -43,13 +43,14 @@ def resolve_device(training: TrainingConfig) -> torch.device:
 
 def resolve_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype | None:
     """The autocast type, None for plain float32."""
-    if not training.mixed_precision or (training.amp_dtype == "auto" and device.type == "cpu"):
+    if not training.mixed_precision:
         return None
     if training.amp_dtype != "auto":
         return getattr(torch, training.amp_dtype)
-    return (
-        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    )
+    if device.type == "cpu":
+        return None
+    fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float16
 
 
 def configure_backends(shapes_repeat: bool, device: torch.device) -> None:
@@ -97,30 +98,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         commit = subprocess.run(
             command, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-    gpu = (
-        {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)}
-        if device.type == "cuda"
-        else {}
-    )
-    versions = {
+    on_gpu = device.type == "cuda"
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-    }
-    return {
-        **versions,
-        "cuda": None,
-        "gpu": None,
-        **gpu,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "platform": platform.platform(),
         "git_commit": commit,
     }
 
 
-IMAGENET_MOMENTS = {
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-}  # of its pixels, 0 to 1
+# of its pixels, 0 to 1
+IMAGENET_MOMENTS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Normalise:
@@ -137,19 +128,22 @@ class Normalise:
         dtype: torch.dtype | None,
     ):
         self.device = device
-        self.kind = device.type
+        self.device_type = device.type
         self.layout = layout
         self.dtype = dtype
         self.set_moments(mean, std)
 
     def set_moments(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = (
-            torch.tensor(v, device=self.device).mul(255).view(1, 3, 1, 1) for v in (mean, std)
-        )
+        self.mean = self._levels(mean)
+        self.std = self._levels(std)
+
+    def _levels(self, moments: Sequence[float]) -> Tensor:
+        """A moment of each colour in grey levels, 0 to 255, float32 [1, 3, 1, 1]."""
+        return torch.tensor(moments, device=self.device).mul(255).view(1, 3, 1, 1)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(
-            self.kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None
+            self.device_type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
         )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -158,10 +152,8 @@ class Normalise:
 
 def random_states(device: torch.device) -> list[Tensor | None]:
     """States of the generators that dropout draws from: the host's and the device's."""
-    return [
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    ]
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return [torch.get_rng_state(), on_device]
 
 
 def set_random_states(states: Sequence[Tensor | None], device: torch.device) -> None:

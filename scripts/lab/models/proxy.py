@@ -34,9 +34,8 @@ class Proxy(Stateful):
         """
         config = network.config
         resolution = config.ast.proxy_resolution or config.dataset.image_size
-        with (
-            torch.random.fork_rng()
-        ):  # the network's random numbers are to be those of a run without a proxy
+        # the network's random numbers are to be those of a run without a proxy
+        with torch.random.fork_rng():
             try:
                 model = get_model(
                     ModelConfig(name=config.ast.proxy_model), network.classes, resolution
@@ -50,10 +49,9 @@ class Proxy(Stateful):
                 raise RequestError(named) from None
         flop = count_flops(model, resolution)
         self.model = model.to(network.device, memory_format=network.normalise.layout).train()
-        # batches: scored until now
         self.dist = dist
         self.every = config.ast.proxy_every
-        self.batches = 0
+        self.batches = 0  # scored until now
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, fused=network.device.type == "cuda" or None
         )
@@ -71,7 +69,8 @@ class Proxy(Stateful):
         the sum of the losses was divided by.
         """
         samples = max(1, len(labels))
-        (self.forward(shrunk(images, self.shrink), labels)[0] / samples).backward()
+        objective = self.forward(shrunk(images, self.shrink), labels)[0]
+        (objective / samples).backward()
         return samples
 
     def learn(self, batch: DeviceBatch, lr_share: float) -> None:
