@@ -9,7 +9,7 @@ import torch
 from conftest import REPO, loaded, make_config
 from lab.config.loading import checkpoint_folder
 from lab.config.sections import ModelConfig
-from lab.data.images import crop_resize
+from lab.data.images import pad_crop, resize_weights
 from lab.data.loading import device_batches
 from lab.data.randomness import uniform
 from lab.engine.checkpoint import load_checkpoint
@@ -201,10 +201,13 @@ def test_draws_and_crops_are_the_cpus():
     images = torch.randint(
         0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    boxes = torch.tensor([[3.0, 5.0, 40.0, 50.0]]).expand(8, -1)
+    boxes = torch.tensor([[3.0, -5.0, 64.0, 64.0]]).expand(8, -1)
     mirror = torch.arange(8) % 2 == 0
-    ours = crop_resize(images.to(GPU), boxes.to(GPU), mirror.to(GPU), 48).cpu()
-    assert (ours.int() - crop_resize(images, boxes, mirror, 48).int()).abs().max() <= 1
+    for reflects in (False, True):
+        ours = pad_crop(images.to(GPU), boxes.to(GPU), mirror.to(GPU), reflects).cpu()
+        assert torch.equal(ours, pad_crop(images, boxes, mirror, reflects))
+    weights = resize_weights(48, 64, GPU).float().cpu()
+    assert torch.allclose(weights, resize_weights(48, 64, torch.device("cpu")), atol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

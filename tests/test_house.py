@@ -3,6 +3,8 @@ needs no torch.
 """
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,41 @@ def test_every_module_lies_in_a_room():
 def test_a_room_imports_from_the_rooms_before_it_alone(name):
     later = {other for other in imports(name) if room(other) > room(name)}
     assert later == set()
+
+
+def packages(path: Path, optional: bool) -> set[str]:
+    """What a module imports from outside the standard library; `optional`: in a `try` alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tried = {
+        each for node in ast.walk(tree) if isinstance(node, ast.Try) for each in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if (node in tried) is optional and isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif (node in tried) is optional and isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {name.partition(".")[0] for name in MODULES}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    """What is imported in a `try` alone may be missing, and need not be declared: Triton has no
+    package for some machines.
+    """
+    providers = importlib.metadata.packages_distributions()
+    needed, optional = (
+        {
+            providers[name][0].lower().replace("_", "-")
+            for path in MODULES.values()
+            for name in packages(path, optional)
+            if name in providers or not optional
+        }
+        for optional in (False, True)
+    )
+    lab, _ = (REPO / "requirements.txt").read_text(encoding="utf-8").split("# Its tests")
+    declared = set(re.findall(r"^[\w-]+", lab, re.MULTILINE))
+    assert needed - declared == set()
+    assert declared - needed - optional == set()
 
 
 def test_no_module_imports_itself_by_a_detour():

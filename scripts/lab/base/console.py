@@ -12,9 +12,8 @@ from tqdm import tqdm
 from lab.base.launch import launched
 from lab.base.streams import print_progress
 
-Columns = Mapping[
-    str, tuple[str, str]
-]  # title: (key of the row, format); the format gives the width
+# title: (key of the row, format); the format gives the width
+Columns = Mapping[str, tuple[str, str]]
 
 
 def print_rank0(text: str) -> None:

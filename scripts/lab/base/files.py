@@ -7,29 +7,21 @@ import errno
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lab.base.errors import RequestError, TrainingFailed, one_line
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+# how text begins that a spreadsheet takes for a formula
+FORMULA = tuple("=+-@\t\r\n")
 
-FORMULA = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-)  # how text begins that a spreadsheet takes for a formula
+# what a file system answers that has no locks
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def require_folder(folder: Path, key: str, path: str | Path) -> None:
@@ -81,21 +73,31 @@ def sibling(path: str, tag: str) -> str:
     return path if is_device(file) else str(file.with_name(f"{file.stem}.{tag}{file.suffix}"))
 
 
+def _acquired(path: Path, **how: Any) -> contextlib.AbstractContextManager:
+    """A lock on the file `path`, to be released by `with`. how: options of `FileLock.acquire`.
+
+    The kernel takes it back however the process ends, even where children that it forked live on
+    (filelock 3.30). Where the file system has no locks, nothing is held. Raises Timeout where
+    another holds it.
+    """
+    try:
+        return FileLock(path).acquire(**how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
-    """Hold a lock on the file `path`, which is made. Raises RequestError(`taken`) where another
-    process holds it.
-
-    The lock belongs to this process alone, not to its children. The kernel takes it back however
-    the process ends.
+    """Hold a lock on the file `path`, which is made. Raises RequestError(`taken`) at once where
+    another process holds it.
     """
-    with path.open("ab") as file:
-        try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
-                raise RequestError(taken) from None
+    try:
+        lock = _acquired(path, blocking=False)
+    except Timeout:
+        raise RequestError(taken) from None
+    with lock:
         yield
 
 
@@ -104,22 +106,13 @@ def locked_in_turn(path: Path, waits: Callable[[], Any]) -> Iterator[None]:
     """Hold a lock on the file `path`, which is made. Where another process holds it, call `waits`
     once, and wait.
     """
-    with contextlib.ExitStack() as stack:
-        told = False
-        while not _entered(stack, locked(path, "")):
-            told or waits()
-            told = True
-            time.sleep(0.2)
-        yield
-
-
-def _entered(stack: contextlib.ExitStack, lock: contextlib.AbstractContextManager) -> bool:
-    """Whether a lock was free. It then belongs to the stack."""
     try:
-        stack.enter_context(lock)
-    except RequestError:
-        return False
-    return True
+        lock = _acquired(path, blocking=False)
+    except Timeout:
+        waits()
+        lock = _acquired(path, poll_interval=0.2)
+    with lock:
+        yield
 
 
 def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
@@ -262,23 +255,30 @@ def align_jsonl(path: Path, history: Mapping[str, Sequence], capped: Path | None
     """
     if is_device(path):
         return
-    text, gone = (
-        each.read_text(encoding="utf-8", errors="replace")
-        if each is not None and each.exists()
-        else ""
-        for each in (path, capped)
-    )
+    gone = _text_of(capped)
     lines = [
-        line for line in text.splitlines(keepends=True) if line.endswith("\n") and line != gone
+        line
+        for line in _text_of(path).splitlines(keepends=True)
+        if line.endswith("\n") and line != gone
     ]
-    own = [
+    wanted = [
         json.dumps(dict(zip(history, row, strict=True))) + "\n"
         for row in zip(*history.values(), strict=True)
     ]
-    start = max((i for i, line in enumerate(lines) if own and line == own[0]), default=len(lines))
+    # this run's lines begin where its first epoch was last written, and end where another run's do
+    starts = [i for i, line in enumerate(lines) if wanted and line == wanted[0]]
+    start = starts[-1] if starts else len(lines)
     later = [i for i in range(start + 1, len(lines)) if lines[i].startswith('{"epoch": 1,')]
-    lines[start : later[0] if later else len(lines)] = own
+    end = later[0] if later else len(lines)
+    lines[start:end] = wanted
     replace_text(path, "".join(lines))
+
+
+def _text_of(path: Path | None) -> str:
+    """What a file holds; nothing where there is none."""
+    if path is None or not path.exists():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def utc_now() -> str:

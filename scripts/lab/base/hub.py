@@ -17,19 +17,20 @@ def hub_answers() -> bool:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    found = []
+    answered = threading.Event()
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # of a network, in dozens of kinds
+        with contextlib.suppress(Exception):  # a network fails in dozens of ways
             get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)
-            found.append(True)
+            answered.set()
 
     if constants.HF_HUB_OFFLINE:
         return False
-    asking = threading.Thread(target=ask, daemon=True)  # to look up a name may take far longer
+    # in a thread, because looking up the address may take far longer
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(ANSWER_SECONDS)
-    return bool(found)
+    return answered.is_set()
 
 
 @contextlib.contextmanager
@@ -42,20 +43,20 @@ def quick_hub() -> Iterator[bool]:
     import datasets
     from huggingface_hub import constants
 
-    for name in (
-        "datasets",
-        "huggingface_hub",
-        "timm",
-    ):  # what they say becomes part of our one line
+    # what they say becomes part of our one line
+    for name in ("datasets", "huggingface_hub", "timm"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    flags = [(place, name) for place in (constants, datasets.config) for name in names]
-    before = [(place, flag, getattr(place, flag)) for place, flag in flags if hasattr(place, flag)]
+    flags = [(module, name) for module in (constants, datasets.config) for name in names]
+    before = [
+        (module, flag, getattr(module, flag)) for module, flag in flags if hasattr(module, flag)
+    ]
     answers = hub_answers()
     try:
-        for place, flag, _ in before if not answers else ():
-            setattr(place, flag, True)
+        if not answers:
+            for module, flag, _ in before:
+                setattr(module, flag, True)
         yield answers
     finally:
-        for place, flag, value in before:
-            setattr(place, flag, value)
+        for module, flag, value in before:
+            setattr(module, flag, value)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lab.base.errors import RequestError, one_line
 
+# what torchrun sets
 VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -18,7 +19,7 @@ VARIABLES = (
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
-)  # torchrun's
+)
 
 
 def launched() -> tuple[int, int, int]:
@@ -46,17 +47,13 @@ def _number(name: str, default: int, low: int, high: int | None = None) -> int:
     text = os.environ.get(name)
     if text is None:
         return default
-    if (
-        not re.fullmatch("[0-9]{1,9}", text)
-        or int(text) < low
-        or (high is not None and int(text) > high)
-    ):
-        expected = f"at least {low}" if high is None else f"from {low} to {high}"
-        hint = f"to train in one process, unset {', '.join(VARIABLES[:2])}"
-        raise RequestError(
-            f"{name}: expected a whole number {expected}, got {one_line(text, 40)!r}; {hint}"
-        )
-    return int(text)
+    if re.fullmatch("[0-9]{1,9}", text) and low <= int(text) <= (high or 10**9):
+        return int(text)
+    expected = f"at least {low}" if high is None else f"from {low} to {high}"
+    hint = "to train in one process, unset RANK, WORLD_SIZE"
+    raise RequestError(
+        f"{name}: expected a whole number {expected}, got {one_line(text, 40)!r}; {hint}"
+    )
 
 
 def forget_launch() -> None:
@@ -77,9 +74,8 @@ def launch(script: Path, processes: int, max_restarts: int, arguments: Sequence[
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for name in [
-        *logging.root.manager.loggerDict
-    ]:  # the processes report by themselves what went wrong
+    # the processes report by themselves what went wrong
+    for name in [*logging.root.manager.loggerDict]:
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))

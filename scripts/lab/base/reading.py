@@ -54,11 +54,8 @@ def _matching(pattern: re.Pattern, text: str) -> str:
     return text
 
 
-KEPT = {
-    "null": "~nN",
-    "merge": "<",
-    "bool": "tTfF",
-}  # of YAML 1.1, and the letters that it begins with
+# the tags that keep YAML 1.1's resolvers, and the letters that these may begin with
+KEPT = {"null": "~nN", "merge": "<", "bool": "tTfF"}
 NUMBERS = {"int": (WHOLE, list("-+0123456789")), "float": (REAL, list("-+.0123456789"))}
 _Loader.yaml_implicit_resolvers = {
     first: [

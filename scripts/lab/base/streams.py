@@ -40,13 +40,13 @@ def forget_unprinted(stream: TextIO) -> None:
     except (OSError, ValueError):  # ValueError: the stream is closed
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             number = stream.fileno()
-            own = os.dup(number)
+            original = os.dup(number)
             os.dup2(nowhere.fileno(), number)
             try:
                 stream.flush()
             finally:
-                os.dup2(own, number)
-                os.close(own)
+                os.dup2(original, number)
+                os.close(original)
 
 
 def print_progress(text: str) -> None:

@@ -2,7 +2,7 @@
 
 A picture is a uint8 tensor [3, H, W]. A box is the part of it that a crop keeps: (top, left,
 height, width) in whole pixels. Streamed pictures are cut one by one (`Augmentation.__call__`),
-cached ones in batches: squares by `crop_resize`, pictures of several sizes by `views.cut`. All get
+cached ones in batches: squares by `pad_crop`, pictures of several sizes by `views.cut`. All get
 their boxes from `Augmentation.boxes`.
 """
 
@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from lab.base.errors import one_line
 from lab.config.sections import DatasetConfig
-from lab.data.randomness import as_seed, own_generator
+from lab.data.randomness import as_seed, host_generator
 from lab.machine.devices import IMAGENET_MOMENTS
 
 try:
@@ -51,9 +51,8 @@ def decode_image(data: bytes) -> Tensor:
         pixels = pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
         return torch.from_numpy(pixels).permute(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-        why = re.sub(
-            r" <_io\.BytesIO.*?>", "", one_line(error)
-        )  # an address in memory, new in every run
+        # without the address in memory, which is another one in every run
+        why = re.sub(r" <_io\.BytesIO.*?>", "", one_line(error))
         raise ValueError(f"not a readable image ({why})") from None
 
 
@@ -88,7 +87,8 @@ def _decode_by_pillow(data: bytes) -> Tensor:
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # of Pillow: they count as none
+# of Pillow: damaged data count as none
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -124,9 +124,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     is black and what white. Raises ValueError for these.
     """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        numbers = "floating-point" if image.mode == "F" else "32-bit or signed"
         raise ValueError(
-            f"{kind} grey levels, whose black and white are not known; convert it to 8 or 16 bits"
+            f"{numbers} grey levels, whose black and white are not known; convert it to 8 or 16 "
+            f"bits"
         )
     if not image.mode.startswith("I"):
         return image
@@ -157,41 +158,35 @@ def random_crops(
     smallest, largest = areas
     area = smallest + (largest - smallest) * uniforms[:, :10]
     shape = torch.exp(math.log(ratio) * (2 * uniforms[:, 10:20] - 1))
-    tries = torch.stack(
-        [area / shape / aspects[:, None], area * shape * aspects[:, None]], 1
-    ).sqrt()  # [n, 2, 10]
+    heights = area / shape / aspects[:, None]
+    widths = area * shape * aspects[:, None]
+    tries = torch.stack([heights, widths], 1).sqrt()  # [n, 2, 10], shares of the picture's sides
     fits = (tries <= 1).all(1)
     found = fits.any(1, keepdim=True)
     first = fits.int().argmax(1)[:, None, None].expand(-1, 2, 1)
-    middle = torch.stack([ratio / aspects, ratio * aspects], 1).clamp(max=1)
-    lengths = (
-        (torch.where(found, tries.gather(2, first)[..., 0], middle) * sides).round().clamp(min=1)
-    )
-    starts = torch.where(
-        found, uniforms[:, 20:22] * (sides - lengths + 1), (sides - lengths) / 2
-    ).floor()
+    largest_in_middle = torch.stack([ratio / aspects, ratio * aspects], 1).clamp(max=1)
+    shares = torch.where(found, tries.gather(2, first)[..., 0], largest_in_middle)
+    lengths = (shares * sides).round().clamp(min=1)
+    random_starts = uniforms[:, 20:22] * (sides - lengths + 1)
+    starts = torch.where(found, random_starts, (sides - lengths) / 2).floor()
     return torch.cat([starts, lengths], 1)
 
 
-CENTRE = (
-    0.875  # side of the validation crop / shorter side of the picture, with random_resized_crop
-)
+# side of the validation crop / shorter side of the picture, with random_resized_crop
+CENTRE = 0.875
 
 
 def centre_crops(aspects: Tensor, sides: Tensor) -> Tensor:
     """Square boxes in the middle of the pictures, float64 [n, 4], for validation; arguments as of
     `random_crops`.
     """
-    lengths = (
-        (CENTRE * sides * torch.stack([1 / aspects, aspects], 1).clamp(max=1)).round().clamp(min=1)
-    )
+    square = torch.stack([1 / aspects, aspects], 1).clamp(max=1)  # the largest, as shares
+    lengths = (CENTRE * sides * square).round().clamp(min=1)
     return torch.cat([((sides - lengths) / 2).floor(), lengths], 1)
 
 
-POLICIES = {
-    "rand_augment": v2.RandAugment,
-    "trivial_augment": v2.TrivialAugmentWide,
-}  # dataset.augment_policy
+# by dataset.augment_policy
+POLICIES = {"rand_augment": v2.RandAugment, "trivial_augment": v2.TrivialAugmentWide}
 
 
 class Augmentation:
@@ -216,15 +211,12 @@ class Augmentation:
         self.crops = augment == "random_resized_crop"
         self.random = train and augment != "none"
         self.margin = max(1, self.size // 8)  # pixels; 4 at a size of 32
-        self.reflected = (
-            self.margin if config.padding == "reflect" and not self.crops else 0
-        )  # pixels
+        self.reflects = config.padding == "reflect"
         policy = POLICIES.get(config.augment_policy) if train else None
         self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR)
         self.erasing = config.random_erasing if train else 0.0  # chance
-        self.grey = (
-            torch.tensor(IMAGENET_MOMENTS["mean"]).mul(255).round().to(torch.uint8)
-        )  # what it covers with
+        # what erasing covers with
+        self.grey = torch.tensor(IMAGENET_MOMENTS["mean"]).mul(255).round().to(torch.uint8)
 
     def boxes(self, uniforms: Tensor, aspects: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes, float64 [n, 4], and which pictures are mirrored, bool [n].
@@ -234,10 +226,10 @@ class Augmentation:
         margin.
         """
         mirror = (uniforms[:, 22] < 0.5) & self.random
+        if self.crops and self.random:
+            return random_crops(uniforms, aspects, sides), mirror
         if self.crops:
-            return random_crops(uniforms, aspects, sides) if self.random else centre_crops(
-                aspects, sides
-            ), mirror
+            return centre_crops(aspects, sides), mirror
         starts = ((uniforms[:, :2] * (2 * self.margin + 1)).floor() - self.margin) * self.random
         return torch.cat([starts, torch.full_like(starts, self.size)], 1), mirror
 
@@ -246,10 +238,7 @@ class Augmentation:
         UNIFORMS_PER_SAMPLE].
         """
         if not self.crops:
-            images = [
-                image if image.shape[1:] == (self.size,) * 2 else resize(image, self.size)
-                for image in images
-            ]
+            images = [squared(image, self.size) for image in images]
         if images and (self.crops or self.random):
             sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
             boxes, mirrors = self.boxes(uniforms, sides[:, 0] / sides[:, 1], sides)
@@ -268,7 +257,7 @@ class Augmentation:
         number.
         """
         changed = []
-        with own_generator() as generator:
+        with host_generator() as generator:
             for image, number in zip(images, numbers, strict=True):
                 generator.manual_seed(as_seed(number))
                 changed.append(self.policy(image))
@@ -292,24 +281,26 @@ class Augmentation:
             around = [self.margin] * 4
             image = (
                 F.pad(image[None].float(), around, "reflect")[0].to(image)
-                if self.reflected
+                if self.reflects
                 else F.pad(image, around)
             )
             top = top + self.margin
             left = left + self.margin
         image = image[:, top : top + height, left : left + width]
-        image = resize(image, self.size) if self.crops else image
+        image = resize(image, self.size, self.size) if self.crops else image
         return image.flip(-1) if mirror else image
 
 
-def resize(image: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, size, size] or [3, *size], bilinear with antialiasing."""
-    image = image[None].contiguous(
-        memory_format=torch.channels_last
-    )  # as decoders leave it, and the fast layout
-    return F.interpolate(
-        image, (size, size) if isinstance(size, int) else size, mode="bilinear", antialias=True
-    )[0]
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [3, H, W] -> uint8 [3, height, width], bilinear with antialiasing."""
+    # as decoders leave it, and the fast layout
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
+
+
+def squared(image: Tensor, side: int) -> Tensor:
+    """The whole picture, uint8 [3, H, W], as a square: resized where it is none of this side."""
+    return image if image.shape[1:] == (side, side) else resize(image, side, side)
 
 
 def erase(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
@@ -325,62 +316,45 @@ def erase(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
     return torch.where(inside, colour.view(3, 1, 1), images)
 
 
-def axis_weights(
-    start: Tensor,
-    length: Tensor,
-    size: int,
-    side: int,
-    mirror: Tensor | None = None,
-    reflected: int = 0,
-) -> Tensor:
-    """The matrices that crop and resize one axis of a batch of pictures: [batch, size, side].
+def pad_crop(images: Tensor, boxes: Tensor, mirror: Tensor, reflects: bool = False) -> Tensor:
+    """Shift and mirror each picture of a batch: uint8 [batch, 3, S, S] -> the same.
 
-    Row i of a matrix holds the weights with which the `side` pixels of the picture make up pixel i
-    of the result. The result shows the interval [start, start + length). Weights are bilinear with
-    antialiasing, as in Pillow and torchvision: a triangle whose half width is max(1, length / size)
-    pixels. Each row sums to 1, but a row whose pixels all lie outside the picture is 0, which makes
-    them black.
-
-    start, length: float [batch], whole pixels. mirror: bool [batch], which pictures are turned
-    round on this axis. reflected: so many pixels beyond each edge are the picture's reflection,
-    without its edge pixels repeated. float32 on the CPU; float16 on a GPU, which holds every grey
-    level exactly.
-    """
-    start = start.float()[:, None, None]
-    length = length.float()[:, None, None]
-    scale = length / size
-    outputs = torch.arange(size, device=start.device) + 0.5
-    if mirror is not None:
-        outputs = torch.where(mirror[:, None], size - outputs, outputs)
-    pixels = torch.arange(-reflected, side + reflected, device=start.device) + 0.5 - start
-    weights = (1 - (pixels - outputs.view(-1, size, 1) * scale).abs() / scale.clamp(min=1)).clamp(
-        min=0
-    )
-    weights = weights * ((pixels > 0) & (pixels < length))
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
-    if reflected:  # the weight of a reflected pixel goes to the pixel it shows
-        before, weights, after = weights.split([reflected, side, reflected], -1)
-        weights = weights.contiguous()
-        weights[..., 1 : reflected + 1] += before.flip(-1)
-        weights[..., side - 1 - reflected : side - 1] += after.flip(-1)
-    return weights.to(torch.float16 if start.is_cuda else torch.float32)
-
-
-def crop_resize(
-    images: Tensor, boxes: Tensor, mirror: Tensor, size: int, reflected: int = 0
-) -> Tensor:
-    """Crop, resize and mirror each picture of a batch: uint8 [batch, 3, S, S] -> uint8 [batch, 3,
-    size, size].
-
-    Two products of matrices, one for each axis (see `axis_weights`). boxes: float [batch, 4];
-    mirror: bool [batch].
-    reflected: pixels beyond the edges that are the picture's reflection.
+    One gather for the whole batch, so that the device is not waited for. boxes: float [batch, 4] of
+    S x S whole pixels, which may begin outside the picture; mirror: bool [batch]. Beyond the edge
+    the picture is black, or with `reflects` its own reflection without the edge pixels repeated.
     """
     side = images.shape[-1]
-    rows = axis_weights(boxes[:, 0], boxes[:, 2], size, side, reflected=reflected)
-    columns = axis_weights(boxes[:, 1], boxes[:, 3], size, side, mirror, reflected)
-    narrow = images.to(columns.dtype).flatten(1, 2) @ columns.mT
-    return (rows[:, None] @ narrow.unflatten(1, (3, side))).round().clamp(0, 255).to(torch.uint8)
+    pixels = torch.arange(side, device=images.device)
+    rows = boxes[:, :1].long() + pixels
+    columns = boxes[:, 1:2].long() + torch.where(mirror[:, None], pixels.flip(0), pixels)
+    if reflects:
+        last = side - 1
+        rows = last - (last - rows.abs()).abs()
+        columns = last - (last - columns.abs()).abs()
+    else:  # all that lies beyond the edge is looked up in a black frame
+        images = F.pad(images, [1, 1, 1, 1])
+        rows = (rows + 1).clamp(0, side + 1)
+        columns = (columns + 1).clamp(0, side + 1)
+    places = rows[:, :, None] * images.shape[-1] + columns[:, None, :]
+    places = places.flatten(1)[:, None].expand(-1, 3, -1)
+    return images.flatten(2).gather(2, places).unflatten(2, (side, side))
+
+
+def resize_weights(size: int, side: int, device: torch.device) -> Tensor:
+    """The matrix that resizes one axis of pictures from `side` to `size` pixels: [size, side].
+
+    Row i holds the weights of the pixels that make up pixel i of the result: bilinear with
+    antialiasing, as in Pillow and torchvision, a triangle whose half width is max(1, side / size)
+    pixels. Each row sums to 1. float32 on the CPU; float16 on a GPU, which holds every grey level
+    exactly.
+    """
+    scale = torch.tensor(side / size, device=device)
+    centres = (torch.arange(size, device=device) + 0.5) * scale
+    pixels = torch.arange(side, device=device) + 0.5
+    weights = 1 - (pixels - centres[:, None]).abs() / scale.clamp(min=1)
+    weights = weights.clamp(min=0)
+    weights = weights / weights.sum(1, keepdim=True)
+    return weights.to(torch.float16 if device.type == "cuda" else torch.float32)
 
 
 SHRUNK = 25 / 14  # short side of cached pictures / image_size: 400 px for 224
@@ -405,4 +379,4 @@ def shrink(image: Tensor, side: int) -> Tensor:
     """
     height, width = image.shape[1:]
     scale = side / min(height, width)
-    return image if scale >= 1 else resize(image, (round(height * scale), round(width * scale)))
+    return image if scale >= 1 else resize(image, round(height * scale), round(width * scale))

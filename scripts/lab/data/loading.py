@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -70,10 +71,8 @@ class EpochPlan(Sampler):
         self.seed = seed
         self.share = share
         self.dist = dist or Dist()
-        self._permutation: tuple[int, np.ndarray] = (
-            -1,
-            indices,
-        )  # of the epoch that the first one names
+        self._permuted_epoch = -1  # the epoch that `_permutation` is of; -1: of none
+        self._permutation = indices
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int, first_batch: int = 0, mask: np.ndarray | None = None) -> None:
@@ -125,18 +124,18 @@ class EpochPlan(Sampler):
         """How many batches the current epoch has, those before `first_batch` included."""
         if self.mask is None:
             return self.planned_steps(self.epoch)
-        return math.ceil(
-            self._in_full_batches(np.count_nonzero(self.mask[self.indices])) / self.batch_size
-        )
+        masked = np.count_nonzero(self.mask[self.indices])
+        return math.ceil(self._in_full_batches(masked) / self.batch_size)
 
     def permutation(self) -> np.ndarray:
         """All indices in the order of the current epoch, int64 [n], whether it loads them or
         not.
         """
-        if self._permutation[0] != self.epoch:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
-            self._permutation = self.epoch, order
-        return self._permutation[1]
+        if self._permuted_epoch != self.epoch:
+            generator = np.random.default_rng((self.seed, self.epoch))
+            self._permutation = generator.permutation(self.indices)
+            self._permuted_epoch = self.epoch
+        return self._permutation
 
     def indices_to_load(self) -> np.ndarray:
         """The indices that the current epoch loads, in its order; of all processes, and from batch
@@ -158,6 +157,19 @@ class EpochPlan(Sampler):
             yield list(zip(indices.tolist(), uniforms.numpy(), strict=True))
 
 
+Item = TypeVar("Item")
+
+
+def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, each once `count` further ones have been begun."""
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def device_batches(
     loader: Loader, device: torch.device, read_errors: ReadErrors | None = None
 ) -> Iterator[DeviceBatch]:
@@ -169,23 +181,20 @@ def device_batches(
     """
     read_errors = read_errors or ReadErrors(0)
     copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    prefetched: tuple[DeviceBatch, torch.cuda.Event] | None = None
-    for images, labels, indices, unreadable in loader:
-        read_errors.add(unreadable)
-        batch = DeviceBatch(images, labels, indices)
-        if copy_stream is None or images.is_cuda:
-            yield batch
-            continue
+
+    def begin_copy(loaded: LoaderBatch) -> tuple[DeviceBatch, torch.cuda.Event | None]:
+        read_errors.add(loaded.unreadable)
+        batch = DeviceBatch(loaded.images, loaded.labels, loaded.indices)
+        if loaded.images.device.type == device.type:
+            return batch, None
         with torch.cuda.stream(copy_stream):
             batch = DeviceBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-            copied = copy_stream.record_event()
-        if prefetched is not None:
-            await_copy(*prefetched)
-            yield prefetched[0]
-        prefetched = batch, copied
-    if prefetched is not None:
-        await_copy(*prefetched)
-        yield prefetched[0]
+            return batch, copy_stream.record_event()
+
+    for batch, copied in ahead(map(begin_copy, loader), 0 if copy_stream is None else 1):
+        if copied is not None:
+            await_copy(batch, copied)
+        yield batch
 
 
 def await_copy(tensors: Sequence[Tensor], copied: torch.cuda.Event) -> None:
@@ -276,10 +285,13 @@ def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
     """
     if training.num_workers is not None:
         return training.num_workers
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return 0 if in_memory else min(16, max(1, cores // launched_here()))
+    if in_memory:
+        return 0
+    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has, in a container
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(16, max(1, cores // launched_here()))
 
 
 def loader_options(config: Config, device: torch.device, dataset: ImageDataset) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lab.config.sections import TrainingConfig
-from lab.data.randomness import MIXING_EPOCH, as_seed, own_generator, uniform
+from lab.data.randomness import MIXING_EPOCH, as_seed, host_generator, uniform
 from lab.machine.distributed import Dist
 
 
@@ -28,11 +28,10 @@ class Mixing:
         self.dist = dist
         alphas = {v2.MixUp: training.mixup, v2.CutMix: training.cutmix}
         self.choice = v2.RandomChoice(
-            [kind(alpha=a, num_classes=classes) for kind, a in alphas.items() if a]
+            [mix(alpha=alpha, num_classes=classes) for mix, alpha in alphas.items() if alpha]
         )
-        self.in_float = (
-            training.mixup > 0
-        )  # grey levels between whole numbers; always, for a step has one type
+        # MixUp's grey levels are no whole numbers; so for CutMix too, for every step has one type
+        self.in_float = training.mixup > 0
 
     def __call__(
         self, images: Tensor, labels: Tensor, epoch: int, step: int
@@ -40,9 +39,8 @@ class Mixing:
         """uint8 [batch, 3, H, W], int64 [batch] -> uint8 or float32 [batch, 3, H, W], float32
         [batch, classes].
         """
-        place = torch.tensor([step * self.dist.world + self.dist.rank])
-        with own_generator() as generator:
-            generator.manual_seed(
-                as_seed(uniform(self.seed, MIXING_EPOCH + epoch, place, 1).item())
-            )
+        number = torch.tensor([step * self.dist.world + self.dist.rank])
+        drawn = uniform(self.seed, MIXING_EPOCH + epoch, number, 1).item()
+        with host_generator() as generator:
+            generator.manual_seed(as_seed(drawn))
             return self.choice(images.float() if self.in_float else images, labels)

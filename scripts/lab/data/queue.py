@@ -45,8 +45,8 @@ class ActiveQueue(Stateful):
             pairs = zip(self.samples.tensors(), batch.tensors(), strict=True)
             batch = DeviceBatch(*(torch.cat(pair) for pair in pairs))
         room = self.batch_size - sum(self.pending)
+        # of each rank: all that is pending, and of the new ones those of the first ranks
         taken = []
-        # of the new ones, those of the first ranks
         for pending, new in zip(self.pending, counts, strict=True):
             taken.append(pending + min(new, room))
             room -= min(new, room)

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-UNIFORMS_PER_SAMPLE = (
-    47  # uniform numbers that the augmentation of one sample may use, see `images.Augmentation`
-)
+# uniform numbers that the augmentation of one sample may use, see `images.Augmentation`
+UNIFORMS_PER_SAMPLE = 47
 LABEL_NOISE_EPOCH = 2**40  # stands for an epoch in `label_shifts`; no run gets so far
 MIXING_EPOCH = 2**41  # added to an epoch in `mixing.Mixing`
 
@@ -25,9 +24,8 @@ def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
     GPU give the same numbers.
     """
 
-    def shift_right(
-        x: Tensor, bits: int
-    ) -> Tensor:  # a logical shift; int64's own repeats the sign
+    def shift_right(x: Tensor, bits: int) -> Tensor:
+        # a logical shift: int64's own repeats the sign
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
     def mix(x: Tensor) -> Tensor:
@@ -42,7 +40,7 @@ def uniform(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def own_generator() -> Iterator[torch.Generator]:
+def host_generator() -> Iterator[torch.Generator]:
     """torch's generator of the host, to be seeded for what a library draws; afterwards it is as
     before.
     """

@@ -20,69 +20,48 @@ def build_optimizer(
     be: of a ViT the class token and the position embedding. Raises RequestError for an optimizer
     that this timm does not have, and for layer_decay where the network's layers are not known.
     """
-    groups = (
-        _layer_groups(model, training) if training.layer_decay < 1 else _groups(model, training)
-    )
+    groups = _parameter_groups(model, training)
     shared = {"lr": training.lr, "weight_decay": training.weight_decay}
+    momentum = {"momentum": training.momentum, "nesterov": training.nesterov}
     fused = {"fused": device.type == "cuda" or None}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, **shared, **fused)
     if training.optimizer == "sgd":
-        momentum = {"momentum": training.momentum, "nesterov": training.nesterov}
         optimizer = torch.optim.SGD(groups, **momentum, **shared, **fused)
-        if (
-            device.type == "cuda" and training.momentum
-        ):  # fused SGD leaves them unset where it skips its first step
+        if device.type == "cuda" and training.momentum:
+            # fused SGD leaves them unset where it skips its first step
             unset = (p for group in optimizer.param_groups for p in group["params"])
             optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in unset})
         return optimizer
     from timm.optim import create_optimizer_v2
 
-    own: dict[str, Any] = fused if training.optimizer == "adam" else {}
-    if training.optimizer == "muon":
-        own = {"momentum": training.momentum, "nesterov": training.nesterov}
-        groups = [{**group, "use_fallback": group["weight_decay"] == 0} for group in groups]
+    options = {"adam": fused, "muon": momentum}.get(training.optimizer, {})
     try:
-        return create_optimizer_v2(groups, training.optimizer, **shared, **own)
+        return create_optimizer_v2(groups, training.optimizer, **shared, **options)
     except ValueError as error:
-        hint = "a newer timm may have it"
         raise RequestError(
-            f"training.optimizer: {training.optimizer}: {one_line(error)}; {hint}"
+            f"training.optimizer: {training.optimizer}: {one_line(error)}; a newer timm may have it"
         ) from None
 
 
-def _excepted(model: nn.Module) -> set[str]:
-    """The names of parameters with more than one dimension that are not decayed."""
-    own = {
-        "class_token",
-        "encoder.pos_embedding",
-    }  # torchvision's names; timm's networks have a method
-    return own | set(getattr(model, "no_weight_decay", set)())
-
-
-def _groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """What is decayed, and what is not."""
-    excepted = _excepted(model)
-    trained = [
-        (p.ndim <= 1 or name in excepted, p)
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    ]
-    flat, rest = ([p for is_flat, p in trained if is_flat is wanted] for wanted in (True, False))
-    return [
-        {"params": rest, "weight_decay": training.weight_decay},
-        {"params": flat, "weight_decay": 0.0},
-    ]
-
-
-def _layer_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """The same for each layer, with the factor on its learning rate, `lr_scale` (Clark et al. 2020,
-    "ELECTRA", appendix A): training.layer_decay to the power of the number of layers after it.
+def _parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+    """timm's groups: what is decayed and what is not. With layer_decay these two for each layer,
+    with the factor on its learning rate, `lr_scale` (Clark et al. 2020, "ELECTRA", appendix A):
+    training.layer_decay to the power of the number of layers after it.
     """
-    from timm.optim import param_groups_layer_decay
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    options = {"no_weight_decay_list": _excepted(model), "layer_decay": training.layer_decay}
-    groups = param_groups_layer_decay(model, training.weight_decay, **options)
+    # torchvision's ViT has no such method as timm's networks have
+    undecayed = {"class_token", "encoder.pos_embedding"}
+    undecayed |= set(getattr(model, "no_weight_decay", set)())
+    options = {
+        "weight_decay": training.weight_decay,
+        "no_weight_decay_list": undecayed,
+        "fallback_no_weight_decay": training.optimizer == "muon",  # embeddings are no matrices
+    }
+    if training.layer_decay == 1:
+        return param_groups_weight_decay(model, **options)
+    groups = param_groups_layer_decay(model, layer_decay=training.layer_decay, **options)
     if len({group["lr_scale"] for group in groups}) < 2:
         raise RequestError(
             "training.layer_decay: timm knows no layers of this network; set it to 1"

@@ -55,7 +55,8 @@ class Stop:
         self.signal = number
         # torchrun passes on to its processes what a scheduler has sent to them too, and kills them
         # 30 s later
-        signal.signal(number, signal.SIG_DFL if launched()[1] == 1 else signal.SIG_IGN)
+        alone = launched()[1] == 1
+        signal.signal(number, signal.SIG_DFL if alone else signal.SIG_IGN)
 
     def status(self, reserve_seconds: float = 0.0) -> str | None:
         """`interrupted`, `time_capped` (where `reserve_seconds` more would pass the deadline) or
@@ -168,14 +169,15 @@ class Clock(Stateful):
         if self.ballot is not None:
             votes.append(self.ballot())
         due = due and not votes[-1][:, 2].any()  # that checkpoint comes now
-        own = [self.stop.signal or 0, capped, due, self.training_seconds()]
+        own_vote = [self.stop.signal or 0, capped, due, self.training_seconds()]
         if last:
-            votes.append(self.dist.all_gather(own))
+            votes.append(self.dist.all_gather(own_vote))
         number, capped, due, self.agreed_seconds = np.concatenate(votes).max(0).tolist()
         capped = capped > 0 or self.out_of_time()
         if number:
             self.stop.signal = int(number)
-        self.ballot = None if number or capped or last else self.dist.all_gather_async(own)
+        ends = number or capped or last
+        self.ballot = None if ends else self.dist.all_gather_async(own_vote)
         return number > 0, capped, capped or due > 0
 
     def signalled(self) -> bool:
@@ -208,8 +210,8 @@ class Clock(Stateful):
         if status := self.stop.status(self.eval_seconds):
             return status
         patience = self.training.early_stop_patience
-        waited = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
-        return "early_stopped" if patience is not None and waited >= patience else None
+        since_best = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
+        return "early_stopped" if patience is not None and since_best >= patience else None
 
     def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
         """The joules of all on rank 0."""
@@ -221,9 +223,8 @@ class Clock(Stateful):
         """Move the energy counted on all ranks to rank 0. Collective."""
         if self.dist.world > 1:
             total = float(self.dist.all_gather([self.energy_kj or 0.0]).sum())
-            self.energy_kj = (
-                None if self.energy_kj is None else total if self.dist.rank == 0 else 0.0
-            )
+            if self.energy_kj is not None:
+                self.energy_kj = total if self.dist.rank == 0 else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"elapsed": self.elapsed()}
@@ -235,8 +236,8 @@ class Clock(Stateful):
 
 
 MEMORY = (
-    r"can't allocate memory|not enough memory|out of memory|Cannot allocate "
-    r"memory|MemoryError|std::bad_alloc"
+    r"can't allocate memory|Cannot allocate memory|not enough memory|out of memory|"
+    r"MemoryError|std::bad_alloc"
 )
 
 # what an error's text tells of its cause, and what to do about it; the first that fits
@@ -264,15 +265,15 @@ def explained(error: Exception, output_dir: str = "standard output") -> Exceptio
     """`error` as the one line a user can act on, where it is of a kind that is known to end
     runs.
     """
-    met = worker_error(error)
+    in_worker = worker_error(error)
     if isinstance(error, RequestError | TrainingFailed):
-        return error if met is None else type(error)(met.partition(": ")[2])
+        return error if in_worker is None else type(error)(in_worker.partition(": ")[2])
     text = one_line(error)
-    system = isinstance(error, OSError | EOFError | MemoryError | RuntimeError)
-    clue = met or f"{type(error).__name__}: {text}"
-    for pattern, why, hint in KNOWN if system else ():
+    of_system = isinstance(error, OSError | EOFError | MemoryError | RuntimeError)
+    clue = in_worker or f"{type(error).__name__}: {text}"
+    for pattern, why, hint in KNOWN if of_system else ():
         if re.search(pattern, clue):
-            return TrainingFailed(f"{why}: {(met or text)[:200]}; {hint}")
+            return TrainingFailed(f"{why}: {(in_worker or text)[:200]}; {hint}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return TrainingFailed(f"out of memory: {text[:200]}; lower training.batch_size")
     if isinstance(error, ValueError) and "more than 1 value per channel" in text:
@@ -281,5 +282,7 @@ def explained(error: Exception, output_dir: str = "standard output") -> Exceptio
             "training.batch_size"
         )
     if isinstance(error, OSError):
-        return TrainingFailed(f"{error.filename or output_dir}: {met or error.strerror or text}")
+        return TrainingFailed(
+            f"{error.filename or output_dir}: {in_worker or error.strerror or text}"
+        )
     return error

@@ -98,30 +98,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         commit = subprocess.run(
             command, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-    gpu = (
-        {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(device)}
-        if device.type == "cuda"
-        else {}
-    )
-    versions = {
+    on_gpu = device.type == "cuda"
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-    }
-    return {
-        **versions,
-        "cuda": None,
-        "gpu": None,
-        **gpu,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "platform": platform.platform(),
         "git_commit": commit,
     }
 
 
-IMAGENET_MOMENTS = {
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-}  # of its pixels, 0 to 1
+# of its pixels, 0 to 1
+IMAGENET_MOMENTS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Normalise:
@@ -138,19 +128,22 @@ class Normalise:
         dtype: torch.dtype | None,
     ):
         self.device = device
-        self.kind = device.type
+        self.device_type = device.type
         self.layout = layout
         self.dtype = dtype
         self.set_moments(mean, std)
 
     def set_moments(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = (
-            torch.tensor(v, device=self.device).mul(255).view(1, 3, 1, 1) for v in (mean, std)
-        )
+        self.mean = self._levels(mean)
+        self.std = self._levels(std)
+
+    def _levels(self, moments: Sequence[float]) -> Tensor:
+        """A moment of each colour in grey levels, 0 to 255, float32 [1, 3, 1, 1]."""
+        return torch.tensor(moments, device=self.device).mul(255).view(1, 3, 1, 1)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(
-            self.kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None
+            self.device_type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
         )
 
     def __call__(self, images: Tensor) -> Tensor:

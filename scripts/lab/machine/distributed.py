@@ -28,9 +28,8 @@ from lab.config.sections import TrainingConfig
 
 CONTACT_SECONDS = 300.0  # how long a process waits for the others before it gives the run up
 WORTH_A_LINE = 5.0  # seconds of waiting for the others to start, after which it says so
-MEETINGS = (
-    count()
-)  # one run may follow another in the same processes: each meets under its own name in the store
+# one run may follow another in the same processes: each meets under a number of its own
+MEETINGS = count()
 
 
 def connect(seconds: float, host: bool = False) -> distributed.Store:
@@ -43,9 +42,10 @@ def connect(seconds: float, host: bool = False) -> distributed.Store:
     address = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
     wait = timedelta(seconds=seconds)
+    rank = launched()[0]
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host = host and not of_torchrun and launched()[0] == 0
-    if not of_torchrun and not host and launched()[0]:
+    host = host and not of_torchrun and rank == 0
+    if rank > 0 and not of_torchrun:
         _await_host(address, port, seconds)
     store = distributed.TCPStore(
         address, port, is_master=host, timeout=wait, wait_for_workers=False
@@ -200,9 +200,8 @@ class Dist:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            if "DataLoader worker" in str(
-                error
-            ):  # raised by the handler of a signal, wherever this process is
+            if "DataLoader worker" in str(error):
+                # raised by torch's handler of SIGCHLD, wherever this process is
                 raise
             with contextlib.suppress(RuntimeError, KeyError, OSError):
                 if (report := Failures().reported()) is not None:
@@ -231,9 +230,8 @@ class Dist:
             return chosen, [len(chosen)]
         edges = torch.tensor(self.shard_edges(n))
         cuts = torch.searchsorted(chosen, edges).tolist()
-        return chosen[cuts[self.rank] : cuts[self.rank + 1]] - edges[self.rank], np.diff(
-            cuts
-        ).tolist()
+        here = chosen[cuts[self.rank] : cuts[self.rank + 1]] - edges[self.rank]
+        return here, np.diff(cuts).tolist()
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by the sum over all ranks."""
@@ -255,12 +253,12 @@ class Dist:
 
     def all_gather_async(self, values: Sequence[float]) -> Callable[[], np.ndarray]:
         """Start an `all_gather` and go on. Returns a function that waits for the numbers."""
-        own = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        row = torch.tensor([float(value) for value in values], dtype=torch.float64)
         if self.world == 1:
-            return lambda: own.numpy()[None]
-        rows = [torch.empty_like(own) for _ in range(self.world)]
+            return lambda: row.numpy()[None]
+        rows = [torch.empty_like(row) for _ in range(self.world)]
         with self._contact():
-            work = distributed.all_gather(rows, own, async_op=True, group=self.side_group)
+            work = distributed.all_gather(rows, row, async_op=True, group=self.side_group)
 
         def wait() -> np.ndarray:
             with self._contact():
@@ -337,9 +335,9 @@ class Dist:
         staying = np.minimum(counts, shares)
         if (staying == shares).all():
             return None
-        surplus, lacking = (
-            np.cumsum(each - staying) for each in (np.asarray(counts), shares)
-        )  # equal at the end
+        # what leaves the ranks up to each, and what reaches them; at the last rank both are equal
+        surplus = np.cumsum(np.asarray(counts) - staying)
+        lacking = np.cumsum(shares - staying)
         begin = np.maximum.outer(surplus - (counts - staying), lacking - (shares - staying))
         return np.diag(staying) + np.maximum(0, np.minimum.outer(surplus, lacking) - begin)
 
@@ -357,11 +355,9 @@ class Dist:
         shares = np.zeros(self.world, dtype=int)
         shares[:training] = np.diff([total * rank // training for rank in range(training + 1)])
         moves = self.balancing_moves(counts, shares)
-        return (
-            list(tensors)
-            if moves is None
-            else [self.all_to_all(tensor, moves) for tensor in tensors]
-        )
+        if moves is None:
+            return list(tensors)
+        return [self.all_to_all(tensor, moves) for tensor in tensors]
 
 
 def meet(training: TrainingConfig, device: torch.device, request: Any) -> Dist:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -51,12 +51,7 @@ class Ledger(Stateful):
         return self.trained + self.scored * scoring_cost
 
     def since(self, earlier: Ledger) -> Ledger:
-        return Ledger(
-            *(
-                now - then
-                for now, then in zip(asdict(self).values(), asdict(earlier).values(), strict=True)
-            )
-        )
+        return Ledger(**{name: getattr(self, name) - getattr(earlier, name) for name in self.STATE})
 
 
 class Meter(Stateful):
@@ -167,13 +162,11 @@ class EnergyMeter:
 
         try:
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(
-                f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            )
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(
-                handle
-            )  # older cards have none: found out here
-            self._read = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+            uuid = torch.cuda.get_device_properties(device).uuid
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            read = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+            read()  # fails here on older cards, which have no counter
+            self._read = read
         except pynvml.NVMLError as error:
             print_rank0(
                 f"energy is not measured, energy_kj stays null: NVML says {one_line(error)}"

@@ -26,36 +26,35 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lab.base.errors import RequestError, TrainingFailed, one_line
 from lab.base.streams import forget_unprinted, print_progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-SOCKET_FOLDER = 70  # bytes that a worker's temporary folder may have; a socket's path has 107
+# bytes that the path of a worker's temporary folder may have; that of a socket in it has 107
+SOCKET_FOLDER_BYTES = 70
 
-HANDLES_A_WORKER = (
-    11  # open files: two pipes and a sentinel, and three tensors of each of its two batches
-)
+# open files: two pipes and a sentinel, and three tensors of each of its two batches
+HANDLES_A_WORKER = 11
 
 # MB of /dev/shm, what Docker gives: a worker that ends without a word has probably filled it
-SMALL = 64
+SMALL_SHARED_MEMORY = 64
 
 WORTH_A_LINE = 60.0  # seconds of waiting for a batch, after which a process says so
 
-_iterators: weakref.WeakSet = weakref.WeakSet()  # those that may have workers
+_iterators: weakref.WeakSet = weakref.WeakSet()  # torch's, those that may have workers
 
-_note: mmap.mmap | None = None  # shared with the workers: why one of them gave up
+_last_words: mmap.mmap | None = None  # shared with the workers: why one of them gave up
 
 
-class Packed:
+class PickledBatch:
     """A batch as it travels: pickled in the worker, unpickled as itself in the main process."""
 
     def __init__(self, batch: Any):
@@ -65,41 +64,46 @@ class Packed:
         return ForkingPickler.loads, (self.data,)
 
 
-class Packing:
-    """A collate function whose batches are `Packed`."""
+class PickledCollate:
+    """A collate function whose batches are a `PickledBatch`."""
 
     def __init__(self, collate: Callable[[Any], Any]):
         self.collate = collate
 
-    def __call__(self, samples: Any) -> Packed:
-        return Packed(self.collate(samples))
+    def __call__(self, samples: Any) -> PickledBatch:
+        return PickledBatch(self.collate(samples))
 
 
-class _Batches(_MultiProcessingDataLoaderIter):
-    """An epoch's batches. Where none comes for WORTH_A_LINE seconds, it says so, once, and waits
-    on.
+@contextlib.contextmanager
+def _saying_so() -> Iterator[None]:
+    """Where the block waits for data for WORTH_A_LINE seconds, say so, once, and wait on.
 
-    Such a worker lives, and a disk or a network keeps it. That it takes long is no fault: nobody
+    The workers live, and a disk or a network keeps them. That it takes long is no fault: nobody
     knows how long a file may take. So the run goes on when the batch comes, and whoever reads the
-    line decides.
+    line decides. A timer of our own, because the timeout of DataLoader ends the iteration.
     """
+    line = (
+        f"waiting for data: no loader worker has sent a batch for {WORTH_A_LINE:.0f} s: "
+        f"does the disk answer? a second Ctrl-C ends the run"
+    )
+    timer = threading.Timer(WORTH_A_LINE, print_progress, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
-    waiting_since: float | None = None  # time.monotonic() seconds; inf once it has been said
 
-    def _try_get_data(
-        self, *args: Any, **options: Any
-    ) -> tuple[bool, Any]:  # torch calls it every 5 s until it is true
-        since = self.waiting_since or time.monotonic()
-        there, data = super()._try_get_data(*args, **options)
-        if not there and time.monotonic() - since > WORTH_A_LINE:
-            why = (
-                f"no loader worker has sent a batch for {time.monotonic() - since:.0f} s: "
-                f"does the disk answer?"
-            )
-            print_progress(f"waiting for data: {why} a second Ctrl-C ends the run")
-            since = math.inf
-        self.waiting_since = None if there else since
-        return there, data
+def _batches(iterator: Iterator[Any]) -> Iterator[Any]:
+    """What `iterator` gives, waited for aloud."""
+    done = object()
+    while True:
+        with _saying_so():
+            batch = next(iterator, done)
+        if batch is done:
+            return
+        yield batch
 
 
 class WorkerLoader(DataLoader):
@@ -108,12 +112,9 @@ class WorkerLoader(DataLoader):
     def __init__(self, *args: Any, collate_fn: Callable[[Any], Any] | None = None, **options: Any):
         collate_fn = collate_fn or default_collate
         if options.get("num_workers"):
-            collate_fn = Packing(collate_fn)
+            collate_fn = PickledCollate(collate_fn)
             options["worker_init_fn"] = _begin
         super().__init__(*args, collate_fn=collate_fn, **options)
-
-    def _get_iterator(self) -> Iterator[Any]:
-        return _Batches(self) if self.num_workers else super()._get_iterator()
 
     def __iter__(self) -> Iterator[Any]:
         """Raises RequestError or TrainingFailed where the workers cannot be started."""
@@ -121,18 +122,17 @@ class WorkerLoader(DataLoader):
             return super().__iter__()
         _prepare(self.num_workers)
         try:
-            queues = [
-                multiprocessing.Queue() for _ in range(self.num_workers + 2)
-            ]  # or it fails half-way to the first
+            # torch leaves workers behind where it fails half-way: so try first what each needs
+            queues = [multiprocessing.Queue() for _ in range(self.num_workers + 2)]
             del queues
-            with _signals_held():
+            with _signals_held(), _saying_so():
                 iterator = super().__iter__()
         except OSError as error:
             full = "; /dev/shm is full" if error.errno == errno.ENOSPC else ""
             why = f"cannot start {self.num_workers} loader workers: {error.strerror}{full}"
             raise TrainingFailed(f"{why}; lower training.num_workers") from None
         _iterators.add(iterator)
-        return iterator
+        return _batches(iterator)
 
 
 @contextlib.contextmanager
@@ -149,28 +149,31 @@ def end_workers() -> None:
     save.
 
     They are the only daemonic children a run has. torch's handler of SIGCHLD would take their
-    deaths for a failure.
+    deaths for a failure. torch has no public way to end an iterator whose workers may hang: so this
+    function and `_end_pinning`, and nothing else, use private names of its iterators.
     """
-    main = threading.current_thread() is threading.main_thread()  # elsewhere no handler can be set
-    handler = (
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if main and hasattr(signal, "SIGCHLD")
-        else None
-    )
+    handler = None
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and hasattr(signal, "SIGCHLD"):  # elsewhere no handler can be set
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _end_pinning()
     workers = kill_workers()
     for worker in workers:
         worker.join(5)  # a worker that the kernel holds does not hold the run
     for iterator in list(_iterators):
         iterator._shutdown_workers()  # the threads of its queues
-    deadline = time.monotonic() + 1
-    for thread in threading.enumerate() if workers else ():
-        if (
-            thread.name == "QueueFeederThread"
-        ):  # one that ends beside its queue closes pipes that are closed
-            thread.join(max(0.0, deadline - time.monotonic()))
+    if workers:
+        # a thread that ends beside its queue closes pipes that are closed
+        _join([each for each in threading.enumerate() if each.name == "QueueFeederThread"])
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def _join(threads: Iterable[threading.Thread]) -> None:
+    """Wait until they have ended, for a second at most."""
+    deadline = time.monotonic() + 1
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _end_pinning() -> None:
@@ -186,12 +189,9 @@ def _end_pinning() -> None:
     ]
     for iterator in iterators:
         iterator._pin_memory_thread_done_event.set()
-        iterator._worker_result_queue.put(
-            (None, None)
-        )  # as torch does, so that the thread wakes up
-    deadline = time.monotonic() + 1
-    for iterator in iterators:
-        iterator._pin_memory_thread.join(max(0.0, deadline - time.monotonic()))
+        # as torch does, so that the thread wakes up
+        iterator._worker_result_queue.put((None, None))
+    _join([iterator._pin_memory_thread for iterator in iterators])
 
 
 def kill_workers() -> list[multiprocessing.process.BaseProcess]:
@@ -210,17 +210,18 @@ def worker_error(error: BaseException) -> str | None:
     if wrapped:
         return one_line(str(error).strip().splitlines()[-1])
     lost = isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error)
-    note = b"" if _note is None else _note[:].rstrip(b"\0")
-    if lost and note:
-        return one_line(note.decode(errors="replace"))
-    if (
-        "exited unexpectedly" in str(error) and (megabytes := _shared_megabytes()) <= SMALL
-    ):  # torch 2.6 says no more
+    why = b"" if _last_words is None else _last_words[:].rstrip(b"\0")
+    if lost and why:
+        return one_line(why.decode(errors="replace"))
+    megabytes = _shared_megabytes()
+    if "exited unexpectedly" in str(error) and megabytes <= SMALL_SHARED_MEMORY:
+        # torch 2.6 says no more
         return f"{one_line(error)}, perhaps by a Bus error: /dev/shm has {megabytes:.0f} MB"
     return None
 
 
 def _shared_megabytes() -> float:
+    """The size of /dev/shm; infinite where there is none."""
     try:
         facts = os.statvfs("/dev/shm")
     except (OSError, AttributeError):
@@ -232,16 +233,16 @@ def _prepare(workers: int) -> None:
     """What so many workers need before they start. Raises RequestError where this process cannot
     have it.
     """
-    global _note
-    if _note is None:
-        _note = mmap.mmap(-1, 512)
-    _note[:] = bytes(len(_note))
+    global _last_words
+    if _last_words is None:
+        _last_words = mmap.mmap(-1, 512)
+    _last_words[:] = bytes(len(_last_words))
     _require_handles(workers)
     _require_socket_folder()
     forget_unprinted(sys.stdout)  # to start a process is to flush it
-    atexit.unregister(
-        end_workers
-    )  # it has to run before the exit hook of multiprocessing, which joins the workers
+    # the last to be registered runs first: before the hook of multiprocessing, which joins the
+    # workers
+    atexit.unregister(end_workers)
     atexit.register(end_workers)
 
 
@@ -267,7 +268,7 @@ def _require_socket_folder() -> None:
     """
     chosen = tempfile.tempdir
     try:
-        if os.name == "posix" and len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER:
+        if os.name == "posix" and len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER_BYTES:
             tempfile.tempdir = "/tmp"
         made = multiprocessing.util.get_temp_dir()
     except OSError as error:
@@ -277,7 +278,7 @@ def _require_socket_folder() -> None:
         ) from None
     finally:
         tempfile.tempdir = chosen
-    if os.name == "posix" and len(os.fsencode(made)) > SOCKET_FOLDER + 14:
+    if os.name == "posix" and len(os.fsencode(made)) > SOCKET_FOLDER_BYTES + 14:
         raise RequestError(f"TMPDIR: too long a path for the sockets of loader workers: {made}")
 
 
@@ -302,15 +303,14 @@ def _begin(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    sys.excepthook = (
-        _give_up  # the thread that hands over a batch calls it, and would go on without an end
-    )
+    # the thread that hands over a batch calls it, and would go on without an end
+    sys.excepthook = _give_up
 
 
 def _give_up(_: type[BaseException], error: BaseException, *__: Any) -> None:
     """End this worker, and leave the reason to the main process."""
-    if _note is not None:
-        _note[:] = f"{type(error).__name__}: {one_line(error)}".encode()[: len(_note)].ljust(
-            len(_note), b"\0"
-        )
+    if _last_words is not None:
+        room = len(_last_words)
+        why = f"{type(error).__name__}: {one_line(error)}".encode()
+        _last_words[:] = why[:room].ljust(room, b"\0")
     os._exit(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -16,19 +17,20 @@ class WeightAverage:
     the same device.
 
     torch's AveragedModel does the same, but keeps its count of steps in a tensor that the host
-    waits for.
+    waits for. timm's ModelEmaV3 walks through both state dicts at every step: on an H200 that takes
+    the host 1.3 ms for ResNet-18 and 1.7 ms for ResNet-50, and this 0.07 and 0.15 ms.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         """decay: of an optimizer step, 0 to 1."""
         self.decay = decay
         self.model = copy.deepcopy(model).requires_grad_(False)
-        both = (chain(module.parameters(), module.buffers()) for module in (self.model, model))
-        pairs = [(average, source.detach()) for average, source in zip(*both, strict=True)]
-        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.copied = [
-            pair for pair in pairs if not pair[0].is_floating_point()
-        ]  # BatchNorm's counts of batches
+        # pairs of an average and what it follows; counts are BatchNorm's, of batches
+        self.fractions: list[tuple[Tensor, Tensor]] = []
+        self.counts: list[tuple[Tensor, Tensor]] = []
+        for average, source in zip(_tensors(self.model), _tensors(model), strict=True):
+            pairs = self.fractions if average.is_floating_point() else self.counts
+            pairs.append((average, source.detach()))
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
@@ -37,7 +39,13 @@ class WeightAverage:
         Early on the decay is (1 + steps) / (10 + steps), so that the weights a run starts from are
         soon forgotten (TensorFlow's ExponentialMovingAverage with num_updates).
         """
-        average = get_ema_multi_avg_fn(min(self.decay, (1 + steps) / (10 + steps)))
-        average(*map(list, zip(*self.averaged, strict=True)), steps)
-        if self.copied:
-            torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        averages, sources = map(list, zip(*self.fractions, strict=True))
+        get_ema_multi_avg_fn(decay)(averages, sources, steps)
+        if self.counts:
+            averages, sources = map(list, zip(*self.counts, strict=True))
+            torch._foreach_copy_(averages, sources)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.config.loading import Config
-from lab.data.images import axis_weights
+from lab.data.images import resize_weights
 from lab.data.mixing import Mixing
 from lab.machine.devices import Normalise, compiled, resolve_amp_dtype
 from lab.machine.distributed import Dist
@@ -73,7 +73,7 @@ def scoring_forward(
     """What scoring computes: uint8 images, labels -> float32 [2, batch], significance and 1 for a
     correct prediction.
 
-    shrink: [resolution, side], the weights (`axis_weights`) that take both axes to the scoring
+    shrink: [resolution, side], the weights (`resize_weights`) that take both axes to the scoring
     resolution.
     """
 
@@ -207,14 +207,13 @@ class Network(Stateful):
         return forward_shapes(self.model, self.side, training=False)[-1]
 
     def shrink(self, resolution: int | None) -> Tensor | None:
-        """The weights (`axis_weights`) [resolution, side] that take both axes of a picture to
+        """The weights (`resize_weights`) [resolution, side] that take both axes of a picture to
         `resolution` pixels; None where they have as many.
         """
         side = self.side
         if resolution in (None, side):
             return None
-        whole = torch.tensor([[0.0, side]], device=self.device)
-        return axis_weights(whole[:, 0], whole[:, 1], resolution, side)[0]
+        return resize_weights(resolution, side, self.device)
 
     def predictor(self) -> Callable[[Tensor], Tensor]:
         """What gives the logits [batch, classes] of uint8 images, as validation computes them; not

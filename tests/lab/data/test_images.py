@@ -18,7 +18,14 @@ from torchvision.transforms import v2
 
 from helpers import folder_config, pictures
 from lab.config.loading import load_config
-from lab.data.images import Augmentation, crop_resize, decode_image, erase, random_crops
+from lab.data.images import (
+    Augmentation,
+    decode_image,
+    erase,
+    pad_crop,
+    random_crops,
+    resize_weights,
+)
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from train_ast import build_datasets
 
@@ -215,38 +222,29 @@ def test_a_shifted_picture_is_padded_and_cropped(padding, mode):
         expected = v2.functional.crop(padded, top + 4, left + 4, height, width)
         expected = v2.functional.horizontal_flip(expected) if mirror else expected
         assert torch.equal(augmentation([image], row[None])[0], expected)
-        assert torch.equal(
-            crop_resize(image[None], boxes, mirror, 32, augmentation.reflected)[0], expected
-        )
+        assert torch.equal(pad_crop(image[None], boxes, mirror, augmentation.reflects)[0], expected)
         seen |= {top, left + 100, 1000 + int(mirror)}
     assert seen == {*range(-4, 5), *range(96, 105), 1000, 1001}
 
 
-@pytest.mark.parametrize("size", [24, 40, 64])  # smaller than the crops, between, larger
-def test_cropping_on_the_device_is_torchvisions(size):
-    images = pictures(5, 48)
-    boxes = torch.tensor(
-        [[0, 0, 48, 48], [5, 7, 30, 20], [40, 1, 8, 47], [3, 30, 40, 9], [10, 10, 24, 24]]
-    )
-    mirror = torch.tensor([False, True, False, True, True])
-    ours = crop_resize(images, boxes.double(), mirror, size)
-    for image, box, flipped, got in zip(images, boxes.tolist(), mirror, ours, strict=True):
-        expected = v2.functional.resized_crop(image.float(), *box, [size, size], antialias=True)
-        expected = v2.functional.horizontal_flip(expected) if flipped else expected
-        assert (got.float() - expected).abs().max() <= 0.51  # rounded once, from the exact values
-        in_uint8 = v2.functional.resized_crop(image, *box, [size, size], antialias=True)
-        in_uint8 = v2.functional.horizontal_flip(in_uint8) if flipped else in_uint8
-        assert (got.int() - in_uint8.int()).abs().max() <= 1
+@pytest.mark.parametrize("size", [24, 40, 48, 64])
+def test_the_weights_of_an_axis_resize_as_torchvision_does(size):
+    images = pictures(5, 48).float()
+    weights = resize_weights(size, 48, torch.device("cpu"))
+    expected = v2.functional.resize(images, [size, size], antialias=True)
+    assert (weights @ images @ weights.mT - expected).abs().max() < 1e-3
+    assert torch.allclose(weights.sum(1), torch.ones(size))
 
 
-def test_shifting_on_the_device_is_padding_and_cropping():
+@pytest.mark.parametrize(("reflects", "mode"), [(False, "constant"), (True, "reflect")])
+def test_shifting_a_batch_is_padding_and_cropping_each(reflects, mode):
     images = pictures(6, 32)
     tops = torch.tensor([-4, -1, 0, 2, 4, 3])
     lefts = torch.tensor([0, 4, -4, 1, -2, 3])
     boxes = torch.stack([tops, lefts, torch.full((6,), 32), torch.full((6,), 32)], 1)
     mirror = torch.tensor([False, True] * 3)
-    padded = v2.functional.pad(images, [4, 4, 4, 4])
-    for i, got in enumerate(crop_resize(images, boxes, mirror, 32)):
+    padded = v2.functional.pad(images, [4, 4, 4, 4], padding_mode=mode)
+    for i, got in enumerate(pad_crop(images, boxes.double(), mirror, reflects)):
         expected = v2.functional.crop(padded[i], int(tops[i]) + 4, int(lefts[i]) + 4, 32, 32)
         assert torch.equal(got, v2.functional.horizontal_flip(expected) if mirror[i] else expected)
 

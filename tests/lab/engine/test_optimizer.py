@@ -26,6 +26,8 @@ from lab.method.schedule import lr_at
 from lab.models.building import get_model
 from train_ast import evaluate
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize(
     ("name", "excepted"),
@@ -38,9 +40,7 @@ from train_ast import evaluate
 )
 def test_norms_biases_and_embeddings_are_not_decayed(name, excepted):
     model = get_model(ModelConfig(name=name), 10, 32)
-    decayed, free = build_optimizer(
-        model, TrainingConfig(weight_decay=0.1), torch.device("cpu")
-    ).param_groups
+    free, decayed = build_optimizer(model, TrainingConfig(weight_decay=0.1), CPU).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(free["params"]) == len(names)
@@ -50,9 +50,6 @@ def test_norms_biases_and_embeddings_are_not_decayed(name, excepted):
     )
     assert bool(large) == bool(excepted)
     assert all(parameter.ndim > 1 for parameter in decayed["params"])
-
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "muon"])
@@ -84,6 +81,35 @@ def test_an_optimizer_is_timms_on_the_same_parameter_groups(name):
             each.zero_grad()
             F.cross_entropy(model(images.float() / 255), labels).backward()
             each.step()
+    assert all(
+        torch.equal(*pair) for pair in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_orthogonalises_matrices_alone_whatever_is_decayed(weight_decay, layer_decay):
+    """Embeddings, norms and biases get AdamW, as from timm's own factory."""
+    training = TrainingConfig(
+        optimizer="muon", lr=0.01, weight_decay=weight_decay, layer_decay=layer_decay
+    )
+    ours = get_model(ModelConfig(name="test_vit"), 10, 32)
+    theirs = copy.deepcopy(ours)
+    expected = create_optimizer_v2(
+        theirs,
+        "muon",
+        lr=0.01,
+        weight_decay=weight_decay,
+        momentum=training.momentum,
+        layer_decay=None if layer_decay == 1 else layer_decay,
+        fallback_list=ours.no_weight_decay(),
+        nesterov=training.nesterov,
+    )
+    for model, optimizer in ((ours, build_optimizer(ours, training, CPU)), (theirs, expected)):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(8, 3, 32, 32, generator=generator)
+        F.cross_entropy(model(images), torch.arange(8)).backward()
+        optimizer.step()
     assert all(
         torch.equal(*pair) for pair in zip(ours.parameters(), theirs.parameters(), strict=True)
     )

@@ -220,8 +220,9 @@ def test_workers_that_are_ended_early_let_the_pinning_thread_end_in_silence(monk
     for _ in range(12):
         batches = iter(workers.WorkerLoader(Numbers(), 16, num_workers=3, pin_memory=True))
         assert [int(next(batches)[0, 0, 0]) for _ in range(3)] == [0, 16, 32]
+        assert [each for each in threading.enumerate() if "_pin_memory_loop" in each.name]
         workers.end_workers()
-        assert not batches._pin_memory_thread.is_alive()
+        assert not [each for each in threading.enumerate() if "_pin_memory_loop" in each.name]
         assert not multiprocessing.active_children()
     assert failed == []
 

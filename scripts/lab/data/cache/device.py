@@ -16,7 +16,7 @@ from torch import Tensor
 from lab.config.loading import Config
 from lab.data.cache.disk import Index, Recipe
 from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors
-from lab.data.images import crop_resize, erase
+from lab.data.images import erase, pad_crop
 from lab.data.loading import EpochPlan
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
 from lab.data.views import table_of_views
@@ -31,9 +31,8 @@ class BatchPart(NamedTuple):
 
     rows: np.ndarray  # int64: the samples that it yields
     cached: np.ndarray  # int64: the samples of the batch that are in its own range, as rows
-    moves: (
-        np.ndarray | None
-    )  # int [world, world], see `Dist.all_to_all`: views that go from one process to another
+    # int [world, world], see `Dist.all_to_all`: views that go from one process to another
+    moves: np.ndarray | None
 
 
 class CachedLoader:
@@ -76,10 +75,9 @@ class CachedLoader:
         self.recipe = Recipe.of(config.dataset)
         self.sample_indices = torch.from_numpy(indices).to(device)
         self.read_errors = ReadErrors(config.dataset.max_bad_images)
+        # CUDA graphs would give each batch the memory of the one before, so never reduce-overhead
         mode = "off" if plan is None or config.training.compile == "off" else "default"
-        crop = partial(
-            crop_resize, size=self.augmentation.size, reflected=self.augmentation.reflected
-        )
+        crop = partial(pad_crop, reflects=self.augmentation.reflects)
         self.crop = compiled(crop, mode)
         self.erase = compiled(partial(erase, colour=self.augmentation.grey.to(device)), mode)
         self.compiles = (
@@ -127,9 +125,8 @@ class CachedLoader:
         if not self.augmentation.erasing:
             return
         self.erased = torch.zeros(len(self.indices), 4, dtype=torch.float64, device=self.device)
-        for part in np.array_split(
-            rows, max(1, math.ceil(len(rows) / 2**16))
-        ):  # 25 MB of numbers each
+        parts = max(1, math.ceil(len(rows) / 2**16))  # of 25 MB of uniform numbers each
+        for part in np.array_split(rows, parts):
             boxes = self.augmentation.erasures(self.uniforms(part, self.device))
             self.erased[to_device(torch.from_numpy(part), self.device)] = boxes
 

@@ -37,7 +37,7 @@ from lab.base.errors import RequestError, one_line
 from lab.base.files import locked_in_turn, replace_file, replace_text, require_folder, sync_folder
 from lab.config.sections import DatasetConfig
 from lab.data.datasets import ImageDataset, ReadErrors
-from lab.data.images import cached_side, decode_image, encode_jpeg, resize, shrink
+from lab.data.images import cached_side, decode_image, encode_jpeg, shrink, squared
 from lab.data.loading import as_is
 from lab.machine.workers import WorkerLoader, ending_workers
 
@@ -80,14 +80,13 @@ class Recipe(NamedTuple):
     @classmethod
     def of(cls, config: DatasetConfig) -> Recipe:
         square = config.resolved_augment() != "random_resized_crop"
-        return cls(
-            cached_side(config), square, config.cache == "disk" and config.cache_format == "jpeg"
-        )
+        jpeg = config.cache == "disk" and config.cache_format == "jpeg"
+        return cls(cached_side(config), square, jpeg)
 
     def encode(self, image: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
         """(the bytes of a picture, uint8 [bytes]; its height and width) of uint8 [3, H, W]."""
         if self.square:
-            image = image if image.shape[1:] == (self.side, self.side) else resize(image, self.side)
+            image = squared(image, self.side)
             return image.contiguous().view(-1).numpy(), (self.side, self.side)
         pixels = shrink(image, self.side).permute(1, 2, 0).contiguous().numpy()
         data = np.frombuffer(encode_jpeg(pixels), np.uint8) if self.jpeg else pixels.reshape(-1)
@@ -230,25 +229,30 @@ class CacheFile:
         spans: int64 [n, 2], where in `out` the pixels of each begin and end.
         """
         starts = first * 3 * self.index.sizes[pictures, 1]
-        if (
-            not self.recipe.jpeg
-        ):  # little Python for each picture: the thread that trains needs the interpreter too
-            view = memoryview(out)
-            for position, (low, high) in zip(
-                (self.offsets[pictures] + starts).tolist(), spans.tolist(), strict=True
-            ):
-                self._read(position, view[low:high])
+        if self.recipe.jpeg:
+            self._read_jpegs(pictures.tolist(), starts.tolist(), spans.tolist(), out)
             return
-        for picture, start, (low, high) in zip(
-            pictures.tolist(), starts.tolist(), spans.tolist(), strict=True
-        ):
+        # little Python for each picture: the thread that trains needs the interpreter too
+        view = memoryview(out)
+        positions = (self.offsets[pictures] + starts).tolist()
+        for position, (low, high) in zip(positions, spans.tolist(), strict=True):
+            self._read(position, view[low:high])
+
+    def _read_jpegs(
+        self,
+        pictures: Sequence[int],
+        starts: Sequence[int],
+        spans: Sequence[Sequence[int]],
+        out: np.ndarray,
+    ) -> None:
+        """`read` of decoded pixels. starts: where in those of each picture its part begins."""
+        for picture, start, (low, high) in zip(pictures, starts, spans, strict=True):
             try:
-                pixels = decode_image(self.encoded(picture).tobytes())
+                decoded = decode_image(self.encoded(picture).tobytes())
             except ValueError as error:
                 raise self.damaged(self.path, f"picture {picture}: {one_line(error)}") from None
-            out[low:high] = (
-                pixels.permute(1, 2, 0).contiguous().view(-1).numpy()[start : start + high - low]
-            )
+            pixels = decoded.permute(1, 2, 0).contiguous().view(-1).numpy()
+            out[low:high] = pixels[start : start + high - low]
 
     def _read(self, position: int, out: memoryview) -> None:
         """Other threads may read at the same time. Raises RequestError naming the file where it
@@ -284,10 +288,9 @@ def place(
     ]
     facts.append(hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest())
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    kind = "jpeg" if recipe.jpeg else "raw"
-    return Path(
-        config.cache_folder
-    ) / f"{split}-{recipe.side}px-{kind}-{fingerprint[:16]}", fingerprint
+    encoding = "jpeg" if recipe.jpeg else "raw"
+    name = f"{split}-{recipe.side}px-{encoding}-{fingerprint[:16]}"
+    return Path(config.cache_folder) / name, fingerprint
 
 
 def find_cache(

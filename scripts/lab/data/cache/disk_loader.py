@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from lab.config.loading import Config
 from lab.data.cache.device import CachedLoader
 from lab.data.cache.disk import CacheFile
 from lab.data.datasets import ImageDataset, LoaderBatch
-from lab.data.loading import EpochPlan, await_copy
+from lab.data.loading import EpochPlan, ahead, await_copy
 from lab.data.views import COLUMNS, FIRST, bytes_needed, cut
 
 
@@ -81,19 +80,6 @@ class HostBatch(NamedTuple):
     reads: list[Future]
 
 
-Item = TypeVar("Item")
-
-
-def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """The items, each once `count` further ones have been begun."""
-    waiting: deque[Item] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
-
-
 class DiskLoader(CachedLoader):
     """A CachedLoader whose pictures are read from a file for each batch (`dataset.cache: disk`).
 
@@ -106,9 +92,8 @@ class DiskLoader(CachedLoader):
     """
 
     AHEAD = 2  # batches that are being read while one is waited for
-    SLOTS = (
-        AHEAD + 2
-    )  # one more batch is being copied, and one cut: whoever waits for a slot has its end in sight
+    # one more batch is being copied, and one cut: whoever waits for a slot has its end in sight
+    SLOTS = AHEAD + 2
 
     def __init__(
         self,
@@ -132,31 +117,29 @@ class DiskLoader(CachedLoader):
         self.attach(dataset, file.index, file.unreadable, positions, file.index.labels[positions])
 
     def __iter__(self) -> Iterator[LoaderBatch]:
-        slots = (
-            self.idle.pop() if self.idle else [Slot(self.copy_stream) for _ in range(self.SLOTS)]
-        )
-        begin = (
-            partial(torch.cuda.set_device, self.copy_stream.device)
-            if self.copy_stream is not None
-            else None
-        )
+        slots = self.idle.pop() if self.idle else self._new_slots()
+        use_device = None
+        if self.copy_stream is not None:  # a new thread would allocate on GPU 0
+            use_device = partial(torch.cuda.set_device, self.copy_stream.device)
         with (
-            ThreadPoolExecutor(1, initializer=begin) as planner,
+            ThreadPoolExecutor(1, initializer=use_device) as planner,
             ThreadPoolExecutor(self.threads) as readers,
         ):
             try:
                 work = zip(self.parts(), cycle(slots), strict=False)
-                begun = (
+                reads = (
                     planner.submit(self._begin, readers, part.rows, slot) for part, slot in work
                 )
-                for batch in ahead(
-                    (self._copy(each.result()) for each in ahead(begun, self.AHEAD)), 1
-                ):
+                copies = (self._copy(each.result()) for each in ahead(reads, self.AHEAD))
+                for batch in ahead(copies, 1):
                     yield self._finish(batch)
             finally:
                 planner.shutdown(cancel_futures=True)
                 readers.shutdown(cancel_futures=True)
                 self.idle.append(slots)  # nobody writes into them any more
+
+    def _new_slots(self) -> list[Slot]:
+        return [Slot(self.copy_stream) for _ in range(self.SLOTS)]
 
     def _begin(self, readers: ThreadPoolExecutor, rows: np.ndarray, slot: Slot) -> HostBatch:
         """Begin to read into a slot what the samples of some rows, int64 [n], need."""

@@ -119,9 +119,8 @@ class ResidentLoader(CachedLoader):
         self.flat = pictures.flat
         self.offsets = np.concatenate([[0], np.cumsum(pictures.index.lengths)])
         labels = np.concatenate(self.dist.all_gather_objects(pictures.index.labels[positions]))
-        before = np.zeros(
-            self.edges[self.dist.rank], dtype=np.int64
-        )  # rows of other processes: never looked up
+        # rows of other processes, never looked up
+        before = np.zeros(self.edges[self.dist.rank], dtype=np.int64)
         positions = np.concatenate([before, positions])
         self.attach(dataset, pictures.index, pictures.unreadable, positions, labels)
 
@@ -133,12 +132,10 @@ class ResidentLoader(CachedLoader):
     def _decode(self, dataset: ImageDataset, own: np.ndarray, options: dict[str, Any]) -> Pictures:
         """The pictures of the samples `own`, int64, ascending."""
         mean = mean_bytes(dataset, own, self.recipe)
-        done = 0
+        done = 0  # bytes
         parts = []
-        flat = torch.empty(
-            int(mean * len(own) * (1 if self.recipe.square else 1.05)), dtype=torch.uint8
-        )
-        flat = flat.to(self.device)
+        margin = 1 if self.recipe.square else 1.05  # the mean is estimated by a few pictures
+        flat = torch.empty(int(mean * len(own) * margin), dtype=torch.uint8).to(self.device)
         with (
             ending_workers(),
             progress_bar(desc="decoding", unit=" pictures", total=len(own)) as bar,
@@ -156,9 +153,8 @@ class ResidentLoader(CachedLoader):
 
     def __iter__(self) -> Iterator[LoaderBatch]:
         parts = self.parts()
-        while block := [
-            *islice(parts, 64 if self.recipe.square else 16)
-        ]:  # boxes of many batches at once
+        batches = 64 if self.recipe.square else 16  # whose boxes are computed at once
+        while block := [*islice(parts, batches)]:
             rows = np.concatenate([part.cached for part in block])
             cuts = [len(part.cached) for part in block]
             pixels = self._squares(rows, cuts) if self.recipe.square else self._cut(rows, cuts)
