@@ -28,15 +28,17 @@ from PIL import Image
 from pyarrow import parquet
 
 from conftest import COLOURS, REPO, make_config
+from damage import mutated
+from helpers import folder_config
 from lab.base.errors import RequestError
 from lab.data.datasets import ImageDataset, ReadErrors
 from lab.data.loading import device_batches
 from runs import SOON, cases, forked_run, real_run, span
-from train_ast import build_dataloaders, build_datasets
+from train_ast import build_dataloaders, build_datasets, train
 
 CPU = torch.device("cpu")
 SIDE = 32  # pixels, as the loaders are asked for, so that nothing is resized
-SECONDS = 20  # for a case
+SECONDS = 60  # for a case, on a busy machine
 EARLIER = '{"status": "completed"}'  # a results file that is there before
 ENDINGS = ("jpg", "png", "webp", "bmp", "tif", "ppm")
 KEYS = [
@@ -241,10 +243,10 @@ def foreign(dice: random.Random, known: dict[bytes, Known], kind: str) -> bytes:
     return data
 
 
-SPOILT: dict[
-    str, Callable[[bytes, random.Random], bytes]
-] = {  # what may become of the bytes of any file
+# what may become of the bytes of any file
+SPOILT: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "flip": flipped,
+    "mutate": mutated,
     "cut": lambda data, dice: data[: dice.randrange(len(data))],
     "empty": lambda data, dice: b"",
 }
@@ -256,7 +258,9 @@ SPOILT: dict[
 def damage_picture(path: Path, dice: random.Random, known: dict[bytes, Known]) -> str:
     """Spoil one picture, and say how."""
     data = path.read_bytes()
-    how = dice.choice("flip flip cut empty foreign foreign rename link type mode huge".split())
+    how = dice.choice(
+        "flip flip mutate cut empty foreign foreign rename link type mode huge".split()
+    )
     if how in SPOILT:
         path.write_bytes(SPOILT[how](data, dice))
     elif how == "foreign":
@@ -571,7 +575,7 @@ LAYOUTS: dict[str, Callable] = {
 def damage_file(path: Path, dice: random.Random, known: dict[bytes, Known]) -> str:
     """Spoil a parquet file, and say how."""
     data = path.read_bytes()
-    hows = "flip flip flip cut empty foreign rename link type mode beside"
+    hows = "flip flip flip mutate cut empty foreign rename link type mode beside"
     how = dice.choice([*hows.split(), *["write"] * 12])
     if how == "write":
         return rewritten(path, dice, known)
@@ -688,7 +692,7 @@ def check_sample(
     name = dataset.classes[label]
     if kind is not None:
         assert name == kind, case.done
-    elif {"labels", "types", "flip"}.isdisjoint(
+    elif {"labels", "types", "flip", "mutate"}.isdisjoint(
         case.done
     ):  # numbers without names are classes of their own
         expected = (
@@ -705,7 +709,7 @@ def check_table(case: Case, dataset: ImageDataset, part: str) -> None:
     alone.
     """
     path = case.folder / "data" / f"{part}.parquet"
-    if "flip" not in case.done or not path.is_file():
+    if {"flip", "mutate"}.isdisjoint(case.done) or not path.is_file():
         return
     table = parquet.read_table(path)
     assert len(table) == len(dataset)
@@ -766,6 +770,7 @@ def read_by_a_run(case: Case, met: Counter, command: bool) -> None:
         (result,) = results
         assert result["status"] == "completed"
         assert len(result["bad_images"]) <= case.limit
+        assert all(str(case.folder / "data") in name for name in result["bad_images"])
     assert all(result["status"] == "failed" for result in results if ended.code)
     met[f"run with exit code {ended.code}"] += 1
 
@@ -797,6 +802,30 @@ def try_damaged(
         if each.is_dir() and not each.is_symlink():
             each.chmod(0o755)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_bad_images_within_the_limit_are_replaced_and_listed(cache, tmp_path, image_folder):
+    (image_folder / "train" / "red" / "3.jpg").write_bytes(b"no image")
+    (image_folder / "train" / "red" / "7.jpg").write_bytes(b"the last one of all")
+    (image_folder / "val" / "blue" / "0.jpg").unlink()
+    (image_folder / "val" / "blue" / "0.jpg").symlink_to("nowhere")
+    more = ["training.num_workers=2", f"dataset.cache={cache}", f"logging.output_dir={tmp_path}/o"]
+
+    def run(allowed: int) -> tuple[dict, Path]:
+        limit = f"dataset.max_bad_images={allowed}"
+        return train(folder_config(image_folder, *KEYS, *more, "training.epochs=2", limit))
+
+    result, path = run(3)
+    assert result["status"] == "completed"
+    assert result["training_history"]["samples_loaded"] == [24, 24]
+    names = sorted(
+        text.partition(":")[0].removeprefix(f"{image_folder}/") for text in result["bad_images"]
+    )
+    assert names == ["train/red/3.jpg", "train/red/7.jpg", "val/blue/0.jpg"]
+    assert json.loads(path.read_text())["bad_images"] == result["bad_images"]
+    with pytest.raises(RequestError, match=r"\.jpg: .*; dataset\.max_bad_images=1 allows no more"):
+        run(1)
 
 
 def test_twenty_damaged_data_sets(tmp_path, originals, monkeypatch):

@@ -44,8 +44,8 @@ TINY = [
     "training.lr=0.05",
 ]
 TINY += [
-    "dataset.max_train_samples=256",
-    "dataset.max_val_samples=64",
+    "dataset.max_train_samples=128",
+    "dataset.max_val_samples=32",
     "training.epochs=4",
     "ast.warmup_epochs=1",
 ]
@@ -194,7 +194,7 @@ def kill_test(
     [(1, ["packed, accumulated", "two workers", "resident crops"], 6), (2, PAIRED[1:2], 1)],
 )
 def test_killed_runs_end_as_the_uninterrupted_one(processes, ways, runs, tmp_path):
-    kill_test(tmp_path, ways, range(runs), kills=3, processes=processes)
+    kill_test(tmp_path, ways, range(runs), kills=2, processes=processes)
 
 
 @pytest.mark.long

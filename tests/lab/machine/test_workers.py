@@ -110,7 +110,7 @@ def set_tmpdir(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------ Failing
 
 
-@pytest.mark.parametrize(("part", "workers"), [("train", 2), ("val", 8)])
+@pytest.mark.parametrize(("part", "workers"), [("train", 2), ("val", 4)])
 def test_a_picture_that_cannot_be_read_ends_a_run_with_workers(
     part, workers, image_folder, tmp_path
 ):
