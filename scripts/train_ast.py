@@ -1367,7 +1367,8 @@ class Run:
         if clocked:
             self.clock.start()
         state = state_of(self.parts(), self.dist)
-        return {"format": FORMAT, "config": self.config.model_dump(), **state}
+        weights = state.pop("network")  # at the top: others read them from a checkpoint too
+        return {"format": FORMAT, "config": self.config.model_dump(), **weights, **state}
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint, where the run keeps any. Collective."""
@@ -1715,6 +1716,7 @@ def continue_from(run: Run, path: Path | None, state: dict[str, Any] | None) -> 
         print_rank0("--resume auto: there is no checkpoint of this config, the run starts afresh")
         return
     log = run.config.logging.jsonl_path
+    state["network"] = {name: state.get(name) for name in ("model", "averaged")}
     resume_parts(run.parts(), path, state, log, lambda: run.metrics.history, run.dist)
     print_rank0(f"resumed from {path}: epoch {run.metrics.epoch + 1}, step {run.metrics.step}")
 

@@ -349,19 +349,25 @@ class Reference:
             row["threshold"].append(mean)
             return order[chosen]
         explored = drawn < np.float32(self.settings["ast.explore"])
-        target = self.settings["ast.target_activation"]
-        share = (target - explored.mean()) / (1 - explored.mean())
-        spread = np.quantile(known, 0.75) - np.quantile(known, 0.25)
+        # the threshold is for the others, of whom so many are to be active that all are the target
+        share = self.settings["ast.explore"]
+        target = (self.settings["ast.target_activation"] - share) / (1 - share)
+        others = np.flatnonzero(~explored)
+        known = np.sort(scores[others][np.isfinite(scores[others])])[::-1]
+        size = self.settings["training.batch_size"]
+        iqr = known[len(known) // 4] - known[3 * len(known) // 4]
+        for _ in range(math.ceil(len(others) / size)):  # it counts as that of every batch
+            self.iqr = iqr if self.iqr is None else 0.9 * self.iqr + 0.1 * iqr
         if self.threshold is None:
-            self.threshold = float(np.quantile(known, 1 - share))
+            self.threshold = float(np.quantile(known, 1 - target))
         chosen = explored.copy()
-        for start in range(0, len(order), self.settings["training.batch_size"]):
-            here = slice(start, start + self.settings["training.batch_size"])
+        for start in range(0, len(others), size):
+            here = others[start : start + size]
             self.far(scores[here], self.threshold)
-            chosen[here] |= scores[here] > self.threshold
+            chosen[here] = scores[here] > self.threshold
             row["threshold"].append(self.threshold)
-            passed = epoch - self.settings["ast.warmup_epochs"] + start / len(order)
-            self.move_threshold(chosen[here].mean(), target, spread, passed)
+            passed = epoch - self.settings["ast.warmup_epochs"] + start / len(others)
+            self.move_threshold(chosen[here].mean(), target, self.iqr, passed)
         row["activation"].append(chosen.mean())
         return order[chosen]
 

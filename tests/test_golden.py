@@ -136,7 +136,7 @@ def test_an_interruption_changes_nothing(settings, step, tmp_path):
     check((*SMALL, *settings), tmp_path, interrupted_at=step)
 
 
-@pytest.mark.parametrize("settings", [(), ("ast.scoring=history",)])
+@pytest.mark.parametrize("settings", [(), ("ast.scoring=history", "training.seed=3")])
 def test_two_processes_train_what_one_would(settings, tmp_path):
     """With a network in which no sample knows of another; in BatchNorm's they do."""
     network = ("model.name=test_mambaout", "ast.target_activation=0.5")

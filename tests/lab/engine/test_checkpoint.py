@@ -210,9 +210,9 @@ def test_a_checkpoint_made_to_harm_runs_no_code_and_is_refused(hostile, tmp_path
     if hostile == "code":
         state["bomb"] = Bomb(tmp_path / "exploded")
     elif hostile == "another shape":
-        state["network"]["model"]["conv1.weight"] = torch.zeros(3)
+        state["model"]["conv1.weight"] = torch.zeros(3)
     elif hostile == "no model":
-        del state["network"]["model"]
+        del state["model"]
     elif hostile != "a list":
         del state[hostile.removeprefix("no ")]
     save_checkpoint([1, 2] if hostile == "a list" else state, path)
@@ -529,7 +529,7 @@ def test_a_run_that_diverges_leaves_the_last_good_checkpoint(tmp_path):
     keys = ["model.name=test_vit", "dataset.image_size=32"]
     config, _ = trained(tmp_path, *keys, "training.epochs=1")
     state = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
-    state["network"]["model"]["head.bias"].fill_(math.nan)  # what a diverged run would be
+    state["model"]["head.bias"].fill_(math.nan)  # what a diverged run would be
     diverged = tmp_path / "diverged.pt"
     save_checkpoint(state, diverged)
     with pytest.raises(TrainingFailed, match=r"non-finite loss in epoch 2, step 1"):

@@ -180,8 +180,8 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
     expected = last(one)
     got = last(many)
     for kind in ("model", "averaged"):
-        for name, tensor in (expected["network"][kind] or {}).items():
-            assert torch.allclose(tensor, got["network"][kind][name], atol=1e-5, rtol=0), name
+        for name, tensor in (expected[kind] or {}).items():
+            assert torch.allclose(tensor, got[kind][name], atol=1e-5, rtol=0), name
     for key, values in whole["training_history"].items():
         if key not in TIMED:
             got_values = result["training_history"][key]
@@ -399,8 +399,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_others_go_on(
     assert resumed["ledger"] == whole["ledger"]
     expected = last(one)
     got = last(many)
-    for name, tensor in expected["network"]["model"].items():
-        assert torch.allclose(tensor, got["network"]["model"][name], atol=1e-5, rtol=0), name
+    for name, tensor in expected["model"].items():
+        assert torch.allclose(tensor, got["model"][name], atol=1e-5, rtol=0), name
     for key in (
         "samples_loaded",
         "samples_scored",
@@ -906,7 +906,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_the_run_on_all(way, tmp_path
     assert (result["status"], result["training_history"]["epoch"]) == ("failed", [1])
     kept = last(many)
     assert kept["metrics"]["epoch"] == 1
-    assert all(tensor.isfinite().all() for tensor in kept["network"]["model"].values())
+    assert all(tensor.isfinite().all() for tensor in kept["model"].values())
 
 
 @pytest.mark.parametrize(
