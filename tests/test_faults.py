@@ -36,7 +36,7 @@ KEYS += [
     "training.num_workers=0",
     "ast.warmup_epochs=1",
 ]
-EPOCHS = 12  # so many that the run is under way when its disk fails
+EPOCHS = 16  # so many that the run is under way when its disk fails
 KEYS += ["metrics.base_flop_per_sample=1e6", f"training.epochs={EPOCHS}"]
 FULL = "No space left on device"
 READ_ONLY = "Read-only file system"
