@@ -14,7 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if missing := [
     name
-    for name in ("dotenv", "numpy", "pydantic", "torch", "tqdm", "yaml")
+    for name in ("dotenv", "filelock", "numpy", "pydantic", "torch", "tqdm", "yaml")
     if find_spec(name) is None
 ]:
     sys.stderr.write(
