@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import LayerNormNet, as_batch, make_batch, make_run
+from conftest import LayerNormNet, as_batch, make_batch, make_config, make_run
 from lab.base.errors import TrainingFailed
-from lab.data.loading import Scores
-from train_ast import ast_forward, per_sample_entropy, select_active, significance
+from lab.data.loading import BatchScores
+from train_ast import Choice, Threshold, ast_forward, per_sample_entropy, significance
 
 
 def test_entropy_of_known_distributions():
@@ -55,9 +55,24 @@ def test_significance_is_loss_plus_weighted_entropy_in_float32():
     ],
 )
 def test_which_samples_are_active(scores, threshold, min_active, indices, activation):
-    chosen = select_active(torch.tensor(scores), threshold, min_active)
-    assert chosen.indices.tolist() == indices
-    assert chosen.activation == activation
+    chosen, activations = chosen_over(scores, threshold, min_active)
+    assert chosen.rows.tolist() == indices
+    assert activations == [activation]
+    assert chosen.threshold == threshold
+    assert chosen.weights is None
+
+
+FIXED = ["ast.kp=0", "ast.ki=0", "ast.initial_threshold=0", "training.batch_size=64"]
+SELECTION = make_run(LayerNormNet(), *FIXED).selection
+
+
+def chosen_over(scores, threshold, min_active) -> tuple[Choice, list[float]]:
+    """Who of a batch is trained on with a threshold that stays, and the activation counted."""
+    SELECTION.rule.controller.threshold = threshold
+    SELECTION.min_active = min_active
+    SELECTION.activations = []
+    chosen = SELECTION.choose(torch.arange(len(scores)), torch.tensor(scores), 0.0)
+    return chosen, SELECTION.activations
 
 
 @given(
@@ -66,8 +81,9 @@ def test_which_samples_are_active(scores, threshold, min_active, indices, activa
     st.integers(0, 8),
 )
 def test_every_active_sample_outranks_every_other(scores, threshold, min_active):
-    chosen = select_active(torch.tensor(scores), threshold, min_active)
-    active = set(chosen.indices.tolist())
+    chosen, _ = chosen_over(scores, threshold, min_active)
+    active = set(chosen.rows.tolist())
+    assert chosen.rows.tolist() == sorted(active)
     above = {i for i, score in enumerate(scores) if score > threshold}
     assert above <= active
     assert len(active) == max(len(above), min(min_active, len(scores)))
@@ -76,24 +92,21 @@ def test_every_active_sample_outranks_every_other(scores, threshold, min_active)
 
 
 def test_spread_is_the_inter_quartile_range():
-    chosen = select_active(torch.arange(101.0), 50.0)
-    assert chosen.iqr == 50.0
+    rule = Threshold(make_config())
+    rule.controller.start(50.0)
+    rule.step(torch.arange(101.0), None)
+    assert rule.iqr == 50.0
+    rule.step(torch.arange(0.0, 1010.0, 10), None)  # one batch alone is noisy
+    assert rule.iqr == pytest.approx(0.9 * 50 + 0.1 * 500)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_batch_with_a_score_that_is_not_finite_is_left_out(bad):
-    run = make_run(LayerNormNet(), "ast.initial_threshold=1", "training.max_nonfinite_steps=1")
+def test_a_score_that_is_not_finite_ends_the_run(bad):
+    run = make_run(LayerNormNet(), "ast.initial_threshold=1")
     rows = torch.stack([torch.full((16,), 2.0), torch.zeros(16)])
     rows[0, 3] = bad
-    assert (
-        ast_forward(
-            as_batch(*make_batch()), Scores(rows, None), run.selection, run.queue, run.trainer
-        )
-        == 0
-    )
+    with pytest.raises(TrainingFailed, match="non-finite scores in epoch 1, step 1"):
+        ast_forward(as_batch(*make_batch()), BatchScores(rows), run, 0.0)
     assert run.selection.activations == []
-    assert run.metrics.ledger.trained == 0
-    with pytest.raises(TrainingFailed, match="non-finite loss in epoch 1, step 1"):
-        ast_forward(
-            as_batch(*make_batch()), Scores(rows, None), run.selection, run.queue, run.trainer
-        )
+    assert run.metrics.meter.trained == 0
+    assert all(parameter.grad is None for parameter in run.network.model.parameters())

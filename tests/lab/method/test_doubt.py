@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lab.method.labels import class_bars, doubted
+from lab.method.doubt import class_bars, doubted
 
 NOBODY = np.zeros(4, bool)
 
