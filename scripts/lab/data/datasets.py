@@ -358,7 +358,7 @@ def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val
     split = getattr(config, key)
     if name.startswith((".", "/")) and not Path(name).exists():
         raise RequestError(f"dataset.name: {name}: no such folder")
-    options = {"split": split, "revision": config.revision, "cache_dir": config.cache_dir}
+    options = {"split": split, "revision": config.revision}
     answers = True
     try:
         with contextlib.nullcontext(True) if Path(name).exists() else quick_hub() as answers:
