@@ -183,12 +183,14 @@ def test_non_finite_loss_ends_the_run_with_what_was_finished(tmp_path):
 
 @pytest.mark.parametrize(
     ("spoilt", "complaint"),
-    [("scores", "non-finite scores in epoch 2, step 3"), ("loss", "non-finite loss in epoch 2")],
+    [("scores", "non-finite scores in epoch 2, step 4"), ("loss", "non-finite loss in epoch 2")],
 )
 def test_what_is_not_finite_in_the_second_epoch_leaves_the_first(
     spoilt, complaint, tmp_path, monkeypatch
 ):
-    """From its third step on, the network gives no number; a loss is read at the epoch's end."""
+    """The network breaks in its second step. The third batch was scored before; a loss is read at
+    the end of the epoch.
+    """
     step = train_ast.train_step
 
     def spoiling(batch, run, count_correct=True):
