@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import lab.method.labels
+import lab.method.doubt
 import train_ast
 from conftest import LayerNormNet, make_batch, make_config, trained_on
 from helpers import analyze
 from lab.config.loading import checkpoint_folder
 from lab.data.datasets import DigitsDataset
+from lab.method.doubt import LEFT_OUT
+from lab.method.sample_store import Visit
 from runs import StopAfter, final_state, ranks, same
-from train_ast import ACTIVE, EXPLORED, LEFT_OUT, REVISITED, Run, train
+from train_ast import Run, train
 
 CPU = torch.device("cpu")
 AUTO = ["ast.scoring=history", "ast.target_activation=1", "ast.explore=0", "ast.forget_rate=auto"]
@@ -73,7 +75,6 @@ def test_wrong_labels_are_found_left_out_and_listed(tmp_path, monkeypatch):
         *DIGITS,
         "training.epochs=10",
         "training.loss=early_learning",
-        "training.loss_weight=1",
     ]
     result, path = train(make_config(*settings, f"logging.output_dir={tmp_path}"))
     history = result["training_history"]
@@ -123,13 +124,15 @@ def test_a_run_that_forgets_nothing_says_so_and_lists_nothing(tmp_path):
 def doubting_run(monkeypatch, out: list[int], *overrides: str, samples: int = 40) -> Run:
     """A run past half of its schedule that doubts the labels of the samples `out`."""
     monkeypatch.setattr(
-        train_ast, "doubted", lambda columns, before, progress: np.isin(np.arange(samples), out)
+        lab.method.doubt,
+        "doubted",
+        lambda columns, before, progress: np.isin(np.arange(samples), out),
     )
     config = make_config(
         "ast.warmup_epochs=0", "training.epochs=3", "ast.anneal_epochs=1", *overrides
     )
     run = Run.build(config, LayerNormNet(), CPU, planned_steps=100, samples=samples)
-    run.trainer.scheduled = 60
+    run.schedule.applied = 60
     return run
 
 
@@ -140,23 +143,28 @@ def doubting_run(monkeypatch, out: list[int], *overrides: str, samples: int = 40
 def test_who_is_doubted_is_not_loaded_but_for_a_few(way, epoch, monkeypatch):
     out = list(range(0, 40, 2))
     run = doubting_run(monkeypatch, out, *way)
+    scores = torch.arange(40.0)
+    run.selection.store.record(
+        torch.arange(40), Visit(scores, scores, *3 * [torch.zeros(40)]), epoch
+    )
     run.start_epoch(epoch, np.random.default_rng(0).permutation(40))
-    kinds = run.selection.mask()
-    assert run.selection.forgotten == 0.5
-    assert set(kinds[out]) == {LEFT_OUT, REVISITED}
-    assert 1 <= np.count_nonzero(kinds[out]) <= 10
-    assert not set(kinds[1::2]) & {REVISITED, EXPLORED}
+    weights = run.selection.weights.numpy()
+    assert run.selection.doubt.forgotten() == 0.5
+    assert set(weights[out]) == {LEFT_OUT, 0.0}
+    assert 1 <= np.count_nonzero(weights[out] == 0) <= 10
     if epoch == 2 or "ast.target_activation=0.5" not in way:
-        assert set(kinds[1::2]) == {ACTIVE}
-    else:  # the target is a share of those that are believed
-        assert np.count_nonzero(kinds[1::2]) == pytest.approx(10, abs=10)
+        assert (weights[1::2] == 1).all()
+    else:  # the target is a share of those that are believed: the upper half of their scores
+        assert (weights[1:20:2] == LEFT_OUT).all()
+        assert (weights[21::2] == 1).all()
+    assert (run.selection.mask() == (weights != LEFT_OUT)).all()
 
 
 def test_before_half_of_the_schedule_all_are_believed(monkeypatch):
     run = doubting_run(monkeypatch, [0, 1, 2], *AUTO)
-    run.trainer.scheduled = 49
+    run.schedule.applied = 49
     run.start_epoch(0, np.arange(40))
-    assert run.selection.forgotten == 0.0
+    assert run.selection.doubt.forgotten() == 0.0
     assert run.selection.mask().all()
 
 
@@ -165,7 +173,7 @@ def test_who_is_looked_at_again_is_recorded_and_moves_no_weight(monkeypatch):
     model = run.network.model
     (images, labels) = make_batch()
     run.start_epoch(0, np.arange(16))
-    run.selection.kinds[8:] = int(REVISITED)
+    run.selection.weights[8:] = 0
     trained_on(run, images, labels, torch.arange(16))
     got = [p.grad.clone() for p in model.parameters()]
     losses = F.cross_entropy(model(run.network.normalise(images)), labels, reduction="none")
@@ -185,7 +193,7 @@ BATCHES = ["ast.target_activation=0.6", "ast.forget_rate=auto", "ast.pack=true"]
 
 @pytest.mark.parametrize("way", [WITH_ROWS, BATCHES])
 def test_a_resumed_run_forgets_the_same(way, tmp_path, monkeypatch):
-    monkeypatch.setattr(lab.method.labels, "STREAK", 1)
+    monkeypatch.setattr(lab.method.doubt, "STREAK", 1)
     whole, parts = (
         make_config(*SMALL, *way, f"logging.output_dir={tmp_path / name}")
         for name in ("whole", "parts")
@@ -198,7 +206,7 @@ def test_a_resumed_run_forgets_the_same(way, tmp_path, monkeypatch):
 
 
 def test_two_processes_forget_alike_and_one_of_them_lists(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab.method.labels, "STREAK", 1)
+    monkeypatch.setattr(lab.method.doubt, "STREAK", 1)
     config = make_config(*SMALL, *WITH_ROWS, f"logging.output_dir={tmp_path / 'out'}")
     one, two = ranks(2, lambda rank: train(config)[0], tmp_path / "ranks").results()
     assert one["training_history"] == two["training_history"]

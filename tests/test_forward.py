@@ -25,9 +25,8 @@ from conftest import (
 )
 from lab.data.mixing import Mixing
 from lab.data.queue import ActiveQueue
-from lab.engine.state import warm_up
 from lab.machine.distributed import Dist
-from train_ast import select_active, train_one_epoch
+from train_ast import Choice, train_one_epoch, with_floor
 
 NETS = [LayerNormNet, BatchNormNet]
 PLAIN_SGD = (
@@ -216,10 +215,10 @@ def test_inactive_rows_never_reach_the_training_forward(pack):
     batches = [make_batch(seed=seed) for seed in range(12)]
     expected = []
     for images, labels in batches:
-        chosen = select_active(
-            scores_of(run, images, labels).read()[0], run.selection.controller.threshold, 2
-        )
-        expected.append(run.network.normalise(images[chosen.indices]))
+        scores, _ = scores_of(run, images, labels).read()
+        over = torch.nonzero(scores > run.selection.rule.controller.threshold)[:, 0]
+        chosen = with_floor(Choice(over, 0.0), scores, None, 2)
+        expected.append(run.network.normalise(images[chosen.rows]))
         sparse_step(run, images, labels)
     trained = torch.cat(rows)
     wanted = torch.cat(expected)
@@ -256,7 +255,7 @@ def test_min_active_trains_on_the_top_samples_and_the_controller_does_not_see_it
     run = make_run(model, "ast.initial_threshold=1e6", "ast.min_active=3")
     assert sparse_step(run, *make_batch()) == 3
     assert run.selection.activations == [0.0]
-    assert run.selection.controller.threshold is None or run.selection.controller.threshold < 1e6
+    assert run.selection.rule.controller.threshold < 1e6
 
 
 def test_hand_over_starts_at_the_quantile_of_the_first_batch():
@@ -272,10 +271,10 @@ def test_a_threshold_left_behind_is_found_again():
     """Scores collapse a thousandfold between two batches: the next batch starts from its own
     quantile.
     """
-    run = make_run(LayerNormNet(), "ast.target_activation=0.5")
+    run = make_run(LayerNormNet(), "ast.target_activation=0.5", "training.batch_size=64")
     for _ in range(3):
         sparse_step(run, *make_batch(64))
-    run.selection.controller.threshold *= 1000
+    run.selection.rule.controller.threshold *= 1000
     sparse_step(run, *make_batch(64, seed=9))
     sparse_step(run, *make_batch(64, seed=10))
     assert run.selection.activations[-2:] == [0.0, 0.5]
@@ -285,7 +284,7 @@ def test_float16_scales_the_loss_and_unscales_the_gradient():
     torch.manual_seed(0)
     model = LayerNormNet()
     reference = copy.deepcopy(model)
-    run = make_run(model, "training.amp_dtype=float16", "ast.mode=dense", *PLAIN_SGD)
+    run = make_run(model, "training.mixed_precision=float16", "ast.mode=dense", *PLAIN_SGD)
     assert run.trainer.scaler.is_enabled()
     images, labels = make_batch()
     before = [p.detach().clone() for p in model.parameters()]
@@ -297,17 +296,17 @@ def test_float16_scales_the_loss_and_unscales_the_gradient():
 
 def test_a_step_the_scaler_skips_advances_neither_schedule_nor_ledger():
     model = LayerNormNet()
-    run = make_run(model, "training.amp_dtype=float16", "ast.mode=dense")
+    run = make_run(model, "training.mixed_precision=float16", "ast.mode=dense")
     run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=1000)
     before = copy.deepcopy(model.state_dict())
     train_one_epoch(run, loaded([make_batch()]), 1)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     ledger = run.metrics.ledger
-    assert (ledger.steps, ledger.trained, run.trainer.scheduled, ledger.loaded) == (0, 0, 0, 16)
+    assert (ledger.steps, ledger.trained, run.schedule.applied, ledger.loaded) == (0, 0, 0, 16)
     run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     run.start_epoch(0, np.arange(0))
     train_one_epoch(run, loaded([make_batch()]), 1)
-    assert (ledger.steps, ledger.trained, run.trainer.scheduled) == (1, 16, 1)
+    assert (ledger.steps, ledger.trained, run.schedule.applied) == (1, 16, 1)
 
 
 def test_gradient_clipping_bounds_the_step():
@@ -322,7 +321,7 @@ def test_gradient_clipping_bounds_the_step():
 def test_leftover_of_a_window_steps_at_the_end_of_the_epoch():
     run = make_run(LayerNormNet(), "ast.mode=dense", "training.grad_accum_steps=4")
     train_one_epoch(run, loaded([make_batch(seed=s) for s in range(6)]), 6)
-    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.trainer.scheduled) == (
+    assert (run.metrics.ledger.steps, run.metrics.ledger.trained, run.schedule.applied) == (
         2,
         96,
         6,
@@ -331,7 +330,7 @@ def test_leftover_of_a_window_steps_at_the_end_of_the_epoch():
 
 @given(st.lists(st.integers(0, 8), max_size=30))
 def test_queue_gives_every_sample_once_in_order_and_only_full_batches(sizes):
-    queue = ActiveQueue(8)
+    queue = ActiveQueue(8, torch.device("cpu"))
     given_out = []
     pushed = 0
     for size in sizes:
@@ -361,25 +360,25 @@ def test_the_rate_follows_the_loop_steps_and_ends_fully_decayed():
         run.start_epoch(0, np.arange(0))
         train_one_epoch(run, loaded([make_batch(seed=10 * epoch + s) for s in range(10)]), 10)
         rates.append(run.trainer.optimizer.param_groups[0]["lr"])
-    assert run.trainer.scheduled + run.trainer.unscheduled == run.trainer.planned_steps == 100
+    assert run.schedule.applied + run.schedule.pending == run.schedule.planned_steps == 100
     assert rates == sorted(rates, reverse=True)
     assert rates[4] == pytest.approx(0.2, rel=0.2)
     assert rates[-1] < 0.004
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(ahead):
+@pytest.mark.parametrize(("rule", "ahead"), [("pi", True), ("topk", False)])
+def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(rule, ahead):
     """Each batch's scores against those of the weights it should have seen: its own step's, or the
-    step before's.
+    step before's. A rule that chooses on the device needs none of it.
     """
     torch.manual_seed(0)
     model = LayerNormNet()
-    run = make_run(model, f"ast.score_ahead={ahead}", "ast.initial_threshold=0", *PLAIN_SGD)
+    run = make_run(model, f"ast.rule={rule}", *PLAIN_SGD)
     batches = [make_batch(seed=s) for s in range(5)]
     weights = [copy.deepcopy(model)]
     seen = []
-    for (_, labels, _), scores in run.ahead.pairs(loaded(batches), run.scoring):
-        seen.append((labels, scores.read()[0].clone()))
+    for batch, scores in run.ahead.pairs(loaded(batches), scoring=True):
+        seen.append((batch.labels, scores.read()[0].clone()))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
@@ -393,7 +392,11 @@ def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(ahead):
 def test_scoring_ahead_is_for_scoring_alone():
     run = make_run(LayerNormNet(), "ast.mode=dense")
     batches = [make_batch(seed=s) for s in range(3)]
-    assert [scores for _, scores in run.ahead.pairs(loaded(batches), run.scoring)] == [None] * 3
+    assert run.selection.scores.before_loading
+    assert run.ahead.depth == 0
+    assert [scores for _, scores in run.ahead.pairs(loaded(batches), False)] == [None] * 3
+    sparse = make_run(LayerNormNet())  # and for sparse epochs
+    assert [scores for _, scores in sparse.ahead.pairs(loaded(batches), False)] == [None] * 3
 
 
 def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one():
@@ -419,7 +422,7 @@ def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one()
         assert scores_of(run, images, labels).read()[1] == hits
     finally:
         hook.remove()
-    assert run.scorer.cost == pytest.approx((12 / 16) ** 2 / 3)
+    assert run.selection.scores.cost == pytest.approx((12 / 16) ** 2 / 3)
 
 
 def torchvision_resize(images, size):
@@ -446,7 +449,7 @@ def test_compiled_steps_move_the_weights_as_eager_ones_do(more):
             model, f"training.compile={mode}", "training.grad_accum_steps=2", "ast.pack=true", *more
         )
         if mode != "off":
-            warm_up(run)
+            run.warm_up()
         train_one_epoch(run, loaded([make_batch(seed=s) for s in range(12)]), 12)
         assert run.metrics.ledger.steps >= 1
         moved[mode] = [tensor.clone() for tensor in run.network.exported.state_dict().values()]

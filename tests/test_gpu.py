@@ -13,7 +13,6 @@ from lab.data.images import pad_crop, resize_weights
 from lab.data.loading import device_batches
 from lab.data.randomness import uniform
 from lab.engine.checkpoint import load_checkpoint
-from lab.engine.state import warm_up
 from lab.machine.devices import configure_backends
 from lab.models.building import get_model
 from runs import untimed
@@ -51,24 +50,23 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
             "training.device=cuda",
             "training.mixed_precision=false",
             "training.lr=1e-4",
-            "ast.pack=true",
         ]
-        settings += [f"ast.scoring={scoring}", "ast.explore_weight_cap=3"]
+        settings += [f"ast.scoring={scoring}", f"ast.pack={scoring == 'batch'}"]
         config = make_config(
             f"ast.mode={mode}", "training.batch_size=32", "dataset.image_size=32", *settings
         )
-        configure_backends(config.ast, GPU)
+        configure_backends(True, GPU)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         model = get_model(ModelConfig(name="resnet18", small_stem=True), 10, 32)
         run = Run.build(config, model, GPU, planned_steps=24, samples=32)
-        stored = getattr(run.selection, "store", None)
+        stored = run.selection.store
         if stored is not None:
-            run.selection.kinds[::3] = 2
+            run.selection.weights[::3] = 2
         else:
             run.start_epoch(0, np.arange(32))
         start = {name: tensor.double() for name, tensor in model.state_dict().items()}
-        warm_up(run)
+        run.warm_up()
         train_one_epoch(run, loaded(zip(images, labels, strict=True)), 24)
         ended[compile_] = {
             name: tensor.double() - start[name] for name, tensor in model.state_dict().items()
@@ -99,7 +97,7 @@ def test_streamed_and_resident_batches_reach_the_gpu_as_they_are(image_folder):
             ends.append(
                 [
                     (images.cpu(), labels.cpu())
-                    for images, labels, _ in device_batches(train, device)
+                    for images, labels, *_ in device_batches(train, device)
                 ]
             )
         for (images, labels), (others, others_labels) in zip(*ends, strict=True):
@@ -121,7 +119,7 @@ def test_views_from_a_file_are_those_of_the_device_bit_for_bit(size, image_folde
         config = make_config("dataset.type=folder", f"dataset.image_size={size}", *paths, *where)
         loader, _, plan, _ = build_dataloaders(config, GPU)
         plan.start_epoch(2)
-        found.append([images.cpu() for images, _, _ in device_batches(loader, GPU)])
+        found.append([images.cpu() for images, *_ in device_batches(loader, GPU)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
@@ -254,7 +252,7 @@ def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, s
         assert done.returncode == 0, done.stderr
         config = load_config(preset, overrides)
         ended[processes] = load_checkpoint(checkpoint_folder(config) / "last.pt", config)
-    one, two = (state["model"] for state in ended.values())
+    one, two = (state["network"]["model"] for state in ended.values())
     assert (
         ended[2]["ranks"][0]["metrics"]["ledger"]["steps"]
         == ended[1]["ranks"][0]["metrics"]["ledger"]["steps"]

@@ -17,13 +17,14 @@ import train_ast
 from conftest import LayerNormNet, as_batch, loaded, make_batch, make_config, make_run, trained_on
 from helpers import run_digits
 from lab.data.loading import EpochPlan, device_batches
+from lab.method.doubt import LEFT_OUT
 from lab.method.sample_store import SampleStore, Visit
 from train_ast import (
-    PIController,
+    AboveMean,
+    Choice,
+    Pool,
     Run,
     build_dataloaders,
-    choose_by_mean,
-    choose_by_threshold,
     significance,
     train,
     train_one_epoch,
@@ -37,77 +38,68 @@ TINY = [
     "training.lr=0.02",
 ]
 HISTORY = ["ast.scoring=history", "ast.target_activation=0.5"]
+INFOBATCH = ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"]
+FIXED = ["ast.kp=0", "ast.ki=0"]  # a threshold that stays
 NEVER = math.inf  # the score of a sample never seen
 
 
-def history_run(samples: int, *overrides: str) -> Run:
+def history_run(samples: int, *overrides: str, way: list[str] = HISTORY) -> Run:
     torch.manual_seed(0)
-    run = Run.build(
-        make_config(*HISTORY, *overrides), LayerNormNet(), CPU, planned_steps=100, samples=samples
-    )
-    run.selection.start_dense_epoch()
-    return run
+    config = make_config(*way, *overrides)
+    return Run.build(config, LayerNormNet(), CPU, planned_steps=100, samples=samples)
+
+
+def of_epoch(run: Run, scores: np.ndarray, uniforms: np.ndarray, epoch: float = 0.0) -> Choice:
+    """Whom an epoch takes by these stored scores, without a floor; `uniforms` draws by chance."""
+    drawn = torch.from_numpy(uniforms)
+    pool = Pool(torch.from_numpy(scores.astype(np.float32)), lambda: drawn, epoch)
+    return run.selection.take(pool, 0, torch.arange(len(scores)), slice(None))
 
 
 # ------------------------------------------------------------------------------------ Who is chosen
 
 
 @pytest.mark.parametrize(
-    ("scores", "drawn", "forget_rate", "kinds"),
+    ("scores", "drawn", "forget_rate", "rows"),
     [
-        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.0, [0, 1, 0, 1]),
-        ([1.0, 2.5, 2.0, 4.0], [0, 0, 0, 0], 0.0, [0, 0, 0, 1]),  # over, not at, the threshold
-        ([NEVER, 1.0, NEVER, 2.0], [0, 0, 0, 0], 0.0, [1, 0, 1, 0]),  # never seen: always
-        (
-            [1.0, 3.0, 2.0, 4.0],
-            [1, 1, 0, 0],
-            0.0,
-            [2, 1, 0, 1],
-        ),  # drawn, but over the threshold: not explored
-        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.25, [0, 1, 0, 0]),  # the top quarter is left out
-        (
-            [1.0, 3.0, 2.0, 4.0],
-            [0, 0, 0, 1],
-            0.25,
-            [0, 1, 0, 2],
-        ),  # and comes back where it is drawn
-        ([1.0, 3.0, NEVER, 4.0], [0, 0, 0, 0], 0.34, [0, 1, 1, 0]),  # never seen is not hopeless
+        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.0, [1, 3]),
+        ([1.0, 2.5, 2.0, 4.0], [0, 0, 0, 0], 0.0, [3]),  # over, not at, the threshold
+        ([NEVER, 1.0, NEVER, 2.0], [0, 0, 0, 0], 0.0, [0, 2]),  # never seen: always
+        ([1.0, 3.0, 2.0, 4.0], [1, 1, 0, 0], 0.0, [0, 1, 3]),  # drawn, whatever the score
+        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 0], 0.25, [1]),  # the top quarter is left out
+        ([1.0, 3.0, 2.0, 4.0], [0, 0, 0, 1], 0.25, [1]),  # and chance does not bring it back
+        ([1.0, 3.0, NEVER, 4.0], [0, 0, 0, 0], 0.34, [1, 2]),  # never seen is not hopeless
     ],
 )
-def test_which_samples_an_epoch_takes(scores, drawn, forget_rate, kinds):
-    controller = PIController(0.5, kp=0.0, ki=0.0, threshold=2.5)
-    chosen = choose_by_threshold(
-        np.array(scores, np.float32),
-        np.array(drawn, bool),
-        controller,
-        4,
-        in_iqr=True,
-        forget_rate=forget_rate,
-    )
-    assert chosen.kinds.tolist() == kinds
+def test_which_samples_an_epoch_takes(scores, drawn, forget_rate, rows):
+    run = history_run(4, *FIXED, "ast.initial_threshold=2.5", f"ast.forget_rate={forget_rate}")
+    chosen = of_epoch(run, np.array(scores), np.where(drawn, 0.0, 0.99))
+    assert chosen.rows.tolist() == rows
     assert chosen.threshold == 2.5
+    assert chosen.weights is None
 
 
 def test_the_threshold_starts_where_exploration_leaves_the_target():
-    """Of 1,000 scores 0 to 999, 100 drawn at random: the top share s with s + (1 - s) / 10 =
-    0.4.
-    """
+    """Of 1,000 scores 0 to 999, 100 drawn at random: the top third of the other 900 makes 0.4."""
     rng = np.random.default_rng(0)
-    controller = PIController(0.4, kp=0.0, ki=0.0)
-    scores = rng.permutation(1000).astype(np.float32)
+    run = history_run(1000, *FIXED, "ast.target_activation=0.4", "training.batch_size=100")
+    scores = rng.permutation(1000)
     drawn = np.isin(np.arange(1000), rng.choice(1000, 100, replace=False))
-    chosen = choose_by_threshold(scores, drawn, controller, 100, in_iqr=True)
-    assert chosen.threshold == pytest.approx(1000 * (1 - 1 / 3), abs=2)
-    assert np.count_nonzero(chosen.kinds) / 1000 == pytest.approx(0.4, abs=0.02)
+    chosen = of_epoch(run, scores, np.where(drawn, 0.05, 0.5))
+    assert chosen.threshold == pytest.approx(np.quantile(scores[~drawn], 2 / 3))
+    assert len(chosen.rows) == 400
+    assert run.selection.activations == [0.4]
+    assert set(np.flatnonzero(drawn)) <= set(chosen.rows.tolist())
 
 
 def test_an_empty_store_takes_everything():
-    controller = PIController(0.3)
-    chosen = choose_by_threshold(
-        np.full(64, NEVER, np.float32), np.zeros(64, bool), controller, 16, in_iqr=True
-    )
-    assert chosen.kinds.tolist() == [1] * 64
-    assert math.isfinite(controller.threshold)
+    run = history_run(1024, "ast.target_activation=0.3")
+    rng = np.random.default_rng(0)
+    chosen = of_epoch(run, np.full(1024, NEVER), rng.random(1024))
+    assert chosen.rows.tolist() == list(range(1024))
+    assert math.isfinite(chosen.threshold)
+    later = of_epoch(run, rng.exponential(1.0, 1024), rng.random(1024), 1.0)  # it starts anew
+    assert len(later.rows) / 1024 == pytest.approx(0.3, abs=0.03)
 
 
 @settings(max_examples=25)
@@ -125,53 +117,47 @@ def test_the_share_stays_at_the_target_while_the_store_drifts(
     points after the first, with one threshold handed from epoch to epoch.
     """
     rng = np.random.default_rng(seed)
-    controller = PIController(target, kp=1.0, ki=0.2)
+    keys = [f"ast.target_activation={target}", f"ast.explore={explore}", "ast.kp=1", "ast.ki=0.2"]
+    run = history_run(8192, *keys, "training.batch_size=128")
     store = rng.lognormal(0, sigma, 8192).astype(np.float32)
     shares = []
-    for _ in range(10):
+    for epoch in range(10):
         order = rng.permutation(8192)
-        chosen = choose_by_threshold(
-            store[order], rng.random(8192) < explore, controller, 128, in_iqr=True
-        )
-        trained = order[chosen.kinds > 0]
+        chosen = of_epoch(run, store[order], rng.random(8192), epoch)
+        trained = order[chosen.rows.numpy()]
         store[trained] *= rng.uniform(visited, 1.0, len(trained)).astype(np.float32)
-        shares.append(np.count_nonzero(chosen.kinds) / 8192)
+        shares.append(len(trained) / 8192)
+    assert shares == run.selection.activations
     assert max(abs(share - target) for share in shares[1:]) < 0.02
 
 
 def test_infobatch_keeps_half_of_those_below_the_mean_at_twice_the_weight():
     rng = np.random.default_rng(0)
     scores = rng.exponential(1.0, 10000).astype(np.float32)
-    drawn = rng.random(10000) < 0.5
+    uniforms = rng.random(10000)
+    drawn = uniforms < 0.5
     scores[:5] = NEVER
-    chosen = choose_by_mean(scores, drawn)
+    pool = Pool(torch.from_numpy(scores), lambda: torch.from_numpy(uniforms), 0.0)
+    chosen = AboveMean(make_config(*INFOBATCH)).choose(pool, 0.75)
     mean = scores[5:].mean(dtype=np.float64)
     assert chosen.threshold == pytest.approx(mean)
-    assert (chosen.kinds[scores >= mean] == 1).all()
-    assert (chosen.kinds[scores < mean] == 2 * drawn[scores < mean]).all()
-    rule = [
-        "ast.rule=infobatch",
-        "ast.entropy_weight=0",
-        "ast.explore=0.25",
-        "ast.explore_weight_cap=4",
-    ]
-    selection = history_run(3, *rule).selection
-    selection.kinds.copy_(torch.tensor([0, 1, 2]))
-    assert selection.weights(as_batch(*make_batch(3), torch.tensor([2, 1, 2]))).tolist() == [
-        2.0,
-        1.0,
-        2.0,
-    ]
+    assert chosen.rows.tolist() == np.flatnonzero((scores >= mean) | drawn).tolist()
+    assert chosen.weights.tolist() == np.where(scores < mean, 2, 1)[chosen.rows].tolist()
+    selection = history_run(3, way=INFOBATCH).selection
+    selection.weights.copy_(torch.tensor([LEFT_OUT, 1, 2]))
+    assert selection.mask().tolist() == [0, 1, 1]
+    batch = as_batch(*make_batch(3), torch.tensor([2, 1, 2]))
+    assert selection.loss_weights(batch).tolist() == [2.0, 1.0, 2.0]
 
 
 def test_infobatch_is_dense_in_its_last_eighth(tmp_path):
-    settings = [
-        "ast.scoring=history",
-        "ast.rule=infobatch",
-        "ast.entropy_weight=0",
+    config = make_config(
+        *INFOBATCH,
         "ast.warmup_epochs=1",
-    ]
-    config = make_config(*settings, *TINY, "training.epochs=16", f"logging.output_dir={tmp_path}")
+        *TINY,
+        "training.epochs=16",
+        f"logging.output_dir={tmp_path}",
+    )
     assert [config.is_sparse(epoch) for epoch in range(16)] == [False] + [True] * 13 + [False] * 2
     result, _ = train(config)
     loaded = result["training_history"]["samples_loaded"]
@@ -220,33 +206,41 @@ def test_a_loss_that_is_not_finite_leaves_its_sample_as_never_seen():
     assert store.significance.tolist() == [math.inf, 2.0, math.inf, math.inf]
 
 
-def test_explored_samples_weigh_more_in_the_gradient():
-    run = history_run(
-        16, "ast.explore=0.25", "ast.explore_weight_cap=3", "training.lr=1", "training.momentum=0"
-    )
-    run.selection.kinds.copy_(torch.tensor([1, 2] * 8))
-    images, labels = make_batch()
-    losses = F.cross_entropy(
-        run.network.model(run.network.normalise(images)), labels, reduction="none"
-    )
-    expected = torch.autograd.grad(
-        (losses * torch.tensor([1.0, 3.0] * 8)).mean(), list(run.network.model.parameters())
-    )
-    trained_on(run, images, labels, torch.arange(16))
+def seen(run: Run, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Let the store know all samples, as a visit of each leaves it. Returns their scores."""
+    weight = run.config.ast.entropy_weight
+    with torch.no_grad():
+        scores = significance(run.network.model(run.network.normalise(images)), labels, weight)
+    run.selection.store.record(torch.arange(len(labels)), Visit(scores, *4 * [None]), 0)
+    return scores
+
+
+def test_an_explored_sample_weighs_one():
+    """The gradient over an epoch's choice is that of the plain mean over it."""
+    run = history_run(64, "ast.explore=0.25", "training.batch_size=64")
+    images, labels = make_batch(64)
+    scores = seen(run, images, labels)
+    run.start_epoch(0, np.arange(64))
+    chosen = torch.from_numpy(np.flatnonzero(run.selection.mask()))
+    over = set(scores.topk(len(chosen)).indices.tolist())
+    assert not set(chosen.tolist()) <= over  # some are explored
+    batch = as_batch(images[chosen], labels[chosen], chosen)
+    assert run.selection.loss_weights(batch).tolist() == [1.0] * len(chosen)
+    logits = run.network.model(run.network.normalise(batch.images))
+    loss = F.cross_entropy(logits, batch.labels)
+    expected = torch.autograd.grad(loss, list(run.network.model.parameters()))
+    trained_on(run, *batch[:3])
     for parameter, gradient in zip(run.network.model.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
 
 
-def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
-    """Over 1,500 draws of whom to explore, the summed weighted gradient of the chosen against that
-    of all 64.
+def test_with_the_weights_of_infobatch_the_expected_gradient_is_that_of_the_whole_set():
+    """Over 1,500 draws of who below the mean stays, the summed weighted gradient of the chosen
+    against that of all 64.
     """
-    run = history_run(64, "ast.explore=0.25", "ast.explore_weight_cap=4", "ast.kp=0", "ast.ki=0")
+    run = history_run(64, "training.epochs=2000", way=INFOBATCH)
     images, labels = make_batch(64)
-    with torch.no_grad():
-        scores = significance(run.network.model(run.network.normalise(images)), labels, 1.0)
-    run.selection.store.record(torch.arange(64), Visit(scores, *4 * [None]), 0)
-    run.selection.controller.start(float(scores.median()))
+    seen(run, images, labels)
     parameter = run.network.model.head.weight
 
     def gradient(indices: torch.Tensor) -> torch.Tensor:
@@ -258,15 +252,14 @@ def test_with_full_weights_the_expected_gradient_is_that_of_the_whole_set():
         run.selection.store.significance.copy_(kept)
         return parameter.grad * len(indices) / 64
 
-    run.selection.kinds.fill_(1)
     whole = gradient(torch.arange(64))
     plan = EpochPlan(np.arange(64), 16, 0, lambda epoch: 1.0)
     total = 0.0
     spread = 0.0
     for draw in range(1500):
         plan.start_epoch(draw)
-        run.selection.start_epoch(draw, plan.permutation())
-        one = gradient(torch.from_numpy(np.flatnonzero(run.selection.kinds.numpy())))
+        run.selection.start_epoch(draw, plan.permutation(), run.schedule)
+        one = gradient(torch.from_numpy(np.flatnonzero(run.selection.mask())))
         total = total + one
         spread = spread + (one - whole).square()
     error = (total / 1500 - whole).norm()
@@ -279,11 +272,11 @@ def test_a_store_survives_saving_and_loading():
     one = history_run(16)
     two = history_run(16)
     one.selection.store.record(torch.arange(8), Visit(torch.rand(8), *4 * [None]), 4)
-    one.selection.kinds[3] = 2
+    one.selection.weights[3] = 2
     two.selection.load_state_dict(one.selection.state_dict())
     for name, tensor in one.selection.store.state_dict().items():
         assert torch.equal(tensor, two.selection.store.state_dict()[name]), name
-    assert torch.equal(one.selection.kinds, two.selection.kinds)
+    assert torch.equal(one.selection.weights, two.selection.weights)
 
 
 # ---------------------------------------------------------------------------- What is read, and run
@@ -377,28 +370,23 @@ def test_dense_phases_fill_the_store_for_the_first_choice():
     train_one_epoch(run, batches, 4)
     assert run.selection.store.significance.isfinite().all()
     run.start_epoch(1, np.random.default_rng((0, 1)).permutation(64))
-    assert 0 < np.count_nonzero(run.selection.kinds) < 64
+    assert 0 < np.count_nonzero(run.selection.mask()) < 64
 
 
 @pytest.mark.long
 def test_choosing_costs_at_most_50_ns_a_sample():
     """Beyond the shuffle, which every mode makes: at 1e6, 1e7 and 1e8 samples, batches of 512."""
     for size in (10**6, 10**7, 10**8):
-        store = SampleStore(size, CPU)
-        on_device = torch.ones(size, dtype=torch.uint8)
-        store.significance.copy_(torch.rand(size))
+        keys = ["ast.target_activation=0.3", "ast.kp=1", "ast.ki=0.2", "training.batch_size=512"]
+        selection = history_run(size, *keys).selection
+        selection.store.significance.copy_(torch.rand(size))
         order = np.random.default_rng(0).permutation(size)
-        controller = PIController(0.3, kp=1.0, ki=0.2)
         started = time.perf_counter()
-        scores = store.scores(order)
-        drawn = np.random.default_rng((0, 1, 1)).random(size, dtype=np.float32) < 0.1
-        chosen = choose_by_threshold(scores, drawn, controller, 512, in_iqr=True)
-        kinds = np.zeros(size, np.uint8)
-        kinds[order] = chosen.kinds
-        on_device.copy_(torch.from_numpy(kinds))
+        selection.choose_epoch(0, order, 0.0)
         nanoseconds = 1e9 * (time.perf_counter() - started) / size
-        kept = sum(tensor.nbytes for tensor in [*store.state_dict().values(), on_device]) / size
-        share = np.count_nonzero(kinds) / size
+        tensors = [*selection.store.state_dict().values(), selection.weights]
+        kept = sum(tensor.nbytes for tensor in tensors) / size
+        share = np.count_nonzero(selection.mask()) / size
         print(
             f"{size:>11,} samples: {nanoseconds:.1f} ns and {kept:g} bytes a sample, "
             f"share {share:.4f}"
@@ -410,13 +398,13 @@ def test_choosing_costs_at_most_50_ns_a_sample():
 
 def test_infobatch_follows_its_schedule_by_what_it_loads(tmp_path):
     """The rate at an epoch's end tells how far the schedule is: as far as the samples are."""
-    settings = [
-        "ast.scoring=history",
-        "ast.rule=infobatch",
-        "ast.entropy_weight=0",
+    config = make_config(
+        *INFOBATCH,
         "ast.warmup_epochs=1",
-    ]
-    config = make_config(*settings, *TINY, "training.epochs=8", f"logging.output_dir={tmp_path}")
+        *TINY,
+        "training.epochs=8",
+        f"logging.output_dir={tmp_path}",
+    )
     result, _ = train(config)
     history = result["training_history"]
     progress = np.arccos(2 * np.array(history["lr"]) / 0.02 - 1) / np.pi
@@ -428,8 +416,9 @@ def test_infobatch_follows_its_schedule_by_what_it_loads(tmp_path):
 def test_top_k_reports_the_lowest_score_it_took(tmp_path):
     run = make_run(LayerNormNet(), "ast.rule=topk", "ast.target_activation=0.25")
     scores = torch.rand(16, generator=torch.Generator().manual_seed(0))
-    chosen = run.selection.choose(scores)
-    assert run.selection.thresholds == [scores[chosen].min().item()]
+    chosen = run.selection.choose(torch.arange(16), scores, 0.0)
+    assert chosen.rows.tolist() == sorted(scores.topk(4).indices.tolist())
+    assert run.selection.thresholds == [scores[chosen.rows].min().item()]
 
 
 # ------------------------------------------------------------------------------------- Equal scores
@@ -447,6 +436,7 @@ def test_the_target_holds_where_scores_are_equal(zeros, value, start, unit):
         "ast.target_activation=0.25",
         f"ast.initial_threshold={start}",
         f"ast.threshold_unit={unit}",
+        "training.batch_size=64",
     ]
     run = make_run(LayerNormNet(), *settings)
     rng = np.random.default_rng(0)
@@ -454,33 +444,34 @@ def test_the_target_holds_where_scores_are_equal(zeros, value, start, unit):
         scores = np.where(rng.random(64) < zeros, value, value + rng.exponential(1.0, 64)).astype(
             np.float32
         )
-        assert len(run.selection.choose(torch.from_numpy(scores))) >= 2
+        chosen = run.selection.choose(torch.arange(64), torch.from_numpy(scores), 0.0)
+        assert len(chosen.rows) >= 2
     assert np.mean(run.selection.activations) == pytest.approx(0.25, abs=0.02)
 
 
 @pytest.mark.parametrize("zeros", [0.85, 1.0])
-@pytest.mark.parametrize("start", [None, 0.3])
-def test_the_target_holds_where_stored_scores_are_equal(zeros, start):
+@pytest.mark.parametrize("value", [0.0, 1.5])
+@pytest.mark.parametrize("start", ["auto", "0.3"])
+@pytest.mark.parametrize("unit", ["iqr", "raw"])
+def test_the_target_holds_where_stored_scores_are_equal(zeros, value, start, unit):
     rng = np.random.default_rng(0)
-    controller = PIController(0.25, threshold=start)
+    keys = ["ast.target_activation=0.25", f"ast.initial_threshold={start}"]
+    keys.append(f"ast.threshold_unit={unit}")
+    run = history_run(4096, *keys, "training.batch_size=64")
     shares = []
-    for _ in range(5):
-        scores = np.where(rng.random(4096) < zeros, 0.0, rng.exponential(1.0, 4096)).astype(
-            np.float32
-        )
-        drawn = rng.random(4096) < 0.1
-        uniforms = rng.random(4096)
-        chosen = choose_by_threshold(scores, drawn, controller, 64, in_iqr=True, uniforms=uniforms)
-        assert (chosen.kinds[scores > 0] == 1).all()
-        shares.append(np.count_nonzero(chosen.kinds) / 4096)
+    for epoch in range(5):
+        scores = np.where(rng.random(4096) < zeros, value, value + rng.exponential(1.0, 4096))
+        chosen = of_epoch(run, scores, rng.random(4096), epoch)
+        assert set(np.flatnonzero(scores > value)) <= set(chosen.rows.tolist())
+        shares.append(len(chosen.rows) / 4096)
     assert shares == pytest.approx([0.25] * 5, abs=0.02)
 
 
 def test_who_of_equals_is_taken_repeats_and_changes_with_seed_and_epoch():
     def chosen(seed, epoch):
-        run = make_run(LayerNormNet(), f"training.seed={seed}")
-        run.selection.controller.epoch = epoch
-        return [run.selection.choose(torch.zeros(64)).tolist() for _ in range(2)]
+        selection = make_run(LayerNormNet(), f"training.seed={seed}").selection
+        batch = (torch.arange(64), torch.zeros(64), epoch)
+        return [selection.choose(*batch).rows.tolist() for _ in range(2)]
 
     assert chosen(0, 1.0) == chosen(0, 1.5)
     different = [chosen(0, 1.0), chosen(0, 2.0), chosen(1, 1.0)]
@@ -493,7 +484,7 @@ def test_a_target_out_of_reach_is_said_once(scoring, tmp_path, capsys):
     request = [
         "ast.min_threshold=50",
         f"ast.scoring={scoring}",
-        "ast.explore=0",
+        *(["ast.explore=0"] if scoring == "history" else []),
         "training.epochs=4",
     ]
     assert run_digits(tmp_path, *request) == 0

@@ -19,7 +19,7 @@ from helpers import run_digits
 from lab.config.sections import ModelConfig
 from lab.engine.checkpoint import load_checkpoint
 from lab.models.building import count_flops, eval_view, get_model
-from train_ast import auto_target, significance, train
+from train_ast import AutoTarget, significance, train
 
 CIFAR = [
     "dataset.image_size=16",
@@ -48,7 +48,14 @@ CIFAR += [
     ],
 )
 def test_auto_follows_the_share_of_wrong_predictions(wrong, cost, target):
-    assert auto_target(wrong, cost) == pytest.approx(target)
+    assert auto_after(wrong, cost) == pytest.approx(target)
+
+
+def auto_after(wrong: float, cost: float) -> float:
+    """The target after an epoch with so many wrong predictions."""
+    auto = AutoTarget(1.0)
+    auto.end_epoch(wrong, cost)
+    return auto.value
 
 
 def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
@@ -65,7 +72,7 @@ def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
     assert sparse[0] is False
     assert True in sparse
     for epoch in range(1, 8):
-        target = auto_target(1 - history["train_acc"][epoch - 1] / 100, 1 / 3)
+        target = auto_after(1 - history["train_acc"][epoch - 1] / 100, 1 / 3)
         assert history["target"][epoch] == (None if target == 1 else pytest.approx(target))
         assert history["samples_scored"][epoch] == (
             0 if target == 1 else 256
@@ -82,11 +89,11 @@ def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
     [
         (
             ["ast.target_activation=auto", "ast.mode=random"],
-            "ast.target_activation: auto needs ast.mode=ast and scored",
+            "ast.target_activation: auto needs ast.mode=ast",
         ),
         (
-            ["ast.target_activation=auto", "ast.scoring=history"],
-            "ast.target_activation: auto needs ast.mode=ast",
+            ["ast.target_activation=auto", "ast.scoring=history", "ast.explore=0.5"],
+            "ast.explore: 0.5 or more of all samples, and ast.target_activation is no larger",
         ),
         (["ast.target_activation=often"], "ast.target_activation: expected"),
         (["ast.target_activation=1.5"], "ast.target_activation: expected"),
@@ -95,16 +102,20 @@ def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
             "ast.proxy_model: no model 'reznet'; did you mean",
         ),
         (
-            ["ast.scoring=proxy", "ast.proxy_model=vit_b_16", "ast.proxy_resolution=12"],
+            ["ast.scoring=proxy", "ast.proxy_model=vit_b_16", "ast.score_resolution=12"],
             "ast.proxy_model: vit_b_16 does",
         ),
         (
-            ["ast.scoring=proxy", "ast.proxy_resolution=64"],
-            "ast.proxy_resolution: larger than dataset.image_size=16",
+            ["ast.scoring=proxy", "ast.score_resolution=64"],
+            "ast.score_resolution: at most dataset.image_size=16",
         ),
         (
-            ["ast.scoring=proxy", "ast.score_resolution=16"],
-            "ast.score_resolution: with ast.scoring=proxy it is",
+            ["ast.scoring=proxy", "ast.score_statistics=batch"],
+            "ast.score_statistics: nothing reads it here; it needs ast.scoring=batch",
+        ),
+        (
+            ["ast.rule=topk", "ast.kp=1"],
+            "ast.kp: nothing reads it here; it needs ast.rule=pi",
         ),
     ],
 )
@@ -162,8 +173,7 @@ def test_a_proxy_scores_learns_and_is_counted(rule, tmp_path):
     keys += [
         *CIFAR,
         "model.name=test_resnet",
-        "ast.proxy_every=2",
-        "ast.kp=1",
+        *(["ast.kp=1"] if rule == "pi" else []),
         f"logging.output_dir={tmp_path}",
     ]
     config = make_config(*keys)
@@ -172,17 +182,16 @@ def test_a_proxy_scores_learns_and_is_counted(rule, tmp_path):
     ledger = result["ledger"]
     assert ledger["scored"] == 5 * 256  # the first epoch is dense
     assert history["activation_rate"][-1] == pytest.approx(0.5, abs=0.1)
-    state = load_checkpoint(next(tmp_path.glob("checkpoints/*/last.pt")), config)["selection"][
-        "proxy"
-    ]
+    state = load_checkpoint(next(tmp_path.glob("checkpoints/*/last.pt")), config)["selection"]
+    state = state["scores"]["proxy"]
     assert state["batches"] == 5 * 8
     steps = {int(each["step"]) for each in state["optimizer"]["state"].values()}
-    assert steps == {5 * 8 // 2}
-    # the total holds the proxy's forward of each scored sample, and its training on every second
+    assert steps == {5 * 8 // 4}
+    # the total holds the proxy's forward of each scored sample, and its training on every fourth
     # batch
     spent = 1e9 * (history["total_flops_g"][-1] - history["est_flops_g"][-1]) / ledger["scored"]
     proxy = get_model(ModelConfig(name="small_conv"), 10, 16)
-    assert spent == pytest.approx(count_flops(proxy, 16) * (1 / 3 + 1 / 2), rel=1e-6)
+    assert spent == pytest.approx(count_flops(proxy, 16) * (1 / 3 + 1 / 4), rel=1e-6)
 
 
 def test_a_proxy_leaves_the_network_its_random_numbers(tmp_path):
@@ -209,6 +218,6 @@ def test_a_proxys_predictions_do_not_count_as_the_networks():
     assert (
         run.metrics.ledger.scored == run.metrics.meter.predicted == 16
     )  # the predictions of the training forward
-    run.selection.controller.threshold = 99.0
+    run.selection.rule.controller.threshold = 99.0
     assert sparse_step(run, *make_batch()) == 0
     assert (run.metrics.ledger.scored, run.metrics.meter.predicted) == (32, 16)

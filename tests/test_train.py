@@ -13,13 +13,13 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 
+import train_ast
 from conftest import BatchNormNet, LayerNormNet, make_batch, make_config, make_run, trained_on
 from lab.base.errors import RequestError, TrainingFailed
 from lab.config.sections import TrainingConfig
-from lab.engine.optimizer import lr_at
-from lab.engine.state import warm_up
 from lab.machine.clock import Stop
 from lab.machine.devices import resolve_amp_dtype, resolve_device
+from lab.method.schedule import lr_at
 from lab.outputs.result import save_results
 from runs import exit_code, program, running, wait_until
 from train_ast import HISTORY_KEYS, Run, train
@@ -140,7 +140,7 @@ def test_warm_up_leaves_no_trace():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    warm_up(run)
+    run.warm_up()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -179,6 +179,35 @@ def test_non_finite_loss_ends_the_run_with_what_was_finished(tmp_path):
     saved = json.loads(path.read_text())
     assert saved["status"] == "failed"
     assert re.fullmatch(r"non-finite loss in epoch \d+, step \d+", saved["error"])
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "complaint"),
+    [("scores", "non-finite scores in epoch 2, step 4"), ("loss", "non-finite loss in epoch 2")],
+)
+def test_what_is_not_finite_in_the_second_epoch_leaves_the_first(
+    spoilt, complaint, tmp_path, monkeypatch
+):
+    """The network breaks in its second step. The third batch was scored before; a loss is read at
+    the end of the epoch.
+    """
+    step = train_ast.train_step
+
+    def spoiling(batch, run, count_correct=True):
+        trained = step(batch, run, count_correct)
+        if (run.metrics.epoch, run.metrics.step) == (1, 1):
+            run.network.model.fc.weight.data.fill_(math.nan)
+        return trained
+
+    monkeypatch.setattr(train_ast, "train_step", spoiling)
+    way = ["ast.pack=false"] if spoilt == "scores" else ["ast.mode=dense"]
+    with pytest.raises(TrainingFailed, match=complaint):
+        run_digits(tmp_path, *way)
+    (path,) = tmp_path.glob("final_results_*.json")
+    saved = json.loads(path.read_text())
+    assert saved["status"] == "failed"
+    assert saved["error"].startswith(complaint)
+    assert saved["training_history"]["epoch"] == [1]
 
 
 def test_an_image_that_breaks_later_keeps_the_finished_epochs(tmp_path, image_folder):
@@ -256,10 +285,9 @@ def test_an_output_folder_that_cannot_be_written_is_found_at_the_start():
 def test_devices_and_types():
     cpu = torch.device("cpu")
     assert resolve_amp_dtype(TrainingConfig(), cpu) is None
-    assert resolve_amp_dtype(TrainingConfig(amp_dtype="bfloat16"), cpu) == torch.bfloat16
-    assert (
-        resolve_amp_dtype(TrainingConfig(amp_dtype="float16", mixed_precision=False), cpu) is None
-    )
+    assert resolve_amp_dtype(TrainingConfig(mixed_precision="bfloat16"), cpu) == torch.bfloat16
+    assert resolve_amp_dtype(TrainingConfig(mixed_precision="float16"), cpu) == torch.float16
+    assert resolve_amp_dtype(TrainingConfig(mixed_precision=False), cpu) is None
     assert resolve_device(TrainingConfig(device="cpu")) == cpu
     if not torch.cuda.is_available():
         with pytest.raises(RequestError, match="training.device: cuda, but torch sees no GPU"):
@@ -342,16 +370,11 @@ def test_a_machine_that_cannot_compile_is_told_so(tmp_path):
     [
         ["ast.mode=dense"],
         ["ast.mode=dense", "training.label_smoothing=0.3"],
+        ["ast.scoring=history", "ast.rule=infobatch", "ast.entropy_weight=0"],
         [
             "ast.scoring=history",
-            "ast.target_activation=0.5",
-            "ast.explore=0.25",
-            "ast.explore_weight_cap=4",
-        ],
-        [
-            "ast.scoring=history",
-            "ast.target_activation=0.5",
-            "ast.explore_weight_cap=9",
+            "ast.rule=infobatch",
+            "ast.entropy_weight=0",
             "training.label_smoothing=0.3",
         ],
     ],
@@ -360,10 +383,9 @@ def test_the_reported_loss_is_the_plain_mean_over_the_trained_samples(settings):
     """Neither weights nor smoothing: those are the objective's."""
     config = make_config(*settings)
     run = Run.build(config, LayerNormNet(), torch.device("cpu"), planned_steps=100, samples=16)
-    run.selection.start_dense_epoch()
     images, labels = make_batch()
     if config.ast.scoring == "history":
-        run.selection.kinds[:8] = 2  # explored
+        run.selection.weights[:8] = 2
     with torch.no_grad():
         expected = F.cross_entropy(run.network.model(run.network.normalise(images)), labels)
     trained_on(run, images, labels)
@@ -373,10 +395,9 @@ def test_the_reported_loss_is_the_plain_mean_over_the_trained_samples(settings):
 def test_without_smoothing_and_weights_the_loss_is_the_objective_bit_for_bit():
     run = make_run(LayerNormNet(), "ast.mode=dense")
     (images, labels) = make_batch()
-    objective, _, loss = run.network.forward(images, labels)
-    assert loss.item() == objective.item()
-    objective, _, loss, _ = run.network.forward(images, labels, torch.ones(16))
-    assert loss.item() == objective.item()
+    for weights in (None, torch.ones(16)):
+        result = run.network.forward(images, labels, weights)
+        assert result.loss.item() == result.objective.item()
 
 
 def test_weighted_and_smoothed_runs_report_a_loss_like_any_other(tmp_path):

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
-from lab.method.labels import class_bars, doubted
+import torch
+
+from lab.machine.distributed import Dist
+from lab.method.doubt import HighestScores, class_bars, doubted
 
 NOBODY = np.zeros(4, bool)
 
@@ -67,3 +70,52 @@ def test_a_store_without_visits_doubts_nobody():
     empty = columns(given=[-1] * 4, predicted=[-1] * 4, streak=[0] * 4, loss=[0.0] * 4)
     assert not doubted(empty, NOBODY, 0.5).any()
     assert not doubted(empty, NOBODY, 0.9).any()
+
+
+CPU = torch.device("cpu")
+
+
+def test_small_batches_add_up_to_the_share():
+    """.2 of 32 is 6.4: 6 or 7 are left out, in 20 batches exactly .2; the last time counts."""
+    doubt = HighestScores(0.2, 640, 0, CPU, Dist())
+    assert doubt.forgotten() == 0.0
+    assert not doubt.left_out().any()
+    generator = torch.Generator().manual_seed(0)
+    for epoch in range(2):
+        doubt.start_epoch(epoch, np.arange(640), 0.0, None)
+        expected = np.zeros(640, bool)
+        for indices in torch.randperm(640, generator=generator).split(32):
+            scores = torch.rand(32, generator=generator)
+            believed = doubt.believed(scores)
+            left_out = torch.ones(32, dtype=torch.bool).index_fill(0, believed, False)
+            assert 32 - len(believed) in (6, 7)
+            assert believed.tolist() == sorted(believed.tolist())
+            assert scores[left_out].min() > scores[believed].max()
+            doubt.note(left_out, indices, slice(None))
+            expected[indices[left_out]] = True
+        assert doubt.forgotten() == 0.2
+        assert (doubt.left_out() == expected).all()
+
+
+def test_who_was_never_seen_is_not_doubted():
+    doubt = HighestScores(0.5, 4, 0, CPU, Dist())
+    assert doubt.believed(torch.tensor([np.inf, 1.0, np.inf, 2.0])).tolist() == [0, 2]
+    assert doubt.believed(torch.tensor([np.inf, 1.0, np.inf, np.inf])).tolist() == [0, 2, 3]
+    assert doubt.believed(torch.full((4,), np.inf)).tolist() == [0, 1, 2, 3]
+
+
+def test_a_restored_doubt_goes_on_in_its_epoch():
+    one = HighestScores(0.5, 4, 0, CPU, Dist())
+    two = HighestScores(0.5, 4, 0, CPU, Dist())
+    one.start_epoch(3, np.arange(4), 0.0, None)
+    one.note(torch.tensor([True, False]), torch.tensor([0, 1]), slice(None))
+    two.load_state_dict(one.state_dict())
+    two.note(torch.tensor([True, False]), torch.tensor([2, 3]), slice(None))
+    assert two.left_out().tolist() == [True, False, True, False]
+    assert two.forgotten() == 0.5
+
+
+def test_the_highest_scores_are_found_without_a_look_at_them():
+    """On `meta`, where a tensor has no values, any read of one raises."""
+    doubt = HighestScores(0.25, 32, 0, torch.device("meta"), Dist())
+    assert doubt.believed(torch.empty(32, device="meta")).shape == (24,)
