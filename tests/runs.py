@@ -139,13 +139,16 @@ WAYS = {
         "ast.pack=true",
     ],
     "history": ["ast.scoring=history", "ast.target_activation=0.5"],
-    "doubted": ["ast.forget_rate=0.2", "dataset.label_noise=0.2", "ast.pack=true"],
+    "doubted by prediction": [
+        "ast.forget_rate=auto",
+        "dataset.label_noise=0.2",
+        "ast.pack=true",
+    ],
     "history, doubted": [
         "ast.scoring=history",
         "ast.rule=topk",
         "ast.target_activation=0.5",
-        "ast.forget_rate=auto",
-        "training.epochs=6",
+        "ast.forget_rate=0.2",
     ],
     "history, two workers": [
         "ast.scoring=history",

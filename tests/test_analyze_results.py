@@ -324,6 +324,19 @@ def test_the_settings_of_a_user_change_nothing(tmp_path, monkeypatch):
     assert figures_in(tmp_path / "cwd", monkeypatch) == plain
 
 
+def test_results_of_earlier_days_are_compared_and_keep_their_names(tmp_path, capsys):
+    folder = REPO / "results/published/cifar10_study_h100/noise"
+    assert analyze(["--results-dir", str(folder), "--csv", str(tmp_path / "t.csv")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("left out: ") == 1  # one was interrupted
+    assert printed.err == ""
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert len(table) == 9
+    assert "ast target_activation=0.8 explore=0.05 anneal_epochs=0 epochs=50" in set(
+        table["setting"]
+    )
+
+
 @pytest.mark.parametrize("start", ["=", "+", "-", "@"])
 def test_no_text_of_a_table_is_a_formula(start, tmp_path, capsys):
     write_run(tmp_path, f"{start}1+1").write_text(json.dumps(MINIMAL))

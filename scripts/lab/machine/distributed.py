@@ -401,11 +401,11 @@ def average_running_statistics(floats: Sequence[Tensor], dist: Dist) -> list[tup
 
 def merge_gradients(
     parameters: Sequence[nn.Parameter], samples: int, divisor: int, dist: Dist
-) -> Tensor:
+) -> None:
     """Make every rank's gradient the mean over the samples of all ranks, in one all-reduce.
 
     Each rank holds the gradient of its summed loss over `divisor`; a rank without samples adds
-    nothing. Returns the number of samples on all ranks, on the device.
+    nothing.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -418,4 +418,3 @@ def merge_gradients(
     merged = flat[:-1].mul_(divisor)
     total = dist.all_sum(flat)[-1]
     torch._foreach_copy_(gradients, merged.div_(total).split([len(g) for g in gradients]))
-    return total

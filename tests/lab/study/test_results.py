@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from conftest import make_config
+from conftest import REPO, make_config
 from helpers import write_run
 from lab.study.results import load_runs, settings_of, sparse_epochs
 
@@ -28,6 +28,17 @@ def test_sparse_epochs_are_those_of_the_config(overrides):
         sparse_epochs({"activation_rate": np.ones(5)}, settings).tolist() == planned[:5]
     )  # the run was cut short
     assert sparse_epochs({"activation_rate": np.where(planned, 0.5, 1.0)}, {}).tolist() == planned
+
+
+def test_every_published_result_is_still_read():
+    """Whatever the lab of its day wrote; with its own labels, see test_settings.py."""
+    files = list((REPO / "results" / "published").rglob("final_results_*.json"))
+    assert len(files) > 400
+    for folder in {path.parent for path in files}:
+        runs, left_out = load_runs([folder])
+        assert runs
+        for reason in left_out.values():
+            assert reason == "interrupted" or reason.startswith("config and seed of ")
 
 
 def test_what_is_left_out_and_why(results, tmp_path):
