@@ -20,7 +20,13 @@ from lab.machine.distributed import Dist
 from lab.method.losses import LOSSES, Loss
 from lab.method.sample_store import Visit
 from lab.models.average import WeightAverage
-from lab.models.building import count_flops, eval_view, forward_shapes, size_argument, synchronised
+from lab.models.building import (
+    building_arguments,
+    count_flops,
+    eval_view,
+    forward_shapes,
+    synchronised,
+)
 from lab.models.weights import describe, input_moments
 
 
@@ -204,8 +210,8 @@ class Network:
         `weights.describe`.
         """
         config = self.config
-        size = size_argument(config.model, config.dataset.image_size)
-        return describe(config.model, config.dataset, self.model, classes, self.moments, size)
+        arguments = building_arguments(config.model, config.dataset.image_size)
+        return describe(config.model, config.dataset, self.model, classes, self.moments, arguments)
 
     def weight_sum(self) -> float:
         """The sum of all weights: processes whose weights differ do not have it alike."""

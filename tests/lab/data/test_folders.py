@@ -61,7 +61,7 @@ def test_hidden_folders_are_no_classes_and_hold_no_pictures(image_folder, capsys
     assert len(val) == 9
     assert train.skipped == val.skipped == {"hidden folders": 2, "files of other types": 1}
     assert (
-        "dataset.train_dir: skipped: files of other types 1, hidden folders 2\n"
+        "dataset.train_dir: skipped: files of other types 1 (no ending 1), hidden folders 2\n"
         in capsys.readouterr().out
     )
     plan = EpochPlan(np.arange(24), 24, 0, lambda epoch: 1.0)
@@ -131,7 +131,7 @@ def test_only_regular_files_are_pictures(image_folder, monkeypatch):
         monkeypatch.chdir(red)  # the kernel takes short names alone
         listener.bind("socket.jpg")
     save_picture(image_folder / "train" / "loose.jpg", (9, 9, 9), 0)
-    pictures, skipped = scan_folder(str(image_folder / "train"))
+    pictures, skipped, _ = scan_folder(str(image_folder / "train"))
     assert skipped == {"FIFOs, sockets and devices": 3, "pictures outside class folders": 1}
     assert [path.name for path in pictures["red"]] == [
         *(f"{i}.jpg" for i in range(8)),

@@ -107,7 +107,8 @@ class Chunk(NamedTuple):
 
 class Encoder(Dataset):
     """The pictures of an ImageDataset decoded and made ready for a cache. The items of several
-    indices are one Chunk, without those that have no picture.
+    indices are one Chunk. One that has no picture, and nothing that stands in for it, is black and
+    has the label -1.
     """
 
     def __init__(self, dataset: ImageDataset, recipe: Recipe):
@@ -121,12 +122,12 @@ class Encoder(Dataset):
         for index in indices:
             sample = self.dataset.load(index)
             unreadable += sample.unreadable
-            if sample.image is not None:
-                encoded, size = self.recipe.encode(sample.image)
-                data.append(encoded)
-                rows.append((size, sample.image.shape[1:], sample.label, zlib.crc32(encoded)))
-        if not rows:
-            return Chunk(torch.empty(0, dtype=torch.uint8), Index.empty(), unreadable)
+            image = (
+                torch.zeros(3, 1, 1, dtype=torch.uint8) if sample.image is None else sample.image
+            )
+            encoded, size = self.recipe.encode(image)
+            data.append(encoded)
+            rows.append((size, image.shape[1:], sample.label, zlib.crc32(encoded)))
         sizes, originals, labels, checksums = zip(*rows, strict=True)
         pairs = (np.array(each, dtype=np.int32) for each in (sizes, originals))
         lengths = np.array([len(each) for each in data])
@@ -280,7 +281,7 @@ def place(
         len(dataset),
         dataset.classes,
         *recipe,
-        config.max_bad_images,
+        dataset.max_bad_images,
     ]
     facts.append(hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest())
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
