@@ -7,10 +7,9 @@
 The first two print accuracy, top-5 accuracy, the accuracy of each class, the confusion matrix and
 the calibration error (expected calibration error, 15 bins, Guo et al. 2017). With --output-dir they
 also write evaluation.json and evaluation.png. The validation set is that of the config, prepared as
-while training; the training set is not looked at. The network and its normalisation are those of
-the folder. --images prints the likeliest classes of every picture, prepared as the folder says, or
-as --config and overrides do; with --output-dir it also writes predictions.json. A line on stderr
-says what is not as one would expect: weights of an average, pictures of another size.
+while training; the network and its normalisation are those of the folder. --images prints the
+likeliest classes of every picture, prepared as the folder says, or as --config or overrides do;
+with --output-dir it also writes predictions.json. What is not as one would expect is said on stderr.
 
 FOLDER may also be of timm's save_for_hf. A weights folder is timm's local-dir form. For every model
 of timm, and for a resnet18 or resnet50 without small stem:
@@ -38,7 +37,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lab.base.errors import RequestError
-from lab.base.files import user_path, write_outputs
+from lab.base.files import user_path, user_text, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
 from lab.config.grid import is_override
@@ -162,7 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--config",
-        type=user_path,
+        type=user_text,
         metavar="FILE",
         help="YAML or JSON config; with --images it may be left out",
     )

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 import lab.config.loading
 from lab.base.console import print_rank0, step_bar
 from lab.base.errors import RequestError, one_line
+from lab.base.files import user_text
 from lab.config.loading import Config, checkpoint_folder, first_complaint, require_known
 from lab.config.sections import ASTConfig, DatasetConfig
 from lab.data.cache.loaders import Split, cached_loaders, prepare_caches
@@ -1726,8 +1727,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "Train one config. run_experiment.py does the same and has more flags.", config_help=True
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
-    parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
+    parser.add_argument(
+        "--config", required=True, type=user_text, metavar="FILE", help="YAML or JSON config"
+    )
+    parser.add_argument("--resume", type=user_text, metavar="PATH|auto", help=RESUME_HELP)
     parser.add_argument(
         "--prepare-only", action="store_true", help="build or check the files of dataset.cache=disk"
     )

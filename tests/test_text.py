@@ -83,7 +83,8 @@ def test_text_is_taken_as_it_is_typed(text, tmp_path, capsys):
     assert run_cli(lambda: run_experiment.main(args)) == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     config = load_config(tmp_path / "resolved.yaml")
-    assert (config.logging.output_dir, config.dataset.subset) == (text, text)
+    folder = os.path.expanduser(text)
+    assert (config.logging.output_dir, config.dataset.subset) == (folder, text)
     assert config == load_config(DIGITS, [f"logging.output_dir={text}", f"dataset.subset={text}"])
     (tmp_path / "same.json").write_text(
         json.dumps(config.model_dump(), indent="\t"), encoding="utf-8"

@@ -45,8 +45,13 @@ def expand_home(text: str) -> str:
 
 def user_path(text: str) -> Path:
     """A path of the command line. Raises RequestError where its `~` is of no user."""
+    return Path(user_text(text))
+
+
+def user_text(text: str) -> str:
+    """`user_path`, as text that may also be a word."""
     try:
-        return Path(expand_home(text))
+        return expand_home(text)
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -344,6 +344,7 @@ def _build(
     mean = mean_bytes(dataset, indices, recipe)
     left = indices[len(index.lengths) :]
     _require_space(folder, mean * len(left), f"{len(left):,} {recipe}")
+    _name_others(folder)
     bar = progress_bar(
         desc="decoding",
         unit=" pictures",
@@ -435,3 +436,16 @@ def _require_space(folder: Path, needed: float, what: str) -> None:
             f"dataset.cache: {size}, and {folder} has {free / 2**30:,.2f} GiB free; {hint}"
         )
     print_rank0(f"dataset.cache: {size}; {folder} has {free / 2**30:,.2f} GiB free")
+
+
+def _name_others(folder: Path) -> None:
+    """Say how much other caches beside a new one take: of data that has changed, say."""
+    others = [path for path in folder.parent.glob("*/pixels") if path.parent != folder]
+    if others:
+        size = sum(path.stat().st_size for path in others) / 2**30
+        names = ", ".join(path.parent.name for path in sorted(others)[:3])
+        more = ", ..." if len(others) > 3 else ""
+        print_rank0(
+            f"dataset.cache: {len(others):,} others in {folder.parent} take {size:,.2f} GiB: "
+            f"{names}{more}"
+        )
