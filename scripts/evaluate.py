@@ -9,7 +9,7 @@ the calibration error (expected calibration error, 15 bins, Guo et al. 2017). Wi
 also write evaluation.json and evaluation.png. The validation set is that of the config, prepared as
 while training; the network and its normalisation are those of the folder. --images prints the
 likeliest classes of every picture, prepared as the folder says, or as --config or overrides do;
-with --output-dir it also writes predictions.json. What is not as one would expect is said on stderr.
+with --output-dir it also writes predictions.json. What one would not expect is said on stderr.
 
 FOLDER may also be of timm's save_for_hf. A weights folder is timm's local-dir form. For every model
 of timm, and for a resnet18 or resnet50 without small stem:

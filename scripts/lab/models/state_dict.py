@@ -4,16 +4,19 @@ whether they are sound.
 
 from __future__ import annotations
 
+import pickle
 import re
-from collections import Counter, OrderedDict
+import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._weights_only_unpickler import _get_allowed_globals
 
 from lab.base.errors import RequestError, one_line
 
@@ -31,13 +34,44 @@ UNUSED = ("n_averaged", "num_batches_tracked")  # counters that no forward reads
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Inert:
-    """Stands in a checkpoint for every class that holds no tensors. None of its code is run: what
-    it would make is an empty dict, and takes what the file puts into it.
+class Inert(dict):
+    """Stands in a checkpoint for every object that is no tensor, as the arguments of a training
+    script. It takes what the file puts into it, and none of its class's code is run.
     """
 
-    def __new__(cls, *_: Any, **__: Any) -> OrderedDict:
-        return OrderedDict()
+    __hash__ = object.__hash__
+
+    def __new__(cls, *_: Any, **__: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any):
+        super().__init__()
+
+    def __call__(self, *_: Any, **__: Any) -> Inert:
+        return Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+    def append(self, _: Any) -> None:
+        pass
+
+    extend = append
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows what torch lets a file of `weights_only` use, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _get_allowed_globals().get(f"{module}.{name}", Inert)
+
+
+def _load(file: BinaryIO, **options: Any) -> Any:
+    return _TensorUnpickler(file, **options).load()
+
+
+# what torch.load asks a pickle module for
+TENSORS_ALONE = SimpleNamespace(__name__="tensors", Unpickler=_TensorUnpickler, load=_load)
 
 
 def read_tensors(path: Path, key: str) -> Any:
@@ -49,28 +83,26 @@ def read_tensors(path: Path, key: str) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return _read_pickle(path)
+        if _is_program(path):
+            raise ValueError("a TorchScript program; save the state_dict of its network")
+        return torch.load(path, "cpu", TENSORS_ALONE, weights_only=False)
     except OSError as error:
         raise RequestError(
             f"{key}: {path}: cannot read it: {error.strerror or one_line(error)}"
         ) from None
     except Exception as error:  # both readers raise almost anything on what is none of theirs
-        if type(error).__name__ == "UnpicklingError":
-            why = "damaged, or it holds more than tensors, which is not loaded"
-            raise RequestError(f"{key}: {path}: {why}") from None
-        kind = "safetensors" if isinstance(error, SafetensorError) else "state_dict"
+        kind = "safetensors" if path.suffix == ".safetensors" else "state_dict"
         raise RequestError(
             f"{key}: {path}: damaged, or no {kind} file ({one_line(error, 150)})"
         ) from None
 
 
-def _read_pickle(path: Path) -> Any:
-    try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # the form before torch 1.6, which tells no names
-        named = []
-    with torch.serialization.safe_globals([(Inert, name) for name in named]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _is_program(path: Path) -> bool:
+    """Whether a file is of TorchScript, which torch.load would load as a program."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 class Named(NamedTuple):
