@@ -119,7 +119,7 @@ def timm_preparation(view: View) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     transform = create_transform(size, use_prefetcher=True, **ways)  # uint8, not normalised
 
     def prepare(images: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.from_numpy(transform(to_pil_image(image))) for image in images]
+        return [torch.as_tensor(transform(to_pil_image(image))) for image in images]
 
     return prepare
 
