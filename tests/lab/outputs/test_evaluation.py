@@ -74,11 +74,11 @@ def test_a_validation_asks_whether_logits_are_finite(where, value):
     getattr(run.network.model.body[1], where).data[0] = value
     if where == "running_var" and value == float("inf"):
         return  # its channel is 0: the logits are finite
-    with pytest.raises(TrainingFailed, match="the logits of 21 of 21 pictures are not finite"):
+    with pytest.raises(TrainingFailed, match=r"the logits of \d+ of 21 pictures are not finite"):
         validate(run, Batches(batches(16, 0, 5)))
 
 
 def test_a_validation_without_a_picture_is_no_accuracy():
     run = make_run(BatchNormNet())
-    with pytest.raises(TrainingFailed, match="none of its pictures can be read"):
+    with pytest.raises(RequestError, match="no picture of the validation set can be read"):
         validate(run, Batches(batches(0, 0)))
