@@ -82,7 +82,7 @@ def make_bases(folder):
     return [folder / "lab", folder / "test_resnet", folder / "test_vit"]
 
 
-# ----------------------------------------------------------------- What leaves the meaning as it was
+# ---------------------------------------------------------------- What leaves the meaning as it was
 
 
 def as_pickle(case):
@@ -253,7 +253,7 @@ SPOILT = [spoil_tensor, spoil_tensor, spoil_fact, spoil_fact, spoil_names, spoil
 SPOILT += [spoil_arguments, spoil_bytes, lose_file]
 
 
-# ------------------------------------------------------------------------------------- What is right
+# ------------------------------------------------------------------------------------ What is right
 
 
 def reference(case):
@@ -300,20 +300,19 @@ def asked(folder):
     return found, trained.classes, trained.remarks
 
 
-def refusal(error):
+def refused(case, harmless, error):
     line = str(error)
+    assert not harmless, (case.done, line)
     assert "\n" not in line
     assert "Traceback" not in line
     assert line.startswith(("--weights: ", "model.", "override")), line
-    return line
 
 
 def check_evaluation(case, expected, harmless, met):
     try:
         found, classes, remarks = asked(case.folder)
     except RequestError as error:
-        refusal(error)
-        assert not harmless, (case.done, error)
+        refused(case, harmless, error)
         met["evaluation refused"] += 1
         return
     if found is None:
@@ -334,8 +333,7 @@ def check_start(case, harmless, met, capsys):
     try:
         state = get_model(config.model, len(NAMES), SIDE).state_dict()
     except RequestError as error:
-        refusal(error)
-        assert not harmless, (case.done, error)
+        refused(case, harmless, error)
         met["start refused"] += 1
         return
     said = capsys.readouterr().out
