@@ -32,8 +32,13 @@ class Section(BaseModel):
     @classmethod
     def _at_home(cls, value: Any, info: ValidationInfo) -> Any:
         """`~` at the beginning of a path is the home folder."""
-        is_path = isinstance(value, str) and info.field_name in cls.PATHS
-        return expand_home(value) if is_path else value
+        if not isinstance(value, str) or info.field_name not in cls.PATHS:
+            return value
+        try:
+            return expand_home(value)
+        except ValueError as error:
+            section = cls.__name__.removesuffix("Config").lower()
+            raise ValueError(f"{section}.{info.field_name}: {error}") from None
 
 
 class ModelConfig(Section):

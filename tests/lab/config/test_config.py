@@ -267,8 +267,8 @@ def test_every_key_that_reads_like_a_path_is_one():
 
 def test_a_flag_and_an_override_of_one_key(capsys):
     """Which of the two holds is not guessed; the same value twice is no question."""
-    asked = ["--config", str(REPO / "configs/digits_smoke.yaml"), "--dry-run", "--epochs", "3"]
-    assert run_cli(lambda: run_experiment.main([*asked, "training.epochs=3"])) == 0
+    asked = ["--config", str(REPO / "configs/digits_smoke.yaml"), "--dry-run", "--epochs", "9"]
+    assert run_cli(lambda: run_experiment.main([*asked, "training.epochs=9"])) == 0
     assert run_cli(lambda: run_experiment.main([*asked, "training.epochs=4"])) == 2
-    said = "error: override 'training.epochs=4': a flag says training.epochs=3\n"
+    said = "error: override 'training.epochs=4': a flag says training.epochs=9\n"
     assert capsys.readouterr().err == said
