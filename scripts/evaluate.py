@@ -93,7 +93,7 @@ def ask(trained: Trained, args: argparse.Namespace, allowed: int) -> int:
     if args.output_dir is not None:
         found = list(found)
         rows = [guess._asdict() | {"path": str(guess.path)} for guess in found]
-        write(args, {"predictions.json": {"weights": str(args.weights), "pictures": rows}})
+        write(args, {"predictions.json": {"weights": args.weights, "pictures": rows}})
     bad = []
     for guess in found:
         if guess.problem is None:
@@ -118,7 +118,7 @@ def load(args: argparse.Namespace) -> tuple[Config, bool]:
     say(f"{key} is not used: the network is the one of --weights" for key in own)
     if args.config is not None:
         return load_config(args.config, args.overrides, check=check_evaluation), False
-    text = json.dumps(folder_settings(str(args.weights)))
+    text = json.dumps(folder_settings(args.weights))
     config = load_config(None, args.overrides, text, check_evaluation)
     return config, not keys & {"dataset.image_size", "dataset.augment", "dataset.type"}
 
@@ -155,7 +155,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         required=True,
-        type=user_path,
+        type=user_text,
         metavar="FOLDER",
         help="the weights folder of a run",
     )
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, by_folder = load(args)
     device = resolve_device(config.training)
     configure_backends(True, device)
-    trained = load_trained(str(args.weights), config, device, by_folder)
+    trained = load_trained(args.weights, config, device, by_folder)
     say(trained.remarks)
     if args.images is not None:
         return ask(trained, args, config.dataset.max_bad_images)
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output_dir is None:
         print(table(figures))
         return 0
-    text = {"weights": str(args.weights), **figures, "config": config.model_dump()}
+    text = {"weights": args.weights, **figures, "config": config.model_dump()}
     write(args, {"evaluation.json": text, "evaluation.png": draw(figures)})
     print_progress(table(figures))
     print_progress(f"evaluation: {args.output_dir / 'evaluation.json'} and evaluation.png")

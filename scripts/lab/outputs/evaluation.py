@@ -87,8 +87,9 @@ def load_trained(path: str, config: Config, device: torch.device, by_folder: boo
         raise RequestError(f"--weights: {path}: config.json: {error}") from None
     loaded = load_weights(built, model, size, "--weights", new_head=False)
     network = Network(built, config, lambda *_: None, device, Dist())
-    own = by_folder and not description.by_lab
-    prepare = timm_preparation(description.view) if own else lab_preparation(config.dataset)
+    as_lab = description.by_lab and View.of(config.dataset) == description.view
+    by_timm = by_folder and not as_lab
+    prepare = timm_preparation(description.view) if by_timm else lab_preparation(config.dataset)
     shown = description.view if by_folder else View.of(config.dataset)
     remarks = loaded.remarks
     if shown != description.view:
