@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 
 from lab.base.errors import one_line
-from lab.base.files import no_formula, write_outputs
+from lab.base.files import no_formula, user_path, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.plotting import import_matplotlib
 from lab.base.streams import print_progress
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--results-dir",
         default=[Path("results")],
-        type=Path,
+        type=user_path,
         nargs="+",
         metavar="DIR",
         help="folders of final_results_*.json, default: results",
@@ -61,15 +61,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="compare with it; default: the most accurate dense one",
     )
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write the table with all digits and columns"
+        "--csv", type=user_path, metavar="FILE", help="write the table with all digits and columns"
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
     parser.add_argument(
-        "--latex", type=Path, metavar="FILE", help="write the table as LaTeX (booktabs)"
+        "--markdown", type=user_path, metavar="FILE", help="write the table as Markdown"
+    )
+    parser.add_argument(
+        "--latex", type=user_path, metavar="FILE", help="write the table as LaTeX (booktabs)"
     )
     parser.add_argument("--plot", action="store_true", help="write each figure as PNG and SVG")
     parser.add_argument(
-        "--save-dir", type=Path, metavar="DIR", help="for the figures (default: RESULTS_DIR/plots)"
+        "--save-dir",
+        type=user_path,
+        metavar="DIR",
+        help="for the figures (default: RESULTS_DIR/plots)",
     )
     parser.add_argument(
         "--title",
@@ -78,15 +83,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--frontier",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="draw final accuracy against training time; FILE ends in .png or .svg",
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write one self-contained HTML page"
+        "--report", type=user_path, metavar="FILE", help="write one self-contained HTML page"
     )
     parser.add_argument(
-        "--follow", type=Path, metavar="FILE", help="show a run's logging.jsonl_path as it grows"
+        "--follow",
+        type=user_path,
+        metavar="FILE",
+        help="show a run's logging.jsonl_path as it grows",
     )
     return parser.parse_args(argv)
 
@@ -170,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         studies[0].title = one_line(args.title, 200)
     files = (args.csv, args.markdown, args.latex, args.report, args.frontier)
     to_files = args.plot or any(path is not None for path in files)
-    print_studies(studies, print_progress if to_files else print)
     outputs = requested_outputs(args, studies)
-    write_outputs(outputs)
+    write_outputs(outputs)  # before a table that the terminal may not take
+    print_studies(studies, print_progress if to_files else print)
     for path, (option, _) in outputs.items():
         print_progress(f"{option.removeprefix('--').replace('save-dir', 'plot')}: {path}")
     return 0

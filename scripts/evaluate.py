@@ -8,11 +8,13 @@ The first two print accuracy, top-5 accuracy, the accuracy of each class, the co
 the calibration error (expected calibration error, 15 bins, Guo et al. 2017). With --output-dir they
 also write evaluation.json and evaluation.png. The validation set is that of the config, prepared as
 while training; the network and its normalisation are those of the folder. --images prints the
-likeliest classes of every picture.
+likeliest classes of every picture, prepared as the folder says, or as --config or overrides do;
+with --output-dir it also writes predictions.json. What one would not expect is said on stderr.
 
-A weights folder is timm's local-dir form. For every model of timm, and for resnet18 and resnet50:
+FOLDER may also be of timm's save_for_hf. A weights folder is timm's local-dir form. For every model
+of timm, and for a resnet18 or resnet50 without small stem:
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
-torchvision's resnet18, resnet50 and vit_b_16, and model.small_stem:
+For torchvision's resnet18, resnet50 and vit_b_16, and (timm has none) model.small_stem:
     facts = json.load(open("FOLDER/config.json"))
     weights = safetensors.torch.load_file("FOLDER/model.safetensors")
     model = torchvision.models.get_model(
@@ -28,18 +30,18 @@ Exit codes: 0 done; 2 the request was wrong.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lab.base.errors import RequestError, one_line
-from lab.base.files import write_outputs
+from lab.base.errors import RequestError
+from lab.base.files import user_path, user_text, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
-from lab.config.loading import Config
-from lab.config.sections import TrainingConfig
+from lab.config.grid import is_override
+from lab.config.loading import Config, load_config
 from lab.data.datasets import ReadErrors
 from lab.data.loading import device_batches
 from lab.machine.devices import configure_backends, resolve_device
@@ -50,22 +52,25 @@ from lab.outputs.evaluation import (
     class_numbers,
     draw,
     find_pictures,
+    folder_settings,
+    guesses,
     load_trained,
     measure,
     predict,
     table,
-    top_predictions,
 )
 from lab.study.cli import OVERRIDES_HELP, command_parser, run_cli
-from train_ast import build_splits, build_val_loader, load_config
+from train_ast import build_val_loader, build_validation, check_config
+
+TOP = 3  # classes of a picture that are printed
 
 
 def evaluate(trained: Trained, config: Config) -> dict[str, Any]:
     """Every figure of the weights on the validation set of `config`: see
-    `lab.outputs.evaluation.measure`.
+    `lab.outputs.evaluation.measure`; and the pictures that could not be read.
     """
     device = trained.network.device
-    val = build_splits(config.dataset)["val"]
+    val = build_validation(config.dataset)
     numbers = class_numbers(trained, val.dataset.classes)
     errors = ReadErrors(config.dataset.max_bad_images)
     with ending_workers():
@@ -73,65 +78,139 @@ def evaluate(trained: Trained, config: Config) -> dict[str, Any]:
             trained.network,
             device_batches(build_val_loader(val, config, device, Dist()), device, errors),
         )
-    return measure(found._replace(labels=numbers[found.labels]), trained.classes)
+    figures = measure(found._replace(labels=numbers[found.labels]), trained.classes)
+    return {**figures, "bad_images": errors.found}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def ask(trained: Trained, args: argparse.Namespace, allowed: int) -> int:
+    """Print what the network says of pictures, and write it where that is asked for.
+
+    allowed: how many may be unreadable. Raises RequestError naming the first one beyond.
+    """
+    paths, remarks = find_pictures(args.images)
+    say(remarks)
+    found = guesses(trained, paths, args.top or TOP)
+    if args.output_dir is not None:
+        found = list(found)
+        rows = [guess._asdict() | {"path": str(guess.path)} for guess in found]
+        write(args, {"predictions.json": {"weights": args.weights, "pictures": rows}})
+    bad = []
+    for guess in found:
+        if guess.problem is None:
+            print(guess)
+        else:
+            bad.append(guess)
+    say(map(str, bad[:allowed]))
+    if len(bad) > allowed:
+        more = f" (and {len(bad) - allowed - 1} more)" if len(bad) > allowed + 1 else ""
+        raise RequestError(f"--images: {bad[allowed]}{more}")
+    return 0
+
+
+def load(args: argparse.Namespace) -> tuple[Config, bool]:
+    """(the config, whether pictures are prepared as the weights folder says). Without --config the
+    overrides are laid over what the folder says.
+
+    Says so where an override is of the network: that is the folder's.
+    """
+    keys = {override.partition("=")[0] for override in args.overrides}
+    own = [key for key in sorted(keys) if key.startswith("model.")]
+    say(f"{key} is not used: the network is the one of --weights" for key in own)
+    if args.config is not None:
+        return load_config(args.config, args.overrides, check=check_evaluation), False
+    text = json.dumps(folder_settings(args.weights))
+    config = load_config(None, args.overrides, text, check_evaluation)
+    return config, not keys & {"dataset.image_size", "dataset.augment", "dataset.type"}
+
+
+def check_evaluation(config: Config) -> None:
+    """`check_config`, but for the training set, which need not be there."""
+    dataset = config.dataset
+    data = dataset.model_copy(update={"train_dir": dataset.train_dir or dataset.val_dir})
+    check_config(config.model_copy(update={"dataset": data}))
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print what is not the command's output."""
+    for line in lines:
+        print(f"note: {line}", file=sys.stderr)
+
+
+def write(args: argparse.Namespace, contents: Mapping[str, Any]) -> None:
+    """Write files into --output-dir, all or none: bytes as they are, and the rest as JSON."""
+    files = {
+        args.output_dir / name: (
+            "--output-dir",
+            content
+            if isinstance(content, bytes)
+            else (json.dumps(content, allow_nan=False) + "\n").encode(),
+        )
+        for name, content in contents.items()
+    }
+    write_outputs(files)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, config_help=True)
     parser.add_argument(
-        "--weights", required=True, metavar="FOLDER", help="the weights folder of a run"
+        "--weights",
+        required=True,
+        type=user_text,
+        metavar="FOLDER",
+        help="the weights folder of a run",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML or JSON config; with --images it may be left out"
+        "--config",
+        type=user_text,
+        metavar="FILE",
+        help="YAML or JSON config; with --images it may be left out",
     )
     parser.add_argument(
-        "--images", nargs="+", type=Path, metavar="PATH", help="pictures, and folders of pictures"
+        "--images", nargs="+", metavar="PATH", help="pictures, and folders of pictures"
     )
     parser.add_argument(
-        "--top",
-        type=int,
-        default=3,
-        metavar="N",
-        help="with --images: classes a picture, default: 3",
+        "--top", type=int, metavar="N", help=f"with --images: classes a picture, default: {TOP}"
     )
     parser.add_argument(
         "--output-dir",
-        type=Path,
+        type=user_path,
         metavar="DIR",
-        help="write evaluation.json and evaluation.png there",
+        help="write evaluation.json and evaluation.png there; with --images predictions.json",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
-    forget_launch()
     if args.config is None and args.images is None:
         raise RequestError(
             "--config: needed for the validation set; or --images for single pictures"
         )
-    if args.top < 1:
+    if args.images is not None:  # which takes the overrides after it too
+        args.overrides += [text for text in args.images if is_override(text)]
+        args.images = [user_path(text) for text in args.images if not is_override(text)]
+    elif args.top is not None:
+        raise RequestError("--top: only with --images")
+    if args.top is not None and args.top < 1:
         raise RequestError("--top: at least 1")
-    config = load_config(args.config, args.overrides) if args.config or args.overrides else None
-    device = resolve_device(TrainingConfig() if config is None else config.training)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    forget_launch()
+    config, by_folder = load(args)
+    device = resolve_device(config.training)
     configure_backends(True, device)
-    trained = load_trained(args.weights, config, device)
+    trained = load_trained(args.weights, config, device, by_folder)
+    say(trained.remarks)
     if args.images is not None:
-        for path, classes in top_predictions(trained, find_pictures(args.images), args.top):
-            print(
-                f"{path}: "
-                + ", ".join(f"{one_line(name, 60)} {100 * share:.1f} %" for name, share in classes)
-            )
-        return 0
+        return ask(trained, args, config.dataset.max_bad_images)
     figures = evaluate(trained, config)
+    if args.output_dir is None:
+        print(table(figures))
+        return 0
     text = {"weights": args.weights, **figures, "config": config.model_dump()}
-    print(table(figures))
-    if args.output_dir is not None:
-        files = {
-            "evaluation.json": (json.dumps(text) + "\n").encode(),
-            "evaluation.png": draw(figures),
-        }
-        write_outputs(
-            {args.output_dir / name: ("--output-dir", content) for name, content in files.items()}
-        )
-        print_progress(f"evaluation: {args.output_dir / 'evaluation.json'} and evaluation.png")
+    write(args, {"evaluation.json": text, "evaluation.png": draw(figures)})
+    print_progress(table(figures))
+    print_progress(f"evaluation: {args.output_dir / 'evaluation.json'} and evaluation.png")
     return 0
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from lab.base.console import print_rank0
 from lab.base.errors import RequestError
-from lab.base.files import sibling, write_result
+from lab.base.files import sibling, user_text, write_result
 from lab.base.launch import forget_launch, launch, launched
+from lab.config.grid import as_overrides
 from lab.config.loading import Config, dump_config
 from lab.machine.clock import Stop
 from lab.study.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
@@ -129,13 +130,15 @@ def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(__doc__, config_help=True)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
+    parser.add_argument(
+        "--config", required=True, type=user_text, metavar="FILE", help="YAML or JSON config"
+    )
     for flag, key in FLAGS.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"short for {key}=VALUE")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config as YAML and stop"
     )
-    parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
+    parser.add_argument("--resume", type=user_text, metavar="PATH|auto", help=RESUME_HELP)
     parser.add_argument(
         "--nproc",
         type=int,
@@ -159,9 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.dry_run or args.nproc > 1 or args.max_restarts:
         forget_launch()
-    flags = [
-        f"{key}={value}" for key in FLAGS.values() if (value := getattr(args, key)) is not None
-    ]
+    flags = as_overrides({key: getattr(args, key) for key in FLAGS.values()}, args.overrides)
     config = load_config(args.config, [*args.overrides, *flags])
     if args.dry_run:
         print(dump_config(config), end="")

@@ -26,10 +26,10 @@ from typing import Any
 
 import run_experiment
 from lab.base.errors import RequestError
-from lab.base.files import append_jsonl, locked, require_folder
+from lab.base.files import append_jsonl, locked, require_folder, user_text
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
-from lab.config.grid import cross, is_override
+from lab.config.grid import as_overrides, cross, is_override
 from lab.study.cli import command_parser, run_cli
 from lab.study.sweep import (
     Halt,
@@ -96,8 +96,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         values = getattr(args, name)
         args.overrides += [value for value in values if is_override(value)]
         setattr(args, name, [value for value in values if not is_override(value)])
+    args.configs = [user_text(path) for path in args.configs]
     if args.output_dir is not None:
-        args.overrides.append(f"logging.output_dir={args.output_dir}")
+        args.overrides += as_overrides({"logging.output_dir": args.output_dir}, args.overrides)
     if args.one_process and (args.gpus or args.runs_per_gpu != 1):
         raise RequestError("--one-process: one run at a time; leave out --gpus and --runs-per-gpu")
     if args.runs_per_gpu < 1:
@@ -108,7 +109,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     forget_launch()
-    points = cross(args.grid, args.variants, args.seeds)
+    points = cross(args.grid, args.variants, args.seeds, args.overrides)
     plans = plan_runs(
         args.configs, args.overrides, points, args.dense_twin, args.resume, check_config
     )

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 import lab.config.loading
 from lab.base.console import print_rank0, step_bar
 from lab.base.errors import RequestError, TrainingFailed, one_line
+from lab.base.files import user_text
 from lab.config.keys import RULE_KEYS, RULE_REPLACES, SCORING_KEYS, all_needs, idle_keys, spelled
 from lab.config.loading import Config, checkpoint_folder, first_complaint, require_known
 from lab.config.sections import ASTConfig, DatasetConfig
@@ -52,11 +53,11 @@ from lab.data.cache.loaders import Split, cached_loaders, prepare_caches
 from lab.data.datasets import (
     DigitsDataset,
     FolderDataset,
-    HFDataset,
     ImageDataset,
     ReadErrors,
     measure_moments,
 )
+from lab.data.hf import HFDataset
 from lab.data.images import Augmentation
 from lab.data.loading import (
     BatchScores,
@@ -1007,8 +1008,20 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         raise RequestError(f"dataset: {len(train)} training and {len(val)} validation samples")
     train.augmentation = Augmentation(config, train=True)
     val.augmentation = Augmentation(config, train=False)
-    train.max_bad_images = val.max_bad_images = config.max_bad_images
+    train.max_bad_images = config.max_bad_images  # validation counts only what it could read
     return train, val
+
+
+def build_validation(config: DatasetConfig) -> Split:
+    """The validation set alone, with the classes that it has itself: for weights that are trained.
+
+    Raises RequestError naming the key where data is missing.
+    """
+    val = DATASETS[config.type].validation(config)
+    if not len(val):
+        raise RequestError("dataset: 0 validation samples")
+    val.augmentation = Augmentation(config, train=False)
+    return Split(val, random_subset(len(val), config.max_val_samples))
 
 
 def build_splits(dataset: DatasetConfig) -> dict[str, Split]:
@@ -1497,21 +1510,24 @@ def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> 
 
     Of several processes each forwards its part, and all get the counts of the whole. None where a
     signal came before its end, or where it outlasts training.max_minutes by more than a tenth of
-    that.
+    that. Raises TrainingFailed where logits are not finite.
     """
-    # labels; 1 for a correct one
-    found = [torch.empty(2, 0, dtype=torch.int64, device=network.device)]
+    # labels; 1 for a correct one; 1 for finite logits
+    found = [torch.empty(3, 0, dtype=torch.int64, device=network.device)]
     cut = False
     deadline = clock.validation_deadline()
     for images, labels, *_ in batches:
         if cut := clock.stop.signal is not None or time.monotonic() > deadline:
             break
+        if not len(labels):  # none of them could be read
+            continue
         padding = network.local_batch - len(labels)
         whole = (
             torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
             for tensor in (images, labels)
         )
-        found.append(torch.stack([labels, network.evaluator(*whole)[1, : len(labels)].long()]))
+        scores, correct = network.evaluator(*whole)[:, : len(labels)]
+        found.append(torch.stack([labels, correct.long(), scores.isfinite().long()]))
     rows = clock.dist.all_gather([cut, clock.stop.signal or 0])
     if rows[:, 0].any():
         clock.stop.signal = int(rows[:, 1].max()) or clock.stop.signal
@@ -1781,8 +1797,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "Train one config. run_experiment.py does the same and has more flags.", config_help=True
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON config")
-    parser.add_argument("--resume", metavar="PATH|auto", help=RESUME_HELP)
+    parser.add_argument(
+        "--config", required=True, type=user_text, metavar="FILE", help="YAML or JSON config"
+    )
+    parser.add_argument("--resume", type=user_text, metavar="PATH|auto", help=RESUME_HELP)
     parser.add_argument(
         "--prepare-only", action="store_true", help="build or check the files of dataset.cache=disk"
     )

@@ -665,7 +665,6 @@ def make_case(number: int, folder: Path, originals: Originals) -> Case:
         keys += [
             "dataset.type=hf",
             f"dataset.name={data}",
-            f"dataset.cache_dir={folder}/cache",
             "dataset.split_val=test",
         ]
     else:

@@ -3,14 +3,20 @@
 import functools
 import hashlib
 import http.server
+import signal
+import socket
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 
 import pytest
 from torchvision.datasets import Imagenette
 
 import download_imagenette
-from conftest import save_picture
+from conftest import REPO, save_picture
+from lab.base import hub
 from lab.study.cli import run_cli
 
 
@@ -62,3 +68,84 @@ def test_no_network_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(Imagenette._ARCHIVES, "160px", ("http://127.0.0.1:9/gone.tgz", "0"))
     assert run_cli(lambda: download_imagenette.main(["--dest", str(tmp_path / "data")])) == 2
     assert "check the network" in capsys.readouterr().err
+
+
+@pytest.fixture
+def silent():
+    """A server that accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def address_of(server):
+    return f"http://127.0.0.1:{server.getsockname()[1]}/imagenette2-160.tgz"
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_server_that_says_nothing_is_not_waited_for(
+    begins, silent, tmp_path, monkeypatch, capsys
+):
+    def answer():
+        connection, _ = silent.accept()
+        held.append(connection)
+        if begins:
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nabc")
+
+    held = []
+    monkeypatch.setitem(Imagenette._ARCHIVES, "160px", (address_of(silent), "0"))
+    threading.Thread(target=answer, daemon=True).start()
+    monkeypatch.setattr(hub, "SILENCE_SECONDS", 0.5)
+    started = time.monotonic()
+    assert run_cli(lambda: download_imagenette.main(["--dest", str(tmp_path / "data")])) == 2
+    assert time.monotonic() - started < 30
+    assert "timed out" in capsys.readouterr().err.splitlines()[-1]
+    assert list((tmp_path / "data").iterdir()) == []
+    assert socket.getdefaulttimeout() is None
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {scripts!r})
+from torchvision.datasets import Imagenette
+Imagenette._ARCHIVES["160px"] = ({address!r}, "0")
+import download_imagenette
+from lab.study.cli import run_cli
+sys.exit(run_cli(lambda: download_imagenette.main(["--dest", {dest!r}])))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_signal_leaves_nothing_for_good(number, archive, silent, tmp_path):
+    """It goes at once; what a killed process leaves goes with the next download."""
+    text = PROGRAM.format(
+        scripts=str(REPO / "scripts"), address=address_of(silent), dest=str(tmp_path / "d")
+    )
+    process = subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.DEVNULL)
+    silent.settimeout(120)
+    connection, _ = silent.accept()
+    left = tmp_path / "d" / ".imagenette2-160.part"
+    assert left.is_dir()
+    (left / "part").mkdir()
+    (left / "part" / "of.tgz").write_bytes(b"some")
+    process.send_signal(number)
+    assert process.wait(60) in (128 + number, -number)
+    connection.close()
+    assert left.exists() == (number == signal.SIGKILL)
+    assert download_imagenette.main(["--dest", str(tmp_path / "d")]) == 0
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["imagenette2-160"]
+
+
+def test_two_downloads_do_not_meet(archive, tmp_path, capsys):
+    left = tmp_path / "data" / ".imagenette2-160.part"
+    left.mkdir(parents=True)
+    code = "import fcntl, sys\nfile = open(sys.argv[1], 'ab')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+    code += "print('held', flush=True)\nsys.stdin.read()"
+    command = [sys.executable, "-c", code, str(left / "lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert run_cli(lambda: download_imagenette.main(["--dest", str(tmp_path / "data")])) == 2
+        assert "another process is downloading it" in capsys.readouterr().err
+        assert left.is_dir()
+        other.stdin.close()
+    assert download_imagenette.main(["--dest", str(tmp_path / "data")]) == 0

@@ -181,6 +181,26 @@ def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
             "--grid logging.output_dir: does not make a run another",
         ),
         (["--grid", "training.seed=1", "--seeds", "2"], "--seeds: training.seed is in --grid too"),
+        (
+            ["--grid", "training.lr=1,2", "--seeds", "1", "training.lr=3"],
+            "--grid training.lr: override 'training.lr=3' sets training.lr too; leave out one",
+        ),
+        (
+            ["--grid", "training.lr=1,2", "--variants", "training.lr=3"],
+            "--grid training.lr: --variants set training.lr too; leave out one",
+        ),
+        (
+            ["--seeds", "1", "2", "training.seed=7"],
+            "--seeds: override 'training.seed=7' sets training.seed too; leave out one",
+        ),
+        (
+            ["--seeds", "1", "2", "--variants", "training.seed=7"],
+            "--seeds: --variants set training.seed too; leave out one",
+        ),
+        (
+            ["--output-dir", "x", "logging.output_dir=y"],
+            "override 'logging.output_dir=y': a flag says logging.output_dir=x",
+        ),
         (["--seeds", "one"], "--seeds: expected whole numbers, got 'one'"),
         (["--runs-per-gpu", "0"], "--runs-per-gpu: expected at least 1, got 0"),
         (["--dense-twin", "ast.mode=dense"], "--dense-twin: none of the runs is sparse"),

@@ -33,6 +33,7 @@ from runs import exit_code, forked
 from train_ast import load_config
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
+HUB = str(REPO / "configs/imagenette_hf_ast.yaml")  # reads keys whose value may be any text
 TEXTS = """2026-11-26 @x 1234567 12:30 [x]/y {a} 010 1e3 0x10 true ~ 'quoted' "quoted" C:\\data
     Müll/表 *a &a !x %x yes null.x .inf ${local_rank} $$ 1_000 = << a,b \u2028 `x`""".split(None)
 TEXTS += ["/x/exp #3", "a: b", " spaces ", "- x", "# x", "tab\there", "line\nbreak", "\u2028"]
@@ -57,18 +58,19 @@ def refused(capsys, *args: object) -> str:
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_taken_as_it_is_typed(text, tmp_path, capsys):
     """From an override and a flag, into the resolved config, and back from that as a file."""
-    assert dry_run("--config", DIGITS, "--output-dir", text, f"dataset.subset={text}") == 0
+    assert dry_run("--config", HUB, "--output-dir", text, f"dataset.subset={text}") == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     config = load_config(tmp_path / "resolved.yaml")
-    assert (config.logging.output_dir, config.dataset.subset) == (text, text)
-    assert config == load_config(DIGITS, [f"logging.output_dir={text}", f"dataset.subset={text}"])
+    folder = os.path.expanduser(text)
+    assert (config.logging.output_dir, config.dataset.subset) == (folder, text)
+    assert config == load_config(HUB, [f"logging.output_dir={text}", f"dataset.subset={text}"])
     as_json = json.dumps(config.model_dump(), indent="\t")
     (tmp_path / "same.json").write_text(as_json, encoding="utf-8")
     assert load_config(tmp_path / "same.json") == config
 
 
 def test_null_is_no_value_where_there_may_be_none():
-    assert load_config(None, ["dataset.subset=null"]).dataset.subset is None
+    assert load_config(HUB, ["dataset.subset=null"]).dataset.subset is None
     assert load_config(None, ["training.max_minutes=null"]).training.max_minutes is None
     assert load_config(None, ["logging.output_dir=null"]).logging.output_dir == "null"
     assert load_config(None) == Config()
@@ -152,26 +154,31 @@ def test_every_process_of_a_run_gets_the_text_as_it_is(tmp_path):
 
 
 @pytest.mark.long
-def test_a_sweep_passes_text_on_as_it_is(tmp_path, capsys):
+def test_a_sweep_passes_text_on_as_it_is(tmp_path, parquet_folder, capsys):
     """Two runs whose texts differ behind a # only, each with its own log; a config file with = in
     its name.
     """
     path = tmp_path / "lr=1.yaml"
     folder = tmp_path / "exp #3\u2028x"
-    path.write_text("model: {name: test_resnet}\n")
+    path.write_text(
+        "model: {name: test_resnet}\ndataset: {type: hf, split_val: test, num_classes: 3}\n"
+    )
+    names = [f"{tmp_path}/12:30 #{number}" for number in (1, 2)]
+    for name in names:
+        shutil.copytree(parquet_folder, name)
     quick = "training.epochs=1 ast.mode=dense dataset.max_train_samples=32 training.device=cpu"
     quick += " dataset.max_val_samples=16 training.num_workers=0 dataset.image_size=8"
     args = ["--configs", str(path), "--output-dir", str(folder), *quick.split()]
     args += [f"logging.jsonl_path={tmp_path}/log #1.jsonl"]
-    args += ["--grid", "dataset.subset=12:30 #1,12:30 #2"]
-    args += ["--variants", "dataset.revision=1234567 dataset.name=it\\x"]
+    args += ["--grid", f"dataset.name={','.join(names)}"]
+    args += ["--variants", "dataset.revision=it\\x"]
     assert run_cli(lambda: run_sweep.main(args)) == 0, capsys.readouterr()
     configs = [
         json.loads(each.read_text())["config"]["dataset"]
         for each in folder.glob("final_results_*.json")
     ]
-    assert sorted(each["subset"] for each in configs) == ["12:30 #1", "12:30 #2"]
-    assert {(each["revision"], each["name"]) for each in configs} == {("1234567", "it\\x")}
+    assert sorted(each["name"] for each in configs) == names
+    assert {each["revision"] for each in configs} == {"it\\x"}
     assert len(list(tmp_path.glob("log #1.*.jsonl"))) == 2
     (summary,) = folder.glob("sweep_summary_*.jsonl")
     assert all(json.loads(line)["results_file"] for line in summary.read_text().splitlines())
@@ -271,8 +278,9 @@ KEYS = [
     for section, part in Config.model_fields.items()
     for name in part.annotation.model_fields
 ]
-FREE = """dataset.subset dataset.revision dataset.name dataset.train_dir dataset.cache_dir
-    dataset.split_train logging.output_dir logging.jsonl_path model.name""".split()  # any text
+FREE = """dataset.subset dataset.revision dataset.name dataset.split_train logging.output_dir
+    logging.jsonl_path model.name""".split()  # any text, in HUB
+PATHS = ["dataset.name", "logging.output_dir", "logging.jsonl_path"]  # of them
 NUMERIC = """training.seed training.epochs dataset.max_train_samples training.early_stop_patience
     training.lr training.max_minutes ast.entropy_weight ast.kp metrics.gpu_tdp_watts""".split()
 ALPHABET = (
@@ -309,13 +317,18 @@ def value_of(config: Config, key: str) -> object:
     return getattr(getattr(config, section), name)
 
 
+def meant(key: str, text: str) -> str:
+    """What a text stands for: in a path `~` is the home folder."""
+    return os.path.expanduser(text) if key in PATHS else text
+
+
 def read_right(key: str, text: str, value: object) -> bool:
     """Whether an accepted value is what was written."""
     is_text, may_be_null = takes_text(*key.split("."))
     if value is None:
         return text == "null" if is_text else may_be_null or text in ("null", "Null", "NULL", "~")
     if is_text:
-        return value == text
+        return value == meant(key, text)
     return decimal(text) is not None and float(decimal(text)) == float(value)
 
 
@@ -332,11 +345,13 @@ def try_override(dice: random.Random, met: Counter, *_: object) -> None:
     key = dice.choice(FREE + NUMERIC)
     text = some_number(dice) if key not in FREE or dice.random() < 0.2 else some_text(dice)
     try:
-        value = value_of(load_config(DIGITS, [f"{key}={text}"]), key)
+        value = value_of(load_config(HUB, [f"{key}={text}"]), key)
     except RequestError as error:
         refusal(error, key)
         sound = text and not {"\0", "\udcff"} & set(text)
-        assert not sound or key not in FREE or key == "logging.jsonl_path", (key, text)
+        nobody = key in PATHS and meant(key, text).startswith("~")
+        free = key in FREE and key != "logging.jsonl_path" and not nobody
+        assert not (sound and free), (key, text)
         met["override refused"] += 1
     else:
         assert read_right(key, text, value), (key, text, value)
@@ -367,7 +382,8 @@ def try_file(dice: random.Random, met: Counter, folder: Path, _: object) -> None
         met[f"{kind} refused"] += 1
         return
     if encoding.startswith("utf-8"):
-        assert {key: value_of(config, key) for key in texts} == texts, written
+        found = {key: value_of(config, key) for key in texts}
+        assert found == {key: meant(key, text) for key, text in texts.items()}, written
     met[f"{kind} read"] += 1
 
 
@@ -407,11 +423,11 @@ def try_command(dice: random.Random, met: Counter, folder: Path, capsys) -> None
     ]
     pairs.append((dice.choice(FREE), some_text(dice)))
     overrides = [f"{key}={text}" for key, text in pairs]
-    printed = ended_well(["--config", DIGITS, *overrides], capsys, overrides)
+    printed = ended_well(["--config", HUB, *overrides], capsys, overrides)
     met["command refused" if printed is None else "command read"] += 1
     if printed is not None:
         (folder / "printed.yaml").write_text(printed, encoding="utf-8")
-        assert load_config(folder / "printed.yaml") == load_config(DIGITS, overrides), overrides
+        assert load_config(folder / "printed.yaml") == load_config(HUB, overrides), overrides
 
 
 def try_preset(dice: random.Random, met: Counter, folder: Path, capsys) -> None:

@@ -24,6 +24,30 @@ FORMULA = tuple("=+-@\t\r\n")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+def expand_home(text: str) -> str:
+    """A path with the home folder in place of a `~` at its beginning, as a shell has it. Raises
+    ValueError where there is no such user.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        user = one_line(text.partition("/")[0], 60)
+        raise ValueError(f"{user}: no such user; a folder of that name is ./{user}")
+    return path
+
+
+def user_path(text: str) -> Path:
+    """A path of the command line. Raises RequestError where its `~` is of no user."""
+    return Path(user_text(text))
+
+
+def user_text(text: str) -> str:
+    """`user_path`, as text that may also be a word."""
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
 def require_folder(folder: Path, key: str, path: str | Path) -> None:
     """Make `folder`. Raises RequestError naming `key` and `path` where it cannot be made or written
     to.

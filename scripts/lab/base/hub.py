@@ -1,15 +1,30 @@
-"""The Hugging Face hub: asked once whether it is there, so that nothing is tried again and again in
-vain.
+"""Servers: the Hugging Face hub is asked once whether it is there, so that nothing is tried again
+and again in vain, and none is waited for without end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 
 ANSWER_SECONDS = 4.0
+SILENCE_SECONDS = 30.0  # that a server may say nothing while something is downloaded
+
+
+@contextlib.contextmanager
+def no_endless_wait() -> Iterator[None]:
+    """In the block, a server that says nothing for SILENCE_SECONDS is a TimeoutError: torch.hub and
+    torchvision set no limit.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def hub_answers() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +15,20 @@ from lab.config.loading import config_keys, load_config
 def is_override(text: str) -> bool:
     """Whether an argument is key=value, and not a file with such a name."""
     return "=" in text and not Path(text).exists()
+
+
+def as_overrides(flags: Mapping[str, str | None], overrides: Sequence[str]) -> list[str]:
+    """Flags that are short for a key, as overrides; None: not given.
+
+    Raises RequestError where one of the `overrides` gives its key another value.
+    """
+    given = {override.partition("=")[0]: override for override in overrides}
+    found = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    for text in found:
+        other = given.get(text.partition("=")[0], text)
+        if other != text:
+            raise RequestError(f"override {one_line(repr(other), 200)}: a flag says {text}")
+    return found
 
 
 def parse_grid(texts: Sequence[str]) -> list[list[str]]:
@@ -47,11 +61,12 @@ def check_keys(overrides: Iterable[str]) -> None:
 
 
 def cross(
-    grid: Sequence[str], variants: Sequence[str], seeds: Sequence[str]
+    grid: Sequence[str], variants: Sequence[str], seeds: Sequence[str], common: Sequence[str] = ()
 ) -> list[tuple[str, ...]]:
     """Every variant crossed with every point of the grid and every seed, as the overrides of each.
 
-    Raises RequestError for a wrong override, naming it.
+    common: the overrides of all runs, which variants may replace. Raises RequestError for a wrong
+    override, naming it, and for a key with values from two sides.
     """
     axes = parse_grid(grid)
     if bad := next((seed for seed in seeds if not re.fullmatch("[0-9]+", seed)), None):
@@ -62,7 +77,23 @@ def cross(
         axes.append([f"training.seed={seed}" for seed in seeds])
     split = [split_variant(text) for text in variants] or [[]]
     check_keys(override for variant in split for override in variant)
+    for axis in axes:
+        _require_one_side(axis[0].partition("=")[0], common, split, seeds)
     return [(*variant, *point) for variant, point in product(split, product(*axes))]
+
+
+def _require_one_side(
+    key: str, common: Sequence[str], variants: Sequence[Sequence[str]], seeds: Sequence[str]
+) -> None:
+    """Raises RequestError where `key`, of the grid or of --seeds, is set elsewhere too."""
+    option = "--seeds" if seeds and key == "training.seed" else f"--grid {key}"
+    for override in common:
+        if override.partition("=")[0] == key:
+            raise RequestError(f"{option}: override {override!r} sets {key} too; leave out one")
+    for variant in variants:
+        for override in variant:
+            if override.partition("=")[0] == key:
+                raise RequestError(f"{option}: --variants set {key} too; leave out one")
 
 
 def split_variant(text: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from lab.base.files import expand_home
 
 Compile = Literal["off", "default", "reduce-overhead"]
 
@@ -14,6 +16,7 @@ class Section(BaseModel):
     """A part of the config: unknown keys, wrong types, NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    PATHS: ClassVar[tuple[str, ...]] = ()  # the keys that are paths, or may be
 
     @field_validator("*")
     @classmethod
@@ -25,8 +28,22 @@ class Section(BaseModel):
             )
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any, info: ValidationInfo) -> Any:
+        """`~` at the beginning of a path is the home folder."""
+        if not isinstance(value, str) or info.field_name not in cls.PATHS:
+            return value
+        try:
+            return expand_home(value)
+        except ValueError as error:
+            section = cls.__name__.removesuffix("Config").lower()
+            raise ValueError(f"{section}.{info.field_name}: {error}") from None
+
 
 class ModelConfig(Section):
+    PATHS = ("weights",)
+
     name: str = Field(
         "resnet18",
         description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model",
@@ -46,6 +63,8 @@ class ModelConfig(Section):
 
 
 class DatasetConfig(Section):
+    PATHS = ("train_dir", "val_dir", "name", "cache_folder")
+
     type: str = Field(
         "digits", description="digits (embedded), folder (ImageFolder), hf (Hugging Face datasets)"
     )
@@ -359,6 +378,8 @@ class MetricsConfig(Section):
 
 
 class LoggingConfig(Section):
+    PATHS = ("output_dir", "jsonl_path")
+
     output_dir: str = Field("results", description="where final_results_<timestamp>.json goes")
     jsonl_path: str | None = Field(None, description="append one JSON line an epoch to this file")
     checkpoint_minutes: float | None = Field(

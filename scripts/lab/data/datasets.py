@@ -1,36 +1,32 @@
 """Data sets: a picture and a label by index, and what could not be read.
 
 A loader asks a data set for samples and collates them to batches. Pictures come from a folder, from
-the `datasets` library (`train_ast.HFDataset`) or from scikit-learn's digits.
+scikit-learn's digits or from the `datasets` library (`lab.data.hf`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
-import logging
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import fsspec
 import numpy as np
 import torch
-from pyarrow import parquet
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lab.base.console import print_rank0
 from lab.base.errors import RequestError, one_line
-from lab.base.hub import quick_hub
 from lab.config.loading import first_complaint
 from lab.config.sections import DatasetConfig
-from lab.data.folders import read_picture, scan_folder
+from lab.data.folders import composed, read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about a picture
@@ -117,6 +113,13 @@ class ImageDataset(Dataset):
         """(training, validation). Raises RequestError naming the key where data is missing."""
         raise NotImplementedError
 
+    @classmethod
+    def validation(cls, config: DatasetConfig) -> ImageDataset:
+        """The validation set with the classes that it has itself; the training set need not be
+        there.
+        """
+        return cls.splits(config)[1]
+
     def __init__(self, samples: Sequence[tuple[Path | bytes | Tensor, int]], classes: list[str]):
         """samples: (a file's path, its bytes or a uint8 tensor [3, H, W]; label). classes: the name
         of each label.
@@ -124,7 +127,8 @@ class ImageDataset(Dataset):
         self.samples = samples
         self.classes = classes
         self.augmentation: Augmentation | None = None
-        self.max_bad_images = 0  # how many samples after an unreadable one are tried in its place
+        # how many samples after an unreadable one are tried in its place; 0: none stands in for it
+        self.max_bad_images = 0
         self.label_shifts: np.ndarray | None = (
             None  # int64 [samples], see `randomness.label_shifts`
         )
@@ -194,18 +198,20 @@ class ImageDataset(Dataset):
         return digest.hexdigest()
 
     def content(self) -> str:
-        """A hash that tells by cheap signs whether pictures and labels are the same: path, size and
-        time of each file, or the fingerprint that the `datasets` library gives.
+        """A hash that tells by cheap signs whether pictures and labels are the same: place, size
+        and time of each file, or the fingerprint that the `datasets` library gives. However the
+        folder is spelt, its files have one place.
         """
         if not isinstance(self.samples, list):
             return self.samples._fingerprint
         digest = hashlib.sha256()
+        real = functools.cache(os.path.realpath)
         for source, label in self.samples:
             if isinstance(source, Path):
                 with contextlib.suppress(OSError):  # a broken link, say: reading it will tell
                     facts = source.stat()
                     digest.update(f"{facts.st_size} {facts.st_mtime_ns} ".encode())
-                digest.update(os.fsencode(source))
+                digest.update(os.fsencode(os.path.join(real(source.parent), source.name)))
             else:
                 digest.update(source.numpy().tobytes() if isinstance(source, Tensor) else source)
             digest.update(f"\0{label}\0".encode())
@@ -285,7 +291,7 @@ def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> I
     or holds no picture.
     """
     try:
-        pictures, skipped = scan_folder(folder)
+        pictures, skipped, joined = scan_folder(folder)
     except OSError as error:
         raise RequestError(
             f"{key}: {one_line(error.filename or folder)}: {error.strerror}"
@@ -294,7 +300,7 @@ def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> I
         raise RequestError(
             f"{key}: {folder}: no class folders in it; expected <folder>/<class>/<image>"
         )
-    classes = list(pictures) if classes is None else classes
+    classes = list(pictures) if classes is None else [composed(name) for name in classes]
     if unknown := sorted(set(pictures) - set(classes)):
         raise RequestError(
             f"{key}: {folder}: class {unknown[0]!r} is not among the training classes"
@@ -310,9 +316,11 @@ def folder_dataset(key: str, folder: str, classes: list[str] | None = None) -> I
             f"note: {key}: {folder}: no folder for {len(absent)} of {len(classes)} "
             f"classes, as {absent[0]!r}"
         )
+    if joined:
+        names = one_line(", ".join(joined), 100)
+        print_rank0(f"note: {key}: {folder}: folders whose names look alike are one class: {names}")
     if skipped:
-        counts = ", ".join(f"{kind} {count:,}" for kind, count in sorted(skipped.items()))
-        print_rank0(f"{key}: skipped: {counts}")
+        print_rank0(f"{key}: skipped: {skipped}")
     labels = {name: label for label, name in enumerate(classes)}
     dataset = ImageDataset(
         [(path, labels[name]) for name, paths in pictures.items() for path in paths], classes
@@ -343,93 +351,6 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
     )
 
 
-def load_hub_split(config: DatasetConfig, key: Literal["split_train", "split_val"]) -> Any:
-    """A split of a data set of the `datasets` library; `key` is the config key that names the
-    split.
-
-    Raises RequestError naming the config key where there is no such data set or split.
-    """
-    import datasets
-
-    logging.getLogger("datasets").setLevel(
-        logging.CRITICAL
-    )  # its message becomes part of our one line
-    name = config.name
-    split = getattr(config, key)
-    if name.startswith((".", "/")) and not Path(name).exists():
-        raise RequestError(f"dataset.name: {name}: no such folder")
-    options = {"split": split, "revision": config.revision}
-    answers = True
-    try:
-        with contextlib.nullcontext(True) if Path(name).exists() else quick_hub() as answers:
-            rows = datasets.load_dataset(name, config.subset, **options)
-            del options["split"]
-            return with_own_names(
-                rows, datasets.load_dataset_builder(name, config.subset, **options)
-            )
-    except Exception as error:  # dozens of kinds, all of them about the request or the network
-        why = f"{type(error).__name__}: {one_line(error)[:300]}"
-        if isinstance(error, ValueError) and "split" in str(error).lower():
-            raise RequestError(f"dataset.{key}: no split {split!r} in {name}: {why}") from None
-        hint = (
-            "check the name, subset and revision, the network and HF_TOKEN in .env, or give a "
-            "local folder"
-        )
-        network = (
-            ""
-            if answers
-            else (
-                "the hub does not answer or HF_HUB_OFFLINE is set, and it was not downloaded "
-                "before; "
-            )
-        )
-        raise RequestError(f"dataset.name: cannot load {name!r} ({why}); {network}{hint}") from None
-
-
-def with_own_names(rows: Any, builder: Any) -> Any:
-    """A split of parquet files whose label columns have the class names of its own files.
-
-    The `datasets` library gives every split the names of the first split, whatever their order in
-    the others. The first file of a split is asked; a file on the hub that cannot be reached now is
-    taken to have the same names.
-    """
-    import datasets
-
-    files = (builder.config.data_files or {}).get(re.split(r"[^\w.]", str(rows.split))[0])
-    if builder.name != "parquet" or not files:
-        return rows
-    try:
-        with fsspec.open(files[0]) as file:
-            own = datasets.Features.from_arrow_schema(parquet.read_schema(file))
-    except Exception:  # of a network, in dozens of kinds; files on the disk have just been read
-        return rows
-    for column, feature in own.items():
-        given = rows.features.get(column)
-        if (
-            isinstance(feature, datasets.ClassLabel)
-            and isinstance(given, datasets.ClassLabel)
-            and given != feature
-        ):
-            rows = rows.cast_column(column, feature)
-    return rows
-
-
-def find_column(key: str, asked: str | None, features: Any, kind: type) -> str:
-    """The name of the image or label column: the one `asked` for, or else the only one whose
-    feature is of `kind`.
-
-    Without either, a column that is named like the config key without "_key". Raises RequestError
-    naming the `key` where that leaves none or several.
-    """
-    usual = key.removesuffix("_key")
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    found = [asked] if asked is not None else found or [name for name in features if name == usual]
-    if len(found) != 1 or found[0] not in features:
-        problem = "cannot tell the column" if asked is None else f"no column {asked!r}"
-        raise RequestError(f"dataset.{key}: {problem}; set it to one of {', '.join(features)}")
-    return found[0]
-
-
 class DigitsDataset(ImageDataset):
     """`digits_dataset`, both parts."""
 
@@ -438,6 +359,10 @@ class DigitsDataset(ImageDataset):
     @classmethod
     def splits(cls, config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         return digits_dataset("train"), digits_dataset("val")
+
+    @classmethod
+    def validation(cls, config: DatasetConfig) -> ImageDataset:
+        return digits_dataset("val")
 
 
 class FolderDataset(ImageDataset):
@@ -455,108 +380,6 @@ class FolderDataset(ImageDataset):
         train = folder_dataset("dataset.train_dir", config.train_dir)
         return train, folder_dataset("dataset.val_dir", config.val_dir, train.classes)
 
-
-MAX_CLASSES = (
-    100_000  # in a column of integers; larger numbers are taken for the ids of something else
-)
-
-
-def read_classes(
-    rows: Any, column: str, key: str, training: list[str] | None = None
-) -> tuple[list[str], list[int]]:
-    """(class names, the label of each number in a label column) of a split of the `datasets`
-    library.
-
-    The names are those of the column. A column of integers gets "0", "1" and so on. key: the config
-    key that names the split, dataset.split_train or dataset.split_val. training: the class names of
-    the training split, for validation. The names are then these. Numbers of a column with names get
-    the label that the same name has in training, so that the order of the names does not matter.
-    Numbers of a column without names are labels as they are.
-
-    Raises RequestError naming dataset.label_key where the column holds no classes, and `key` where
-    no sample has one or where a class is not among the training classes.
-    """
-    feature = rows.features[column]
-    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-        raise RequestError(
-            f"dataset.label_key: column {column!r} holds no class labels or integers"
-        )
-    numbers = (
-        rows.select_columns([column]).with_format("arrow")[:].column(column).drop_null().to_numpy()
-    )
-    names = getattr(feature, "names", None)
-    largest = int(numbers.max()) if len(numbers) else -1
-    if names is None and largest >= MAX_CLASSES:
-        problem = (
-            f"numbers up to {largest:,}, and there may be {MAX_CLASSES:,} classes, numbered from 0"
-        )
-        raise RequestError(f"dataset.label_key: column {column!r} holds {problem}")
-    count = largest + 1 if names is None else len(names)
-    if len(rows) and not ((numbers >= 0) & (numbers < count)).any():
-        found = (
-            f"all are {numbers[0]}"
-            if len(np.unique(numbers)) == 1
-            else "none of them is a class's number"
-        )
-        hint = "choose another split, or another dataset.label_key"
-        raise RequestError(
-            f"{key}: no sample of split {str(rows.split)!r} has a class in {column!r}, "
-            f"{found}; {hint}"
-        )
-    if training is None:
-        return names or [str(number) for number in range(count)], list(range(count))
-    if names is None and count > len(training):
-        raise RequestError(
-            f"{key}: label {largest} in column {column!r}, and {len(training)} training classes"
-        )
-    if unknown := [name for name in names or () if name not in training]:
-        raise RequestError(f"{key}: class {unknown[0]!r} is not among the training classes")
-    return training, [training.index(name) for name in names] if names else list(range(count))
-
-
-class HFDataset(ImageDataset):
-    """A split of a Hugging Face dataset; its image and label columns are found from the features.
-
-    key: split_train or split_val. classes: those of the training split, for validation; see
-    `read_classes`.
-    """
-
     @classmethod
-    def check(cls, config: DatasetConfig) -> None:
-        first_complaint(
-            (not config.name, "dataset.name: dataset.type=hf needs a hub id or a local folder")
-        )
-
-    @classmethod
-    def splits(cls, config: DatasetConfig) -> tuple[HFDataset, HFDataset]:
-        train = cls(load_hub_split(config, "split_train"), config, "split_train")
-        return train, cls(load_hub_split(config, "split_val"), config, "split_val", train.classes)
-
-    def __init__(
-        self, rows: Any, config: DatasetConfig, key: str, classes: list[str] | None = None
-    ):
-        import datasets
-
-        self.image_key = find_column("image_key", config.image_key, rows.features, datasets.Image)
-        self.label_key = find_column(
-            "label_key", config.label_key, rows.features, datasets.ClassLabel
-        )
-        classes, self.label_of = read_classes(rows, self.label_key, f"dataset.{key}", classes)
-        if isinstance(rows.features[self.image_key], datasets.Image):
-            rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
-        super().__init__(rows.select_columns([self.image_key, self.label_key]), classes)
-        self.name_prefix = f"{config.name} [{rows.split}] "
-
-    def labels(self) -> Iterable[int]:
-        known = dict(enumerate(self.label_of))
-        return (known.get(number, -1) for number in self.samples[self.label_key])
-
-    def read(self, index: int) -> tuple[Path | bytes, int]:
-        row = self.samples[index]
-        image = row[self.image_key]
-        number = row[self.label_key]
-        if not isinstance(number, int) or not 0 <= number < len(self.label_of):
-            raise ValueError(f"label {number!r} is no class")
-        if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
-            raise ValueError(f"no image in column {self.image_key!r}")
-        return image.get("bytes") or Path(image["path"]), self.label_of[number]
+    def validation(cls, config: DatasetConfig) -> ImageDataset:
+        return folder_dataset("dataset.val_dir", config.val_dir)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lab.base.console import print_rank0
-from lab.base.errors import TrainingFailed, one_line
+from lab.base.errors import RequestError, TrainingFailed, one_line
 from lab.machine.distributed import Dist
 from lab.machine.stateful import Stateful
 
@@ -139,8 +139,17 @@ class ClassCounts(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence[np.ndarray]) -> ClassCounts:
-        """parts: of each process, int64 [2, n], the labels, and 1 for each that was predicted."""
-        labels, correct = np.concatenate(parts, 1)
+        """parts: of each process, int64 [3, n]: the labels, 1 for each that was predicted, 1 for
+        each with finite logits. Raises TrainingFailed where one has others, and RequestError where
+        there is none.
+        """
+        labels, correct, finite = np.concatenate(parts, 1)
+        if not len(labels):
+            raise RequestError("dataset: no picture of the validation set can be read")
+        if bad := int((finite == 0).sum()):
+            raise TrainingFailed(
+                f"validation: the logits of {bad:,} of {len(labels):,} pictures are not finite"
+            )
         count = np.bincount(labels)
         return cls(np.bincount(labels[correct > 0], minlength=len(count)).tolist(), count.tolist())
 

@@ -16,58 +16,77 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from lab.base.console import print_rank0
 from lab.base.errors import RequestError, one_line
-from lab.base.hub import quick_hub
+from lab.base.hub import no_endless_wait, quick_hub
 from lab.config.sections import ModelConfig
-from lab.models.weights import load_weights
+from lab.models.weights import find_weights, load_weights
 
 TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
 
 
 def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    """Build the network with a head for `num_classes`.
+    """Build the network with a head for `num_classes`, with the weights that it starts from.
+
+    Raises RequestError as `build_model` does, and for weights that do not fit.
+    """
+    model = build_model(config, num_classes, image_size)
+    if config.weights is not None:
+        print_rank0(load_weights(model, config, image_size).line)
+    return model
+
+
+def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    """Build the network with a head for `num_classes`, and with what else the description of its
+    weights says.
 
     Raises RequestError for an unknown name, an image size the network cannot take (tried on shapes
-    alone), weights that cannot be fetched or do not fit, and a small stem on anything but a
-    torchvision ResNet.
+    alone), weights that cannot be fetched, and a small stem on anything but a torchvision ResNet.
     """
     if config.small_stem and config.name not in ("resnet18", "resnet50"):
         raise RequestError(
             f"model.small_stem: only for resnet18 and resnet50, not for {config.name}"
         )
-    build = BUILDERS.get(config.name, _timm_model)
+    arguments = building_arguments(config, image_size)
+    plain = arguments.keys() <= {"image_size"}
+    build = BUILDERS.get(config.name, _timm_model) if plain else _timm_model
     try:
-        model = build(config, num_classes, image_size)
+        with no_endless_wait():
+            model = build(config, num_classes, **arguments)
     except OSError as error:  # URLError and the hub's errors are OSErrors
         hint = "check the network or set model.pretrained=false"
         raise RequestError(
             f"model.pretrained: no weights of {config.name}: {one_line(error)}; {hint}"
         ) from None
-    except (
-        ValueError,
-        AssertionError,
-        RuntimeError,
-        TypeError,
-        ArithmeticError,
-        LookupError,
-    ) as error:
+    except RequestError:
+        raise
+    except Exception as error:  # a network may raise anything on what it was not written for
         raise RequestError(_misfit(config, image_size, error)) from None
     try:
         forward_shapes(model, image_size)
     except Exception as error:  # a layer may raise anything on a size that it was not written for
         raise RequestError(_misfit(config, image_size, error)) from None
-    if config.weights is not None:
-        print_rank0(load_weights(model, config))
     return model
 
 
-def size_argument(config: ModelConfig, image_size: int) -> dict[str, int]:
-    """What a network is built with for pictures of a size, pixels; nothing where it takes any."""
-    if config.name in TORCHVISION_MODELS:
-        return {"image_size": image_size} if config.name == "vit_b_16" else {}
+def building_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    """What a network is built with beside its number of classes: what its weights were built with,
+    where their description says so, and the side of its pictures, pixels, where it takes one size
+    alone.
+    """
+    arguments = {}
+    if config.weights is not None:
+        description = find_weights(config.weights, of=config.name).description
+        if description is not None and description.name == config.name.partition(".")[0]:
+            arguments = description.arguments()
+    if config.name == "vit_b_16":
+        return {**arguments, "image_size": image_size}
+    if config.name in BUILDERS and not arguments:
+        return {}
     import timm  # a second to import, so only where it is needed
 
     published = timm.get_pretrained_cfg(config.name)
-    return {"img_size": image_size} if published and published.fixed_input_size else {}
+    if "img_size" in arguments or (published and published.fixed_input_size):
+        arguments["img_size"] = image_size
+    return arguments
 
 
 def _misfit(config: ModelConfig, image_size: int, error: Exception) -> str:
@@ -95,11 +114,10 @@ def made_for(config: ModelConfig) -> int | None:
     return published.input_size[-1] if published is not None else None
 
 
-def _torchvision_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+def _torchvision_model(config: ModelConfig, num_classes: int, **arguments: int) -> nn.Module:
     is_vit = config.name == "vit_b_16"
-    size = size_argument(config, image_size)
     model = torchvision.models.get_model(
-        config.name, weights="DEFAULT" if config.pretrained else None, **size
+        config.name, weights="DEFAULT" if config.pretrained else None, **arguments
     )
     if is_vit:
         model.heads.head = nn.Linear(model.heads.head.in_features, num_classes)
@@ -112,9 +130,7 @@ def _torchvision_model(config: ModelConfig, num_classes: int, image_size: int) -
     return model
 
 
-def small_conv(
-    config: ModelConfig, num_classes: int, image_size: int, width: int = 40
-) -> nn.Module:
+def small_conv(config: ModelConfig, num_classes: int, width: int = 40) -> nn.Module:
     """A network of our own, to score for larger ones: four 3x3 convolutions with BatchNorm, for
     pictures from 8 px on.
 
@@ -138,7 +154,7 @@ def small_conv(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
-def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+def _timm_model(config: ModelConfig, num_classes: int, **arguments: Any) -> nn.Module:
     import timm
 
     if not timm.is_model(config.name):
@@ -146,10 +162,9 @@ def _timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
             config.name, [*timm.list_models(), *TORCHVISION_MODELS], 1, 0.0
         )
         raise RequestError(f"model.name: no model {config.name!r}; did you mean {near[0]}?")
-    size = size_argument(config, image_size)
     with quick_hub() if config.pretrained else contextlib.nullcontext():
         return timm.create_model(
-            config.name, pretrained=config.pretrained, num_classes=num_classes, **size
+            config.name, pretrained=config.pretrained, num_classes=num_classes, **arguments
         )
 
 

@@ -21,7 +21,13 @@ from lab.machine.stateful import Stateful
 from lab.method.losses import LOSSES, Loss
 from lab.method.sample_store import Visit
 from lab.models.average import WeightAverage
-from lab.models.building import count_flops, eval_view, forward_shapes, size_argument, synchronised
+from lab.models.building import (
+    building_arguments,
+    count_flops,
+    eval_view,
+    forward_shapes,
+    synchronised,
+)
 from lab.models.weights import describe, input_moments
 
 
@@ -236,8 +242,10 @@ class Network(Stateful):
         """What others need to build the network and to prepare its pictures: see
         `weights.describe`.
         """
-        size = size_argument(self.model_config, self.side)
-        return describe(self.model_config, self.dataset, self.model, classes, self.moments, size)
+        arguments = building_arguments(self.model_config, self.side)
+        return describe(
+            self.model_config, self.dataset, self.model, classes, self.moments, arguments
+        )
 
     def alike(self) -> list[float]:
         """Numbers that every process must have alike: the sum of all weights."""

@@ -8,110 +8,71 @@ in it.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lab.base.errors import RequestError, one_line
 from lab.base.files import replace_file, replace_text
 from lab.config.sections import DatasetConfig, ModelConfig
-from lab.data.images import CENTRE
 from lab.machine.devices import IMAGENET_MOMENTS
+from lab.models.description import FACTS, Description, View, digest_of, read_description
+from lab.models.state_dict import UNUSED, find_network, read_tensors, unsound
 
 WEIGHTS = "model.safetensors"
-FACTS = "config.json"
-WRAPPERS = ("state_dict", "model")  # keys under which a file may hold its state_dict
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-)  # DistributedDataParallel and torch.compile put them before each name
+# of a folder, in the order in which timm looks for them
+FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+CHECKPOINTS = ("best.pt", "last.pt")  # of a run; its weights folder lies beside them
+DIGEST = "description"  # in the header of the weights: the hash of the config.json of their own
 
 
 class Source(NamedTuple):
     """What `model.weights` names."""
 
     path: Path  # the file
-    facts: dict[str, Any]  # the config.json beside it, empty where there is none
+    description: Description | None  # of the config.json beside it
+    remark: str | None = None  # on a config.json that is not used
 
 
-def find_weights(path: str, key: str = "model.weights") -> Source:
-    """The file that a path means: itself, or the model.safetensors of a folder.
+def find_weights(path: str, key: str = "model.weights", of: str | None = None) -> Source:
+    """The file that a path means: itself, or that of a folder, and the description beside it.
 
-    Raises RequestError naming `key` where there is no such file, or where the config.json beside it
-    is none.
+    of: the name of the network that is to have them. A config.json beside a file of another name
+    may be of anything, and is then used only where it describes that network; without `of` it is
+    needed. Raises RequestError naming `key` where there is no such file, or where the config.json
+    of a folder is no description.
     """
     file = Path(path)
-    if file.is_dir():
-        file = file / WEIGHTS
-    if not file.is_file():
+    if os.path.isdir(file):
+        file = next((file / name for name in FILES if os.path.isfile(file / name)), file / WEIGHTS)
+    if not os.path.isfile(file):
         raise RequestError(
             f"{key}: {file}: no such file; expected a weights folder, a .safetensors or "
             f"a state_dict"
         )
     beside = file.with_name(FACTS)
+    if file.name in CHECKPOINTS and not beside.is_file():
+        beside = file.parent / "weights" / FACTS
+    if not beside.is_file():
+        return Source(file, None)
+    sure = of is None or file.name in (*FILES, *CHECKPOINTS)
     try:
-        facts = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-        moments = [facts["pretrained_cfg"][name] for name in IMAGENET_MOMENTS] if facts else []
-        wrong = [
-            m
-            for m in moments
-            if len(m) != 3 or not all(isinstance(value, int | float) for value in m)
-        ]
-        names = facts.get("label_names", [])
-        wrong += [facts] * (bool(facts) and not isinstance(facts["architecture"], str))
-        wrong += [names] * (
-            not isinstance(names, list) or not all(isinstance(name, str) for name in names)
-        )
-    except OSError as error:
-        raise RequestError(f"{key}: {beside}: cannot read it: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(
-            f"{key}: {beside}: no description of weights ({one_line(repr(error), 100)})"
-        ) from None
-    if wrong:
-        raise RequestError(
-            f"{key}: {beside}: no description of weights ({one_line(repr(wrong[0]), 100)})"
-        )
-    return Source(file, facts)
-
-
-def read_weights(path: Path, key: str = "model.weights") -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a file of torch.save, by name; on the host. No code
-    in it is run.
-
-    Raises RequestError naming `key` where the file is damaged or holds no state_dict.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in WRAPPERS:
-            state = state[name] if isinstance(state.get(name), dict) else state
-    except OSError as error:
-        raise RequestError(
-            f"{key}: {path}: cannot read it: {error.strerror or one_line(error)}"
-        ) from None
-    except (
-        Exception
-    ) as error:  # torch's and safetensors' readers raise almost anything on what is none of theirs
-        if type(error).__name__ == "UnpicklingError":
-            why = "damaged, or it holds more than tensors, which is not loaded"
-            raise RequestError(f"{key}: {path}: {why}") from None
-        kind = "safetensors" if isinstance(error, SafetensorError) else "state_dict"
-        raise RequestError(
-            f"{key}: {path}: damaged, or no {kind} file ({one_line(error, 150)})"
-        ) from None
-    for prefix in PREFIXES:
-        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise RequestError(f"{key}: {path}: no state_dict: expected tensors by name")
-    return state
+        description = read_description(beside, key)
+    except RequestError:
+        if sure:
+            raise
+        return Source(file, None, f"{beside} describes no weights and is not used")
+    if sure or description.name == of.partition(".")[0]:
+        return Source(file, description)
+    return Source(
+        file, None, f"{beside} describes {one_line(description.name, 60)}, and is not used"
+    )
 
 
 def head_names(model: nn.Module) -> set[str]:
@@ -125,52 +86,119 @@ def head_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
-def load_weights(model: nn.Module, config: ModelConfig, key: str = "model.weights") -> str:
-    """Start `model` from `model.weights`. A head for another number of classes, or one that is
-    missing, stays new.
+class Loaded(NamedTuple):
+    """What was loaded into a network."""
 
-    Returns one line on what was loaded and what was not. Raises RequestError naming `key` where the
-    file does not fit the model.
+    line: str
+    remarks: list[str]  # what is not as one would expect
+
+
+def load_weights(
+    model: nn.Module,
+    config: ModelConfig,
+    image_size: int,
+    key: str = "model.weights",
+    new_head: bool = True,
+) -> Loaded:
+    """Start `model` from `model.weights`.
+
+    image_size: pixels, of the pictures that the model was built for. new_head: whether a head for
+    another number of classes, or one that is missing, stays new. Raises RequestError naming `key`
+    where the file does not fit the model, or holds what is no number.
     """
-    source = find_weights(config.weights, key)
-    there = read_weights(source.path, key)
+    source = find_weights(config.weights, key, config.name)
     here = model.state_dict()
+    content = read_tensors(source.path, key)
+    try:
+        found = find_network(content, here)
+    except ValueError as error:
+        raise _misfit(source, config, key, str(error)) from None
+    there = {
+        name: tensor
+        for name, tensor in found.tensors.items()
+        if not (name.endswith(UNUSED) and _odd(tensor, here.get(name)))
+    }
     head = head_names(model)
-    new = [
-        name
-        for name in here
-        if name in head and (name not in there or there[name].shape != here[name].shape)
-    ]
+    fits = {name for name in head if name in there and there[name].shape == here[name].shape}
+    new = [name for name in here if name in head] if new_head and not fits else []
     rest = {name: tensor for name, tensor in there.items() if name not in new}
-    shapes = [
-        (name, list(rest[name].shape), list(here[name].shape)) for name in here if name in rest
-    ]
-    complaints = [
-        f"{name} is {old} there and {own} here" for name, old, own in shapes if old != own
-    ]
-    complaints += [f"{name} is missing" for name in here if name not in rest and name not in new]
-    complaints += [
+    complaints = _complaints(rest, here, head if new else set(), new)
+    if complaints:
+        more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+        hint = _size_hint(source, there, here, image_size)
+        raise _misfit(source, config, key, f"{one_line(complaints[0], 200)}{more}{hint}")
+    for name, tensor in rest.items():
+        if bad := unsound(name, tensor, here[name]):
+            raise RequestError(f"{key}: {source.path}: {one_line(bad, 200)}")
+    model.load_state_dict(rest, strict=False)
+    remarks = [*found.remarks, *_remarks(source)]
+    if new:
+        why = "for another number of classes" if head & there.keys() else "there is none in it"
+        remarks.append(f"not loaded: {', '.join(new)}: the head is new, {why}")
+    line = "; ".join([f"{key}: {len(rest)} tensors of {one_line(source.path)}", *remarks])
+    return Loaded(line, remarks)
+
+
+def _odd(tensor: Tensor, own: Tensor | None) -> bool:
+    """Whether a counter is none of the network's, or not in its form: no forward reads it."""
+    return own is None or tensor.shape != own.shape or tensor.dtype != own.dtype
+
+
+def _complaints(
+    there: Mapping[str, Tensor], here: Mapping[str, Tensor], head: set[str], new: Sequence[str]
+) -> list[str]:
+    """Why tensors do not fit those of a network, one line each. head: names that need not fit."""
+    shapes = [(name, [*there[name].shape], [*here[name].shape]) for name in here if name in there]
+    found = [f"{name} is {old} there and {own} here" for name, old, own in shapes if old != own]
+    missing = (name for name in here if name not in there and name not in new)
+    found += [f"{name} is missing" for name in missing if not name.endswith(UNUSED)]
+    return found + [
         f"{name} is no part of the network"
-        for name in rest
+        for name in there
         if name not in here and name not in head
     ]
-    if complaints:
-        made = source.facts.get("architecture")
-        whose = (
-            f"they are of {one_line(made, 60)}; "
-            if made not in (None, config.name.partition(".")[0])
-            else ""
-        )
-        more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
-        why = f"{whose}{one_line(complaints[0], 200)}{more}"
-        raise RequestError(f"{key}: {source.path}: not of model.name={config.name}: {why}")
-    model.load_state_dict(rest, strict=False)
-    left = (
-        f"; not loaded: {', '.join(new)}: the head is new, for another number of classes"
-        if new
-        else ""
-    )
-    return f"{key}: {len(rest)} tensors of {source.path}{left}"
+
+
+def _misfit(source: Source, config: ModelConfig, key: str, why: str) -> RequestError:
+    made = source.description.name if source.description else None
+    whose = ""
+    if made not in (None, config.name.partition(".")[0]):
+        whose = f"they are of {one_line(made, 60)}; "
+    return RequestError(f"{key}: {source.path}: not of model.name={config.name}: {whose}{why}")
+
+
+def _size_hint(
+    source: Source, there: Mapping[str, Tensor], here: Mapping[str, Tensor], image_size: int
+) -> str:
+    """For which pictures weights are that do not fit, where that can be told."""
+    size = source.description.view.size if source.description else None
+    for name, tensor in here.items():
+        other = there.get(name)
+        if size or "pos_emb" not in name or other is None or tensor.ndim != 3:
+            continue
+        for prefix in range(3):  # tokens before those of the patches
+            old = math.sqrt(max(0, other.shape[1] - prefix))
+            own = math.sqrt(max(0, tensor.shape[1] - prefix))
+            if old * own and old.is_integer() and own.is_integer():
+                size = round(image_size * old / own)
+                break
+    if size in (None, image_size):
+        return ""
+    return f"; they are for pictures of {size} px: set dataset.image_size={size}"
+
+
+def _remarks(source: Source) -> list[str]:
+    """What is said of the description of weights."""
+    remarks = [source.remark] if source.remark else []
+    if source.description is None:
+        return [*remarks, "pictures are normalised as ImageNet's, for no config.json says how"]
+    if source.path.suffix != ".safetensors":
+        return remarks
+    with safe_open(source.path, "pt") as file:
+        digest = (file.metadata() or {}).get(DIGEST)
+    if digest not in (None, source.description.digest):
+        remarks.append(f"{FACTS} is not the one that was written with them")
+    return remarks
 
 
 def input_moments(config: ModelConfig, model: nn.Module) -> dict[str, Sequence[float]]:
@@ -181,12 +209,10 @@ def input_moments(config: ModelConfig, model: nn.Module) -> dict[str, Sequence[f
     them, or the one published for the model. Random weights take ImageNet's, or those of
     `dataset.normalise: measured`, which are known later, once there are pictures.
     """
-    facts = (
-        find_weights(config.weights).facts.get("pretrained_cfg")
-        if config.weights is not None
-        else None
-    )
-    known = facts or (getattr(model, "pretrained_cfg", None) if config.pretrained else None) or {}
+    if config.weights is not None:
+        description = find_weights(config.weights, of=config.name).description
+        return dict(IMAGENET_MOMENTS) if description is None else description.moments
+    known = (getattr(model, "pretrained_cfg", None) if config.pretrained else None) or {}
     return {name: tuple(known.get(name) or usual) for name, usual in IMAGENET_MOMENTS.items()}
 
 
@@ -205,7 +231,7 @@ def describe(
     classes.
     """
     published = getattr(model, "pretrained_cfg", None) or {}
-    crops = dataset.resolved_augment() == "random_resized_crop"
+    view = View.of(dataset)
     own = {
         key: published[key]
         for key in ("classifier", "first_conv", "fixed_input_size")
@@ -221,10 +247,10 @@ def describe(
         "small_stem": config.small_stem,
         "pretrained_cfg": {
             **own,
-            "input_size": [3, dataset.image_size, dataset.image_size],
-            "interpolation": "bilinear",
-            "crop_pct": CENTRE if crops else 1.0,  # of the shorter side
-            "crop_mode": "center" if crops else "squash",  # squash: the whole picture, made square
+            "input_size": [3, view.size, view.size],
+            "interpolation": view.interpolation,
+            "crop_pct": view.crop_pct,
+            "crop_mode": view.crop_mode,
             **{name: list(values) for name, values in moments.items()},
         },
     }
@@ -238,6 +264,7 @@ class WeightsFolder:
     def __init__(self, folder: Path, facts: Mapping[str, Any]):
         self.folder = folder
         self.text = json.dumps(facts, indent=2) + "\n"
+        self.digest = digest_of(json.loads(self.text))
         self.checked = False
 
     def write(self, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -262,5 +289,6 @@ class WeightsFolder:
                 replace_text(facts, self.text)
             self.checked = True
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        header = {"format": "pt", **{key: str(value) for key, value in about.items()}}
+        header = {"format": "pt", DIGEST: self.digest}
+        header |= {key: str(value) for key, value in about.items()}
         replace_file(weights, lambda part: part.write_bytes(save(tensors, metadata=header)))

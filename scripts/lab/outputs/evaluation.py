@@ -9,19 +9,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2.functional import to_pil_image
 
 from lab.base.errors import RequestError, one_line
 from lab.base.plotting import import_matplotlib, plain_style
 from lab.config.loading import Config
 from lab.config.sections import DatasetConfig, ModelConfig
-from lab.data.folders import read_picture
+from lab.data.folders import composed, pictures_below, read_picture
 from lab.data.images import Augmentation, decode_image
 from lab.data.loading import DeviceBatch
 from lab.data.randomness import UNIFORMS_PER_SAMPLE
 from lab.machine.distributed import Dist
-from lab.models.building import get_model
+from lab.models.building import build_model
+from lab.models.description import Description, View
 from lab.models.network import Network
 from lab.models.weights import find_weights, load_weights
 
@@ -34,46 +37,92 @@ class Trained(NamedTuple):
 
     network: Network
     classes: list[str]
+    view: View  # how the folder says that pictures are prepared
+    prepare: Callable[[Sequence[Tensor]], list[Tensor]]  # uint8 [3, H, W] -> [3, size, size]
+    remarks: list[str]  # what the weights are, where that is not as one would expect
 
 
-def load_trained(path: str, config: Config | None, device: torch.device) -> Trained:
-    """The network of a weights folder, whatever model `config` names.
-
-    config: of the pictures; None takes their size and crop from the folder. Raises RequestError
-    naming --weights where it is no such folder.
+def folder_settings(path: str) -> dict[str, Any]:
+    """The sections of a config that prepares pictures as the weights folder says. Raises
+    RequestError naming --weights where it is no such folder.
     """
-    facts = find_weights(path, "--weights").facts
-    if not facts:
+    view = described(path).view
+    augment = "random_resized_crop" if view.crop_mode == "center" else "none"
+    return {"dataset": {"image_size": view.size, "augment": augment}}
+
+
+def described(path: str) -> Description:
+    """Raises RequestError naming --weights where no description lies beside the weights."""
+    description = find_weights(path, "--weights").description
+    if description is None:
         raise RequestError(
             f"--weights: {path}: no config.json in it; expected the weights folder of a run"
         )
+    return description
+
+
+def load_trained(path: str, config: Config, device: torch.device, by_folder: bool) -> Trained:
+    """The network of a weights folder, whatever model `config` names.
+
+    by_folder: whether pictures are prepared as the folder says, and not as `config` does. Raises
+    RequestError naming --weights where the folder does not hold a whole network.
+    """
+    description = described(path)
     try:
-        classes = facts.get("label_names") or [
-            str(number) for number in range(facts["num_classes"])
-        ]
+        classes = description.classes()
         model = ModelConfig(
-            name=facts["architecture"], small_stem=facts.get("small_stem", False), weights=path
+            name=description.architecture, small_stem=bool(description.small_stem), weights=path
         )
-        if config is None:
-            how = facts["pretrained_cfg"]
-            augment = "random_resized_crop" if how.get("crop_mode") == "center" else "none"
-            config = Config(
-                dataset=DatasetConfig(image_size=how["input_size"][-1], augment=augment)
-            )
-    except (KeyError, TypeError, ValueError, IndexError) as error:  # ValueError: pydantic's
-        raise RequestError(
-            f"--weights: {path}: its config.json does not say all ({one_line(error, 150)})"
-        ) from None
+    except ValueError as error:  # pydantic's too
+        raise RequestError(f"--weights: {path}: config.json: {one_line(error, 150)}") from None
     training = config.training.model_copy(update={"compile": "off", "compile_scoring": None})
     metrics = config.metrics.model_copy(
         update={"base_flop_per_sample": 1.0}
     )  # or it would be counted
     config = config.model_copy(update={"model": model, "training": training, "metrics": metrics})
-    built = get_model(
-        model.model_copy(update={"weights": None}), len(classes), config.dataset.image_size
-    )
-    load_weights(built, model, "--weights")
-    return Trained(Network(built, config, lambda *_: None, device, Dist()), classes)
+    size = config.dataset.image_size
+    try:
+        built = build_model(model, len(classes), size)
+    except RequestError as error:
+        raise RequestError(f"--weights: {path}: config.json: {error}") from None
+    loaded = load_weights(built, model, size, "--weights", new_head=False)
+    network = Network(built, config, lambda *_: None, device, Dist())
+    as_lab = description.by_lab and View.of(config.dataset) == description.view
+    by_timm = by_folder and not as_lab
+    prepare = timm_preparation(description.view) if by_timm else lab_preparation(config.dataset)
+    shown = description.view if by_folder else View.of(config.dataset)
+    remarks = loaded.remarks
+    if shown != description.view:
+        remarks = [
+            *remarks,
+            f"pictures are shown as {shown}, and the weights are for {description.view}",
+        ]
+    return Trained(network, classes, shown, prepare, remarks)
+
+
+def lab_preparation(config: DatasetConfig) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """As the lab validates."""
+    augmentation = Augmentation(config, train=False)
+
+    def prepare(images: Sequence[Tensor]) -> list[Tensor]:
+        return augmentation(images, torch.zeros(len(images), UNIFORMS_PER_SAMPLE).double())
+
+    return prepare
+
+
+def timm_preparation(view: View) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """As timm evaluates, whose order and rounding are not the lab's."""
+    from timm.data import create_transform
+
+    size = (3, view.size, view.size)
+    ways = view._asdict()
+    del ways["size"]
+    transform = create_transform(size, use_prefetcher=True, **ways)  # uint8, not normalised
+
+    def prepare(images: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.as_tensor(transform(to_pil_image(image))) for image in images]
+
+    return prepare
 
 
 def class_numbers(trained: Trained, names: Sequence[str]) -> np.ndarray:
@@ -81,35 +130,57 @@ def class_numbers(trained: Trained, names: Sequence[str]) -> np.ndarray:
 
     Raises RequestError naming a class that it does not know.
     """
-    own = {name: number for number, name in enumerate(trained.classes)}
-    if unknown := [name for name in names if name not in own]:
+    own = {composed(name): number for number, name in enumerate(trained.classes)}
+    if unknown := [name for name in names if composed(name) not in own]:
         raise RequestError(
             f"--weights: class {one_line(repr(unknown[0]), 80)} of the data is not among "
             f"its classes"
         )
-    return np.array([own[name] for name in names], dtype=np.int64)
+    return np.array([own[composed(name)] for name in names], dtype=np.int64)
 
 
 class Predictions(NamedTuple):
     """What a network says of n pictures."""
 
-    probabilities: np.ndarray  # float32 [n, classes]
-    predicted: np.ndarray  # int64 [n]: the class of the largest logit, as validation takes it
+    logits: np.ndarray  # float32 [n, classes]
     labels: np.ndarray  # int64 [n]
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The class of the largest logit, as validation takes it: int64 [n]."""
+        return self.logits.argmax(1)
 
 
 @torch.no_grad()
 def predict(network: Network, batches: Iterable[DeviceBatch]) -> Predictions:
     """Predict every sample; a last, smaller batch is padded to the shape of the others, as in
     validation.
+
+    Raises RequestError where no sample could be read, or where a logit is not finite.
     """
     forward = network.predictor()
     found = []
     for images, labels, _ in batches:
-        padding = images.new_zeros(network.local_batch - len(images), *images.shape[1:])
-        logits = forward(torch.cat([images, padding]))[: len(images)]
-        found.append([logits.float().softmax(-1).cpu(), logits.argmax(-1).cpu(), labels.cpu()])
-    return Predictions(*(torch.cat(each).numpy() for each in zip(*found, strict=True)))
+        if len(labels):
+            padding = images.new_zeros(network.local_batch - len(images), *images.shape[1:])
+            logits = forward(torch.cat([images, padding]))[: len(images)]
+            found.append([logits.float().cpu(), labels.cpu()])
+    if not found:
+        raise RequestError("dataset: no picture of the validation set can be read")
+    whole = Predictions(*(torch.cat(each).numpy() for each in zip(*found, strict=True)))
+    require_finite(whole.logits)
+    return whole
+
+
+def require_finite(logits: np.ndarray) -> None:
+    """Raises RequestError where any of float32 [n, classes] is not finite: then no class is the
+    likeliest.
+    """
+    bad = int((~np.isfinite(logits).all(1)).sum())
+    if bad:
+        raise RequestError(
+            f"--weights: of {bad:,} of {len(logits):,} pictures the logits are not finite"
+        )
 
 
 def calibration(
@@ -140,25 +211,28 @@ def measure(found: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """Every figure of an evaluation; accuracies in percent, the calibration error from 0 to 1.
 
     confusion: int [classes, classes], how many samples of each class (row) were taken for each
-    (column).
+    (column). Of equal logits the first class ranks first, as the prediction does.
     """
+    from sklearn.metrics import confusion_matrix  # a second to import
+
+    numbers = range(len(classes))
     correct = found.predicted == found.labels
-    count = len(classes)
-    own = found.probabilities[np.arange(len(correct)), found.labels]
-    rank = (found.probabilities > own[:, None]).sum(1)  # how many classes are likelier
-    confusion = np.zeros((count, count), dtype=int)
-    np.add.at(confusion, (found.labels, found.predicted), 1)
-    error, bins = calibration(found.probabilities.max(1), correct)
-    samples = confusion.sum(1)
+    ranked = (-found.logits).argsort(1, kind="stable")[:, :5]
+    in_five = (ranked == found.labels[:, None]).any(1)
+    confusion = confusion_matrix(found.labels, found.predicted, labels=numbers)
+    confidence = softmax(found.logits, axis=1).max(1)
+    error, bins = calibration(confidence, correct)
+    samples = confusion.sum(1).tolist()
     shares = [
-        100 * int(confusion[i, i]) / int(samples[i]) if samples[i] else None for i in range(count)
+        100 * right / count if count else None
+        for right, count in zip(confusion.diagonal().tolist(), samples, strict=True)
     ]
     return {
         "samples": len(correct),
         "accuracy": 100 * int(correct.sum()) / len(correct),
-        "top5_accuracy": 100 * int((rank < 5).sum()) / len(correct),
+        "top5_accuracy": 100 * int(in_five.sum()) / len(correct),
         "calibration_error": error,
-        "classes": {"name": list(classes), "accuracy": shares, "samples": samples.tolist()},
+        "classes": {"name": list(classes), "accuracy": shares, "samples": samples},
         "confusion": confusion.tolist(),
         "calibration_bins": bins,
     }
@@ -170,7 +244,10 @@ def table(figures: dict[str, Any]) -> str:
     """
     names, shares, samples = figures["classes"].values()
     confusion = np.array(figures["confusion"])
+    bad = figures.get("bad_images", [])
     lines = [
+        *(f"left out           {one_line(each)}" for each in bad[:FEW]),
+        *([f"left out           {len(bad) - FEW:,} more"] if len(bad) > FEW else []),
         f"accuracy           {figures['accuracy']:6.2f} %  of {figures['samples']:,} pictures",
         f"top-5 accuracy     {figures['top5_accuracy']:6.2f} %",
         f"calibration error  {figures['calibration_error']:6.4f}    ({BINS} bins)",
@@ -236,66 +313,85 @@ def draw(figures: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
-    """The files, and of each folder those below it whose names end as a picture's, sorted. Raises
-    RequestError naming what is missing, and a folder without any.
+def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """(the files, and of each folder the pictures below it, sorted; what was skipped in each
+    folder).
+
+    Raises RequestError naming what is missing, and a folder without any.
     """
-    found = []
+    found: list[Path] = []
+    remarks = []
     for path in paths:
         if not path.exists():
             raise RequestError(f"--images: {path}: no such file or folder")
-        below = (
-            sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        )
-        named = [
-            file
-            for file in below
-            if file == path or has_file_allowed_extension(str(file), IMG_EXTENSIONS)
-        ]
-        if not named:
-            raise RequestError(
-                f"--images: {path}: no pictures in it; their names end in "
-                f"{', '.join(IMG_EXTENSIONS)}"
-            )
-        found += named
-    return found
+        if not path.is_dir():
+            found.append(path)
+            continue
+        try:
+            pictures, skipped = pictures_below(path)
+        except OSError as error:
+            raise RequestError(f"--images: {error.filename or path}: {error.strerror}") from None
+        said = f"skipped: {skipped}" if skipped else ""
+        if not pictures:
+            endings = f"their names end in {', '.join(IMG_EXTENSIONS)}"
+            raise RequestError(f"--images: {path}: no pictures in it; {endings}; {said}")
+        remarks += [f"--images: {path}: {said}"] if said else []
+        found += pictures
+    return found, remarks
 
 
-Guess = tuple[str, float]  # a class name and its probability
+class Guess(NamedTuple):
+    """What a network says of a picture, or why it could not be asked."""
+
+    path: Path
+    classes: list[tuple[str, float]]  # names and probabilities, the likeliest first
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        name = str(self.path) if str(self.path).isprintable() else one_line(self.path)
+        if self.problem is not None:
+            return f"{name}: {self.problem}"
+        shares = (f"{one_line(each, 60)} {100 * share:.1f} %" for each, share in self.classes)
+        return f"{name}: {', '.join(shares)}"
 
 
-def top_predictions(
-    trained: Trained, paths: Sequence[Path], top: int
-) -> Iterator[tuple[Path, list[Guess]]]:
-    """Of each picture its likeliest classes, prepared as for validation.
-
-    Raises RequestError naming a picture that cannot be read.
+def guesses(trained: Trained, paths: Sequence[Path], top: int) -> Iterator[Guess]:
+    """Of each picture its likeliest classes; of one that cannot be read, why. Raises RequestError
+    where a logit is not finite.
     """
     network = trained.network
-    augmentation = Augmentation(trained.network.config.dataset, train=False)
     batch = min(64, network.local_batch)
     forward = network.predictor()
     for start in range(0, len(paths), batch):
-        part = paths[start : start + batch]
-        images = augmentation(
-            [_decoded(path) for path in part], torch.zeros(len(part), UNIFORMS_PER_SAMPLE).double()
+        part = [(path, *_decoded(path)) for path in paths[start : start + batch]]
+        images = trained.prepare([image for _, image, _ in part if image is not None])
+        rows = iter(
+            _likeliest(forward, torch.stack(images).to(network.device), top) if images else ()
         )
-        probabilities = _probabilities(forward, torch.stack(images).to(network.device))
-        for path, row in zip(part, probabilities, strict=True):
-            best = row.topk(min(top, len(row)))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            yield path, [(trained.classes[number], share) for number, share in pairs]
+        for path, image, problem in part:
+            pairs = next(rows) if image is not None else []
+            yield Guess(
+                path, [(trained.classes[number], share) for number, share in pairs], problem
+            )
 
 
 @torch.no_grad()
-def _probabilities(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return forward(images).float().softmax(-1).cpu()
+def _likeliest(
+    forward: Callable[[Tensor], Tensor], images: Tensor, top: int
+) -> list[list[tuple[int, float]]]:
+    """Of each picture, (class, probability) of the `top` likeliest classes."""
+    logits = forward(images).float().cpu()
+    require_finite(logits.numpy())
+    order = logits.sort(descending=True, stable=True).indices[:, :top]
+    shares = logits.softmax(-1).gather(1, order)
+    return [
+        list(zip(*each, strict=True)) for each in zip(order.tolist(), shares.tolist(), strict=True)
+    ]
 
 
-def _decoded(path: Path) -> Tensor:
+def _decoded(path: Path) -> tuple[Tensor | None, str | None]:
+    """(a picture, None), or (None, why it cannot be read)."""
     try:
-        return decode_image(read_picture(path))
+        return decode_image(read_picture(path)), None
     except (OSError, ValueError) as error:
-        raise RequestError(
-            f"--images: {path}: {one_line(getattr(error, 'strerror', None) or error)}"
-        ) from None
+        return None, one_line(getattr(error, "strerror", None) or error)

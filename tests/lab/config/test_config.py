@@ -305,3 +305,50 @@ def test_importing_the_lab_has_no_side_effects(tmp_path):
     )
     assert done.returncode == 0
     assert list(Path(tmp_path).iterdir()) == []
+
+
+PATHS = ["model.weights", "dataset.train_dir", "dataset.val_dir", "dataset.name"]
+PATHS += ["dataset.cache_folder", "logging.output_dir", "logging.jsonl_path"]
+READ_WITH = {  # what each of them needs to be read
+    "dataset.train_dir": ["dataset.type=folder", "dataset.val_dir=x"],
+    "dataset.val_dir": ["dataset.type=folder", "dataset.train_dir=x"],
+    "dataset.name": ["dataset.type=hf"],
+    "dataset.cache_folder": ["dataset.cache=disk"],
+}
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_the_home_folder_is_meant_by_its_sign(key, tmp_path, monkeypatch):
+    """In overrides and in files: `~` once made a folder of that name."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    section, name = key.split(".")
+    (tmp_path / "a.yaml").write_text(f"{section}:\n  {name}: ~/x y\n")
+    base = READ_WITH.get(key, [])
+    for config in (
+        load_config(None, [*base, f"{key}=~/x y"]),
+        load_config(tmp_path / "a.yaml", base),
+    ):
+        assert getattr(getattr(config, section), name) == "/home/somebody/x y"
+    config = load_config(None, [*base, f"{key}=./~"])
+    assert getattr(getattr(config, section), name) == "./~"
+    with pytest.raises(RequestError, match=f"{key}.*: ~nobody_here: no such user") as caught:
+        load_config(None, [*base, f"{key}=~nobody_here/x"])
+    assert "\n" not in str(caught.value)
+
+
+def test_every_key_that_reads_like_a_path_is_one():
+    """A new key of a folder or file must know the home folder too."""
+    for section, part in Config.model_fields.items():
+        for name in part.annotation.model_fields:
+            if name.endswith(("_dir", "_folder", "_path")) or name == "weights":
+                assert f"{section}.{name}" in PATHS
+                assert name in part.annotation.PATHS
+
+
+def test_a_flag_and_an_override_of_one_key(capsys):
+    """Which of the two holds is not guessed; the same value twice is no question."""
+    asked = ["--config", str(REPO / "configs/digits_smoke.yaml"), "--dry-run", "--epochs", "9"]
+    assert run_cli(lambda: run_experiment.main([*asked, "training.epochs=9"])) == 0
+    assert run_cli(lambda: run_experiment.main([*asked, "training.epochs=4"])) == 2
+    said = "error: override 'training.epochs=4': a flag says training.epochs=9\n"
+    assert capsys.readouterr().err == said

@@ -61,7 +61,7 @@ def test_hidden_folders_are_no_classes_and_hold_no_pictures(image_folder, capsys
     assert len(val) == 9
     assert train.skipped == val.skipped == {"hidden folders": 2, "files of other types": 1}
     assert (
-        "dataset.train_dir: skipped: files of other types 1, hidden folders 2\n"
+        "dataset.train_dir: skipped: files of other types 1 (no ending 1), hidden folders 2\n"
         in capsys.readouterr().out
     )
     plan = EpochPlan(np.arange(24), 24, 0, lambda epoch: 1.0)
@@ -131,7 +131,7 @@ def test_only_regular_files_are_pictures(image_folder, monkeypatch):
         monkeypatch.chdir(red)  # the kernel takes short names alone
         listener.bind("socket.jpg")
     save_picture(image_folder / "train" / "loose.jpg", (9, 9, 9), 0)
-    pictures, skipped = scan_folder(str(image_folder / "train"))
+    pictures, skipped, _ = scan_folder(str(image_folder / "train"))
     assert skipped == {"FIFOs, sockets and devices": 3, "pictures outside class folders": 1}
     assert [path.name for path in pictures["red"]] == [
         *(f"{i}.jpg" for i in range(8)),
@@ -192,3 +192,47 @@ def test_names_that_are_no_text_do_not_stop_the_comparison_of_data(image_folder)
     (red / "0.jpg").rename(os.fsdecode(os.fsencode(red) + b"/\xff.jpg"))
     train = folder_dataset("dataset.train_dir", str(image_folder / "train"))
     assert len(train.fingerprint()) == 64
+
+
+def test_folders_that_look_alike_are_one_class(image_folder, capsys):
+    """A Mac and a Linux have written the same name in two forms of Unicode, into one folder."""
+    composed = "caf\u00e9"
+    apart = "cafe\u0301"
+    (image_folder / "train" / "green").rename(image_folder / "train" / composed)
+    (image_folder / "train" / "red").rename(image_folder / "train" / apart)
+    (image_folder / "val" / "green").rename(image_folder / "val" / apart)
+    shutil.rmtree(image_folder / "val" / "red")
+    train, val = build_datasets(folder_config(image_folder).dataset)
+    assert train.classes == val.classes == ["blue", composed]
+    assert [label for _, label in train.samples] == [0] * 8 + [1] * 16
+    assert [label for _, label in val.samples] == [0] * 3 + [1] * 3
+    assert f"folders whose names look alike are one class: {composed}\n" in capsys.readouterr().out
+
+
+def test_what_other_systems_leave_is_no_class_and_no_picture(image_folder, capsys):
+    train = image_folder / "train"
+    whole = names(folder_dataset("dataset.train_dir", str(train)), image_folder)
+    for name in ("__MACOSX", "lost+found", "$RECYCLE.BIN", "red/@eaDir"):
+        (train / name).mkdir()
+        save_picture(train / name / "1.jpg", (9, 9, 9), 0)
+    for name in ("._0.jpg", "1.HEIC", "2.heic", "3.mov"):
+        (train / "red" / name).write_bytes(b"none")
+    capsys.readouterr()
+    ours = folder_dataset("dataset.train_dir", str(train))
+    assert names(ours, image_folder) == whole
+    assert capsys.readouterr().out == (
+        "dataset.train_dir: skipped: files of other types 3 (.heic 2, .mov 1), "
+        "folders of an operating system 4, resource forks of a Mac (._*) 1; "
+        ".heic: pictures that are not read; convert them to JPEG\n"
+    )
+
+
+def test_a_folder_has_one_place_however_it_is_spelt(image_folder, monkeypatch):
+    """Two spellings once built two caches of the same pictures."""
+    monkeypatch.chdir(image_folder)
+    (image_folder / "link").symlink_to("train")
+    spellings = ["train", "./train/", str(image_folder / "train"), "val/../train", "link"]
+    contents = {folder_dataset("dataset.train_dir", each).content() for each in spellings}
+    assert len(contents) == 1
+    (image_folder / "train" / "red" / "0.jpg").write_bytes(b"another")
+    assert folder_dataset("dataset.train_dir", "train").content() not in contents

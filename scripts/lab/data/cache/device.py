@@ -95,23 +95,27 @@ class CachedLoader:
         """Take in what is known of the pictures. Compiles now, before training time is counted.
 
         positions: int64 [n], of each row, its picture's place in `index`. labels: int64 [n], of
-        each row, without noise. unreadable: what could not be read.
+        each row, without noise; -1 for one without a picture, which validation leaves out.
+        unreadable: what could not be read.
         """
         self.sizes = index.sizes
         self.originals = index.originals
         self.positions = positions
+        self.readable = labels >= 0
         self.labels = torch.from_numpy(dataset.noisy_labels(labels, self.indices)).to(self.device)
         self.read_errors.found = list(unreadable)
         if self.compiles:
             next(iter(self))
 
     def __len__(self) -> int:
-        return len(self.plan) if self.plan else math.ceil(len(self.indices) / self.batch_size)
+        samples = int(self.readable.sum())
+        return len(self.plan) if self.plan else math.ceil(samples / self.batch_size)
 
     def parts(self) -> Iterator[BatchPart]:
         """This process's part of each batch."""
         order = self.indices if self.plan is None else self.plan.indices_to_load()
         order = np.searchsorted(self.indices, order)
+        order = order if self.plan else order[self.readable[order]]
         first = self.batch_size * (self.plan.first_batch if self.plan else 0)
         self._draw_erasures(order[first:])
         for start in range(first, len(order), self.batch_size):

@@ -106,7 +106,8 @@ class Chunk(NamedTuple):
 
 class Encoder(Dataset):
     """The pictures of an ImageDataset decoded and made ready for a cache. The items of several
-    indices are one Chunk, without those that have no picture.
+    indices are one Chunk. One that has no picture, and nothing that stands in for it, is black and
+    has the label -1.
     """
 
     def __init__(self, dataset: ImageDataset, recipe: Recipe):
@@ -120,12 +121,12 @@ class Encoder(Dataset):
         for index in indices:
             sample = self.dataset.load(index)
             unreadable += sample.unreadable
-            if sample.image is not None:
-                encoded, size = self.recipe.encode(sample.image)
-                data.append(encoded)
-                rows.append((size, sample.image.shape[1:], sample.label, zlib.crc32(encoded)))
-        if not rows:
-            return Chunk(torch.empty(0, dtype=torch.uint8), Index.empty(), unreadable)
+            image = (
+                torch.zeros(3, 1, 1, dtype=torch.uint8) if sample.image is None else sample.image
+            )
+            encoded, size = self.recipe.encode(image)
+            data.append(encoded)
+            rows.append((size, image.shape[1:], sample.label, zlib.crc32(encoded)))
         sizes, originals, labels, checksums = zip(*rows, strict=True)
         pairs = (np.array(each, dtype=np.int32) for each in (sizes, originals))
         lengths = np.array([len(each) for each in data])
@@ -284,7 +285,7 @@ def place(
         len(dataset),
         dataset.classes,
         *recipe,
-        config.max_bad_images,
+        dataset.max_bad_images,
     ]
     facts.append(hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest())
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -346,6 +347,7 @@ def _build(
     mean = mean_bytes(dataset, indices, recipe)
     left = indices[len(index.lengths) :]
     _require_space(folder, mean * len(left), f"{len(left):,} {recipe}")
+    _name_others(folder)
     bar = progress_bar(
         desc="decoding",
         unit=" pictures",
@@ -437,3 +439,16 @@ def _require_space(folder: Path, needed: float, what: str) -> None:
             f"dataset.cache: {size}, and {folder} has {free / 2**30:,.2f} GiB free; {hint}"
         )
     print_rank0(f"dataset.cache: {size}; {folder} has {free / 2**30:,.2f} GiB free")
+
+
+def _name_others(folder: Path) -> None:
+    """Say how much other caches beside a new one take: of data that has changed, say."""
+    others = [path for path in folder.parent.glob("*/pixels") if path.parent != folder]
+    if others:
+        size = sum(path.stat().st_size for path in others) / 2**30
+        names = ", ".join(path.parent.name for path in sorted(others)[:3])
+        more = ", ..." if len(others) > 3 else ""
+        print_rank0(
+            f"dataset.cache: {len(others):,} others in {folder.parent} take {size:,.2f} GiB: "
+            f"{names}{more}"
+        )

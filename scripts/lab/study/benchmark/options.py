@@ -6,10 +6,10 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lab.base.errors import RequestError
+from lab.base.files import user_path, user_text
 from lab.base.launch import launched
 from lab.data.cache.loaders import MOST_READERS
 from lab.study.benchmark.scaling import read_single
@@ -28,7 +28,9 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     )
     for add, check in kinds_of_work:
         kind = add(kinds)
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+        kind.add_argument(
+            "--json", type=user_path, metavar="FILE", help="write all figures to FILE"
+        )
         kind.set_defaults(check=check)
     args = parser.parse_args(argv)
     args.check(args)
@@ -66,7 +68,7 @@ def add_steps(kinds: Any) -> argparse.ArgumentParser:
     )
     add(
         "--single",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="JSON of a run in one process: show the speed-up over its rows",
     )
@@ -134,9 +136,14 @@ def add_epoch(kinds: Any) -> argparse.ArgumentParser:
 
 def add_folder(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The options of where pictures are."""
-    parser.add_argument("--folder", required=True, help="of classes, each a folder of images")
     parser.add_argument(
-        "--cache-folder", default="data/cache", help="as dataset.cache_folder (default: data/cache)"
+        "--folder", required=True, type=user_text, help="of classes, each a folder of images"
+    )
+    parser.add_argument(
+        "--cache-folder",
+        default="data/cache",
+        type=user_text,
+        help="as dataset.cache_folder (default: data/cache)",
     )
     parser.add_argument(
         "--cache-resolution", type=int, metavar="PX", help="as dataset.cache_resolution"
@@ -161,7 +168,7 @@ def add_timed(
     )
     add("--steps", type=int, default=steps, help=f"timed batches a repeat (default: {steps})")
     add("--repeats", type=int, default=repeats, help=repeated)
-    add("--plot", type=Path, metavar="FILE", help="draw a bar chart (png, svg, pdf)")
+    add("--plot", type=user_path, metavar="FILE", help="draw a bar chart (png, svg, pdf)")
     return parser
 
 
@@ -169,7 +176,13 @@ def add_scaling(kinds: Any) -> argparse.ArgumentParser:
     parser = kinds.add_parser("scaling", help="steps on more GPUs, on paper")
     parser.set_defaults(plot=None)
     add = parser.add_argument
-    add("--steps", type=Path, required=True, metavar="FILE", help="JSON of a run of steps --nproc")
+    add(
+        "--steps",
+        type=user_path,
+        required=True,
+        metavar="FILE",
+        help="JSON of a run of steps --nproc",
+    )
     add("--gpus", type=int, nargs="+", default=[8, 64, 512], metavar="N", help="default: 8 64 512")
     add(
         "--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of one machine (default: 8)"
