@@ -233,17 +233,17 @@ class Choice(NamedTuple):
         return weights if self.weights is None else weights.index_copy_(0, self.rows, self.weights)
 
 
-def with_floor(choice: Choice, scores: Tensor, believed: Tensor | None, floor: int) -> Choice:
+def with_floor(choice: Choice, scores: Tensor, kept: Tensor | None, floor: int) -> Choice:
     """Where fewer than `floor` are active, the highest scores of the others come on top, those not
-    believed last. Nothing is read from a device.
+    kept last. Nothing is read from a device.
     """
     n = len(scores)
     lacking = min(floor, n) - len(choice.rows)
     if lacking <= 0:
         return choice
-    if believed is not None:
+    if kept is not None:
         last = torch.full_like(scores, torch.finfo(scores.dtype).min)
-        scores = last.index_copy_(0, believed, scores[believed])
+        scores = last.index_copy_(0, kept, scores[kept])
     others = scores.index_fill(0, choice.rows, -math.inf)
     more = others.sort(descending=True, stable=True).indices[:lacking]
     rows = torch.cat([choice.rows, more]).sort().values
@@ -685,12 +685,12 @@ class Selection(Stateful):
         """Whom a sparse epoch loads, where scores are known before loading."""
         generator = np.random.default_rng((self.seed, epoch, 1))
         uniforms = generator.random(len(order), dtype=np.float32)
-        believed = self.weights.cpu().numpy()[order] == 1
-        order = order[believed]
+        kept = self.weights.cpu().numpy()[order] == 1
+        order = order[kept]
         scores = self.scores.of_epoch(order)
         if scores is None or not len(order):
             return
-        drawn = torch.from_numpy(uniforms[believed])
+        drawn = torch.from_numpy(uniforms[kept])
         floor = self.min_active
         if self.dist.world > 1 and floor:  # BatchNorm cannot normalise a single sample
             floor = max(floor, 2 * self.dist.world)
@@ -707,32 +707,32 @@ class Selection(Stateful):
         """
         n = len(scores)
         edges = self.dist.shard_edges(n)
-        own = slice(edges[self.dist.rank], edges[self.dist.rank + 1])
+        local = slice(edges[self.dist.rank], edges[self.dist.rank + 1])
         uniforms = partial(self.uniforms, n, math.floor(sparse_epochs))
-        return self.take(Pool(scores, uniforms, sparse_epochs), self.min_active, indices, own)
+        return self.take(Pool(scores, uniforms, sparse_epochs), self.min_active, indices, local)
 
     def uniforms(self, n: int, epoch: int) -> Tensor:
         """A random number of each sample of a batch, by the seed, the epoch and its place there."""
         places = len(self.activations) * n + torch.arange(n)
         return uniform(self.seed, epoch, places, 1)[:, 0]
 
-    def take(self, pool: Pool, floor: int, indices: Tensor, own: slice) -> Choice:
+    def take(self, pool: Pool, floor: int, indices: Tensor, local: slice) -> Choice:
         """The method: doubt, exploration, the rule, the count of the active, the floor, the note.
 
-        indices, own: see `LabelDoubt.note`.
+        indices, local: see `LabelDoubt.note`.
         """
         n = len(pool.scores)
-        believed = self.doubt.believed(pool.scores)
-        choice = self.explore(pool if believed is None else pool.at(believed))
-        if believed is not None:
-            choice = choice._replace(rows=believed[choice.rows])
+        kept = self.doubt.keep(pool.scores)
+        choice = self.explore(pool if kept is None else pool.at(kept))
+        if kept is not None:
+            choice = choice._replace(rows=kept[choice.rows])
         self.activations.append(len(choice.rows) / n)
         self.thresholds.append(choice.threshold)
-        choice = with_floor(choice, pool.scores, believed, floor)
-        if believed is not None:
-            left_out = torch.ones(n, dtype=torch.bool, device=believed.device)
-            left_out = left_out.index_fill(0, believed, False).index_fill(0, choice.rows, False)
-            self.doubt.note(left_out, indices, own)
+        choice = with_floor(choice, pool.scores, kept, floor)
+        if kept is not None:
+            left_out = torch.ones(n, dtype=torch.bool, device=kept.device)
+            left_out = left_out.index_fill(0, kept, False).index_fill(0, choice.rows, False)
+            self.doubt.note(left_out, indices, local)
         return choice
 
     def explore(self, pool: Pool) -> Choice:
@@ -929,9 +929,9 @@ def ast_forward(
     if not significances.is_cuda and not significances.isfinite().all():
         raise TrainingFailed(f"non-finite scores in {run.metrics.place()}")
     choice = selection.choose(batch.indices, significances, sparse_epochs)
-    own, counts = dist.own_chosen(choice.rows, len(significances))
+    local, counts = dist.local_choice(choice.rows, len(significances))
     selection.scores.observe(batch, run.schedule.lr / run.config.training.lr)
-    active = active_rows(batch, own, choice, sum(counts[: dist.rank]), selection.rule.weighs)
+    active = active_rows(batch, local, choice, sum(counts[: dist.rank]), selection.rule.weighs)
     if run.queue is None:
         ready = DeviceBatch(*dist.balance(counts, active.tensors()))
     else:
@@ -945,22 +945,22 @@ def ast_forward(
 
 
 def active_rows(
-    batch: DeviceBatch, own: Tensor, choice: Choice, first: int, weighs: bool
+    batch: DeviceBatch, local: Tensor, choice: Choice, first: int, weighs: bool
 ) -> DeviceBatch:
     """The chosen samples of this process's part of a batch.
 
-    own: int64, their rows in it. first: how many of the choice other processes have before them.
+    local: int64, their rows in it. first: how many of the choice other processes have before them.
     weighs: whether weights travel with the rows, through the queue and to other processes.
     """
     device = batch.labels.device
-    rows = own if own.device == device else to_device(own, device)
+    rows = local if local.device == device else to_device(local, device)
     active = DeviceBatch(*(tensor[rows] for tensor in batch.tensors()))
     if not weighs:
         return active
     weights = choice.weights
     if weights is None:
         weights = torch.ones(len(choice.rows))
-    return active._replace(weights=to_device(weights[first : first + len(own)], device))
+    return active._replace(weights=to_device(weights[first : first + len(local)], device))
 
 
 def train_step(batch: DeviceBatch, run: Run, count_correct: bool = True) -> int:
@@ -1105,7 +1105,7 @@ class Metrics(Stateful):
     """
 
     STATE = ("epoch", "step", "history", "epochs_completed", "times_trained", "by_class")
-    OWN = ("ledger", "ledger_before", "meter")
+    LOCAL = ("ledger", "ledger_before", "meter")
 
     def __init__(self, device: torch.device, dist: Dist, samples: int = 0, max_bad_images: int = 0):
         """samples: how many indices the training set has."""
@@ -1192,22 +1192,22 @@ class Metrics(Stateful):
         *before, newest = self.history["val_acc"]
         return newest > max(before, default=-1.0)
 
-    def own_state(self) -> dict[str, Any]:
-        return {**super().own_state(), "read_errors": self.read_errors.found}
+    def local_state(self) -> dict[str, Any]:
+        return {**super().local_state(), "read_errors": self.read_errors.found}
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        super().load_own_state(state)
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        super().load_local_state(state)
         self.meter.epoch = self.epoch
         self.read_errors.add(state["read_errors"])
 
     def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
         """Rank 0 has what all had counted."""
-        own = {name: [each[name] for each in states] for name in self.OWN}
+        local = {name: [each[name] for each in states] for name in self.LOCAL}
         errors = [text for each in states for text in each["read_errors"]]
         return {
-            "ledger": self.ledger.merged(own["ledger"], rank),
-            "ledger_before": self.ledger.merged(own["ledger_before"], rank),
-            "meter": self.meter.merged(own["meter"], rank),
+            "ledger": self.ledger.merged(local["ledger"], rank),
+            "ledger_before": self.ledger.merged(local["ledger_before"], rank),
+            "meter": self.meter.merged(local["meter"], rank),
             "read_errors": errors if rank == 0 else [],
         }
 
@@ -1261,9 +1261,9 @@ def close_epoch(
         "forgotten": selection.doubt.forgotten(),
     }
     metrics.close_epoch(row)
-    if not run.told_out_of_reach:
+    if not run.warned_out_of_reach:
         least = run.config.ast.min_threshold
-        run.told_out_of_reach = out_of_reach(least, row["target"], active, thresholds)
+        run.warned_out_of_reach = out_of_reach(least, row["target"], active, thresholds)
     selection.end_epoch(train_acc, is_sparse)
     return row
 
@@ -1287,7 +1287,7 @@ class Run:
     metrics: Metrics
     clock: Clock
     outputs: Outputs
-    told_out_of_reach: bool = False  # that the target is
+    warned_out_of_reach: bool = False  # that the target is
 
     @classmethod
     def build(
@@ -1614,14 +1614,14 @@ def validate(run: Run, loader: Loader) -> float | None:
     started = time.monotonic()
     if run.clock.signalled():
         return None
-    own = average_running_statistics(run.network.statistics(), run.dist)
+    local = average_running_statistics(run.network.statistics(), run.dist)
     batches = device_batches(loader, run.device, run.metrics.read_errors)
     counts = evaluate(run.network, batches, run.clock)
     if counts is not None:
         run.clock.eval_seconds = time.monotonic() - started
         run.metrics.by_class = list(counts)
         return counts.accuracy()
-    for buffer, value in own:
+    for buffer, value in local:
         buffer.copy_(value)
     return None
 

@@ -51,7 +51,7 @@ class Falling(Target):
 class LowestQuarter(LabelDoubt):
     """Leaves out the quarter of a pool with the lowest scores."""
 
-    def believed(self, scores):
+    def keep(self, scores):
         count = len(scores) // 4
         return scores.sort(descending=True).indices[: len(scores) - count].sort().values
 

@@ -181,7 +181,7 @@ def test_who_is_looked_at_again_is_recorded_and_moves_no_weight(monkeypatch):
     assert all(
         torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(got, wanted, strict=True)
     )
-    assert (run.selection.store.seen[8:] == 0).all()
+    assert (run.selection.store.last_epoch[8:] == 0).all()
 
 
 # ------------------------------------------------------------------------------ Resumed, and shared

@@ -192,10 +192,10 @@ def test_a_step_records_the_significance_of_its_own_forward():
         expected = significance(run.network.model(run.network.normalise(images)), labels, 0.5)
     trained_on(run, images, labels, indices)
     assert torch.equal(run.selection.store.significance[indices], expected)
-    assert set(run.selection.store.seen[indices].tolist()) == {3}
+    assert set(run.selection.store.last_epoch[indices].tolist()) == {3}
     others = torch.ones(40, dtype=torch.bool).index_fill_(0, indices, False)
     assert run.selection.store.significance[others].isinf().all()
-    assert (run.selection.store.seen[others] == -1).all()
+    assert (run.selection.store.last_epoch[others] == -1).all()
 
 
 def test_a_loss_that_is_not_finite_leaves_its_sample_as_never_seen():

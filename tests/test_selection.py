@@ -161,8 +161,8 @@ def test_the_floor_takes_who_is_doubted_last():
     """And who is taken was not left out."""
     scores = torch.tensor([9.0, 8.0, 1.0, 2.0])
     nobody = Choice(torch.arange(0), 0.0)
-    believed = torch.tensor([2, 3])
-    taken = [with_floor(nobody, scores, believed, floor).rows.tolist() for floor in range(6)]
+    kept = torch.tensor([2, 3])
+    taken = [with_floor(nobody, scores, kept, floor).rows.tolist() for floor in range(6)]
     assert taken == [[], [3], [2, 3], [0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
     way = ["ast.rule=topk", "ast.forget_rate=0.5", "ast.target_activation=0.5", "ast.min_active=3"]
     selection = built(4, *way).selection
@@ -234,5 +234,5 @@ def test_a_top_share_is_chosen_without_a_look_at_the_scores():
     chosen = TopShare(make_config("ast.rule=topk")).choose(pool, 0.25)
     assert chosen.rows.shape == (8,)
     assert chosen.threshold.shape == ()
-    believed = torch.empty(24, dtype=torch.int64, device="meta")
-    assert with_floor(chosen, scores, believed, 12).rows.shape == (12,)
+    kept = torch.empty(24, dtype=torch.int64, device="meta")
+    assert with_floor(chosen, scores, kept, 12).rows.shape == (12,)

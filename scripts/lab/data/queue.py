@@ -55,9 +55,9 @@ class ActiveQueue(Stateful):
             self.samples = batch
             return None
         self.pending = [pending - gone for pending, gone in zip(self.pending, taken, strict=True)]
-        own = taken[self.dist.rank]
-        self.samples = DeviceBatch(*(tensor[own:] for tensor in batch.tensors()))
-        first = [tensor[:own] for tensor in batch.tensors()]
+        local = taken[self.dist.rank]
+        self.samples = DeviceBatch(*(tensor[local:] for tensor in batch.tensors()))
+        first = [tensor[:local] for tensor in batch.tensors()]
         return DeviceBatch(*self.dist.balance(taken, first))
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,6 +83,6 @@ class ActiveQueue(Stateful):
             same = len(state["pending"]) == self.dist.world
             self.pending = list(state["pending"]) if same else np.diff(edges).tolist()
             start = sum(self.pending[: self.dist.rank])
-            own = slice(start, start + self.pending[self.dist.rank])
-            mine = [tensor[own].to(self.device) for tensor in state["samples"]]
+            local = slice(start, start + self.pending[self.dist.rank])
+            mine = [tensor[local].to(self.device) for tensor in state["samples"]]
             self.samples = DeviceBatch(*mine)

@@ -34,10 +34,10 @@ def state_of(parts: Parts, dist: Dist) -> dict[str, Any]:
     """Everything that the steps to come depend on; on rank 0 of several processes it is whole.
     Collective. The parts are not changed by it.
     """
-    own = {name: part.own_state() for name, part in parts.items()}
+    local = {name: part.local_state() for name, part in parts.items()}
     return {
         **{name: part.state_dict() for name, part in parts.items()},
-        "ranks": dist.gather_objects(own if dist.world == 1 else host_copy(own)),
+        "ranks": dist.gather_objects(local if dist.world == 1 else host_copy(local)),
     }
 
 
@@ -52,7 +52,7 @@ def load_state(parts: Parts, state: Mapping[str, Any], dist: Dist) -> None:
     for name, part in parts.items():
         states = [each[name] for each in ranks]
         same = len(ranks) == dist.world
-        part.load_own_state(states[dist.rank] if same else part.merged(states, dist.rank))
+        part.load_local_state(states[dist.rank] if same else part.merged(states, dist.rank))
 
 
 def resume_parts(
@@ -99,8 +99,8 @@ def compile_all(once: Callable[[], None], buffers: list[torch.Tensor], passes: i
     except torch._dynamo.exc.TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # torch 2.6 begins with "backend='inductor' raised:"
-        own = (line for line in lines if not line.endswith("raised:"))
-        why = next(own, type(error).__name__)
+        reasons = (line for line in lines if not line.endswith("raised:"))
+        why = next(reasons, type(error).__name__)
         hint = "install a C++ compiler (and triton for a GPU), or set training.compile=off"
         raise RequestError(
             f"training.compile: nothing can be compiled here ({one_line(why)}); {hint}"

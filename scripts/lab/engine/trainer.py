@@ -27,7 +27,7 @@ class Trainer(Stateful):
     """
 
     STATE = ("window_forwards", "optimizer", "scaler", "loss")
-    OWN = ("window_samples", "window_divisor")
+    LOCAL = ("window_samples", "window_divisor")
 
     def __init__(self, network: Network, training: TrainingConfig, schedule: Schedule, dist: Dist):
         self.network = network
@@ -126,12 +126,12 @@ class Trainer(Stateful):
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
 
-    def own_state(self) -> dict[str, Any]:
+    def local_state(self) -> dict[str, Any]:
         gradients = [p.grad for p in self.parameters] if self.window_samples else None
-        return {**super().own_state(), "gradients": gradients}
+        return {**super().local_state(), "gradients": gradients}
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        super().load_own_state(state)
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        super().load_local_state(state)
         if state["gradients"] is None:
             return
         for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):

@@ -76,7 +76,7 @@ class Clock(Stateful):
     """
 
     STATE = ("train_seconds", "epoch_seconds", "eval_seconds")
-    OWN = ("energy_kj",)
+    LOCAL = ("energy_kj",)
 
     def __init__(
         self, training: TrainingConfig, device: torch.device, dist: Dist, stop: Stop, started: float

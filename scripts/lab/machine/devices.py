@@ -156,11 +156,11 @@ class RandomGenerators(Stateful):
     def __init__(self, device: torch.device):
         self.device = device
 
-    def own_state(self) -> dict[str, Any]:
+    def local_state(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {"host": torch.get_rng_state(), "cuda": cuda, "rank": 0}
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
+    def load_local_state(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["host"])
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)

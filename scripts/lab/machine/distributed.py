@@ -153,7 +153,7 @@ class Dist:
 
     What the host decides goes through gloo and never waits for the device. Gradients, scores and
     samples stay on the device (NCCL on GPUs). Every method is collective (all ranks call it, in the
-    same order) but `shard_edges`, `shard`, `own_chosen` and `balancing_moves`. Raises PeerLost
+    same order) but `shard_edges`, `shard`, `local_choice` and `balancing_moves`. Raises PeerLost
     where another process has ended or does not answer for CONTACT_SECONDS.
     """
 
@@ -222,7 +222,7 @@ class Dist:
         edges = self.shard_edges(len(things))
         return things[edges[self.rank] : edges[self.rank + 1]]
 
-    def own_chosen(self, chosen: Tensor, n: int) -> tuple[Tensor, list[int]]:
+    def local_choice(self, chosen: Tensor, n: int) -> tuple[Tensor, list[int]]:
         """Of indices chosen out of n, int64, ascending: (those in this rank's shard, counted from
         its start; how many each rank has).
         """

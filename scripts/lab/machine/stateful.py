@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class Stateful:
-    """An object whose attributes named in STATE and OWN are saved and restored.
+    """An object whose attributes named in STATE and LOCAL are saved and restored.
 
-    STATE: what all processes of a run have alike. OWN: what each has for itself. A part that has a
-    `state_dict` of its own is nested; a tensor is restored in place; anything else must be plain
+    STATE: what all processes of a run have alike. LOCAL: what each has for itself. A part that has
+    a `state_dict` of its own is nested; a tensor is restored in place; anything else must be plain
     (numbers, texts, lists and dicts of them), because checkpoints are loaded without running code.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
-    OWN: ClassVar[tuple[str, ...]] = ()
+    LOCAL: ClassVar[tuple[str, ...]] = ()
 
     def state_dict(self) -> dict[str, Any]:
         return self._values(self.STATE)
@@ -25,11 +25,11 @@ class Stateful:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._restore(self.STATE, state)
 
-    def own_state(self) -> dict[str, Any]:
-        return self._values(self.OWN)
+    def local_state(self) -> dict[str, Any]:
+        return self._values(self.LOCAL)
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        self._restore(self.OWN, state)
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        self._restore(self.LOCAL, state)
 
     def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
         """The own state of process `rank` where another number of processes goes on.

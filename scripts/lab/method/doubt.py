@@ -45,17 +45,17 @@ class LabelDoubt(Stateful):
         order: int64, all indices in the order of the epoch. progress: of the schedule, 0 to 1.
         """
 
-    def believed(self, scores: Tensor) -> Tensor | None:
+    def keep(self, scores: Tensor) -> Tensor | None:
         """The rows of a pool that the rule may choose, int64, ascending; None: all of them.
 
         scores: [n], nats. A tensor on a device is not waited for.
         """
         return None
 
-    def note(self, left_out: Tensor, indices: Tensor, own: slice) -> None:
+    def note(self, left_out: Tensor, indices: Tensor, local: slice) -> None:
         """Take down who of a pool was left out in the end, bool [n].
 
-        indices: int64, of those of this process, the rows `own` of the pool.
+        indices: int64, of those of this process, the rows `local` of the pool.
         """
 
     def forgotten(self) -> float | None:
@@ -64,7 +64,7 @@ class LabelDoubt(Stateful):
 
     def mispredicted(self, all_predicted: bool) -> float:
         """The share of this epoch's samples that were left out and predicted all the same: wrongly,
-        or they would be believed. all_predicted: whether every sample of a pool was predicted.
+        or they would be kept. all_predicted: whether every sample of a pool was predicted.
         """
         return 0.0
 
@@ -99,7 +99,7 @@ class HighestScores(LabelDoubt):
         self.pooled = 0
         self.left.zero_()
 
-    def believed(self, scores: Tensor) -> Tensor:
+    def keep(self, scores: Tensor) -> Tensor:
         n = len(scores)
         # rounded by what was left out before, so that small batches add up to the share
         before = math.floor(self.share * self.pooled)
@@ -110,10 +110,10 @@ class HighestScores(LabelDoubt):
         order = scores.sort(descending=True, stable=True).indices
         return order[count:].sort().values
 
-    def note(self, left_out: Tensor, indices: Tensor, own: slice) -> None:
+    def note(self, left_out: Tensor, indices: Tensor, local: slice) -> None:
         self.pooled += len(left_out)
         self.left += left_out.sum().to(self.left.device)
-        mine = left_out[own].to(indices.device)
+        mine = left_out[local].to(indices.device)
         before = self.last_left_out[indices]
         self.last_left_out.index_copy_(0, indices, torch.where(mine, self.epoch, before))
 
@@ -180,7 +180,7 @@ class UnlikelyLabels(LabelDoubt):
 
 
 def doubted(columns: Mapping[str, np.ndarray], before: np.ndarray, progress: float) -> np.ndarray:
-    """Which samples have a label that is not believed, bool [samples].
+    """Which samples have a label that is not kept, bool [samples].
 
     columns: of `SampleStore.on_host`, with labels. A label is not believed where the network has
     predicted one and the same other class at the last STREAK visits. Up to CERTAIN_UNTIL of the

@@ -29,9 +29,9 @@ class Visit(NamedTuple):
 class SampleStore:
     """What each sample of the training set was worth when it was last trained on, on the device.
 
-    significance: float32, nats; infinite for a sample never seen or without a finite loss. seen:
-    int16, epoch of the last visit, -1 for never. 6 bytes a sample, indexed by the data set's own
-    index.
+    significance: float32, nats; infinite for a sample never seen or without a finite loss.
+    last_epoch: int16, epoch of the last visit, -1 for never. 6 bytes a sample, indexed by the data
+    set's own index.
 
     With `labels`, 17 bytes more. loss and confidence: float32, exponential running means over some
     MEMORY visits. predicted: int32, the class of the last visit. given: int32, the label. streak:
@@ -47,20 +47,24 @@ class SampleStore:
     ):
         self.dist = dist or Dist()
         self.edges = self.dist.shard_edges(samples)
-        self.own = slice(self.edges[self.dist.rank], self.edges[self.dist.rank + 1])
-        self.significance = torch.full((self.own.stop - self.own.start,), math.inf, device=device)
+        self.local = slice(self.edges[self.dist.rank], self.edges[self.dist.rank + 1])
+        self.significance = torch.full(
+            (self.local.stop - self.local.start,), math.inf, device=device
+        )
         self.columns = {"significance": self.significance}
-        self.columns["seen"] = self.seen = torch.full_like(self.significance, -1, dtype=torch.int16)
+        self.columns["last_epoch"] = self.last_epoch = torch.full_like(
+            self.significance, -1, dtype=torch.int16
+        )
         self.labels = labels
         if labels:
             self.columns |= {
                 name: torch.zeros_like(self.significance) for name in ("loss", "confidence")
             }
             self.columns |= {
-                name: torch.full_like(self.seen, -1, dtype=torch.int32)
+                name: torch.full_like(self.last_epoch, -1, dtype=torch.int32)
                 for name in ("predicted", "given")
             }
-            self.columns["streak"] = torch.zeros_like(self.seen, dtype=torch.uint8)
+            self.columns["streak"] = torch.zeros_like(self.last_epoch, dtype=torch.uint8)
         self.unsent: list[
             tuple[Tensor, Tensor]
         ] = []  # (indices, rows) recorded by one of several processes
@@ -84,9 +88,9 @@ class SampleStore:
         if self.labels:
             self._keep_labels(indices, *rows[1:])
         self.significance.index_copy_(0, indices, rows[0])
-        self.seen.index_fill_(
+        self.last_epoch.index_fill_(
             0, indices, epoch
-        )  # `seen[indices] = epoch` would wait for the device
+        )  # `last_epoch[indices] = epoch` would wait for the device
 
     def _keep_labels(
         self, indices: Tensor, loss: Tensor, confidence: Tensor, predicted: Tensor, given: Tensor
@@ -128,19 +132,19 @@ class SampleStore:
         )  # a rank may have recorded nothing
         order = owners.argsort()
         indices, rows = (self.dist.all_to_all(each[order], moves) for each in (indices, rows.T))
-        self._keep(indices - self.own.start, rows.T, epoch)
+        self._keep(indices - self.local.start, rows.T, epoch)
 
     def scores(self, order: np.ndarray) -> np.ndarray:
         """The significance of all samples in this `order` of their indices, float32 on the host.
         Collective.
         """
         self.merge()
-        own = self.significance.cpu().numpy()
+        local = self.significance.cpu().numpy()
         if self.dist.world == 1:
-            return own[order]
+            return local[order]
         scores = np.full(len(order), -math.inf, dtype=np.float32)
-        at = np.flatnonzero((order >= self.own.start) & (order < self.own.stop))
-        scores[at] = own[order[at] - self.own.start]
+        at = np.flatnonzero((order >= self.local.start) & (order < self.local.stop))
+        scores[at] = local[order[at] - self.local.start]
         return self.dist.all_max(torch.from_numpy(scores)).numpy()
 
     def on_host(self) -> dict[str, np.ndarray]:
@@ -167,4 +171,4 @@ class SampleStore:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take a whole store; this rank keeps its range of it."""
         for name, column in self.columns.items():
-            column.copy_(state[name][self.own])
+            column.copy_(state[name][self.local])

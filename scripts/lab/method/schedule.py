@@ -74,11 +74,11 @@ class Schedule(Stateful):
     """How far the run is, and the learning rate there.
 
     It counts planned steps: the training steps that the run was expected to take when it began.
-    What an epoch takes may differ. `pace` makes up for it, so that every epoch moves the rate as
-    far as planned.
+    What an epoch takes may differ. `planned_per_step` makes up for it, so that every epoch moves
+    the rate as far as planned.
     """
 
-    STATE = ("lr", "applied", "pending", "pace")
+    STATE = ("lr", "applied", "pending", "planned_per_step")
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Schedule(Stateful):
         self.lr = lr_at(0.0, training, self.warmup)
         self.applied = 0  # planned steps whose gradient has reached the weights
         self.pending = 0  # those since
-        self.pace = 1.0  # planned steps a loop step of this epoch
+        self.planned_per_step = 1.0  # of this epoch
 
     def progress(self) -> float:
         """How far the run is, 0 to 1: by the planned steps, or by training time."""
@@ -117,21 +117,21 @@ class Schedule(Stateful):
         return epoch - self.shares.span.start + done
 
     def begin_epoch(self, epoch: int, plan: EpochPlan, target: float) -> None:
-        """Set the pace, once the plan knows what the epoch loads."""
+        """Set how far a step moves the schedule, once the plan knows what the epoch loads."""
         loaded = plan.steps_of(self.shares.loaded(epoch, target))
-        self.pace = loaded / max(1, len(plan)) * self.shares.steps(epoch, target)
+        self.planned_per_step = loaded / max(1, len(plan)) * self.shares.steps(epoch, target)
         if self.is_auto:  # what is left is planned anew by the target of today
             left = sum(
                 plan.steps_of(self.shares.loaded(later, target)) * self.shares.steps(later, target)
                 for later in range(epoch, self.shares.epochs)
             )
-            self.pace *= (self.planned_steps - self.applied - self.pending) / left
+            self.planned_per_step *= (self.planned_steps - self.applied - self.pending) / left
         if not len(plan):  # nobody was chosen: the schedule goes on all the same
             self.pending += loaded
 
     def advance(self) -> None:
         """A loop step was taken."""
-        self.pending += self.pace
+        self.pending += self.planned_per_step
 
     def next_lr(self) -> float:
         """The rate of the optimizer step that is due."""

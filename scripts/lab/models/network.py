@@ -161,10 +161,10 @@ class Network(Stateful):
         if self.average is not None:
             self.exported.load_state_dict(state["averaged"])
 
-    def own_state(self) -> dict[str, Any]:
+    def local_state(self) -> dict[str, Any]:
         return {"statistics": self.statistics()}
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
+    def load_local_state(self, state: dict[str, Any]) -> None:
         for buffer, value in zip(self.statistics(), state["statistics"], strict=True):
             buffer.copy_(value)
 

@@ -116,14 +116,14 @@ def layer_norm_net(monkeypatch: pytest.MonkeyPatch) -> None:
 def counts_seen() -> list[list[int]]:
     """A list that fills with how many active samples each rank has, step by step."""
     seen = []
-    whole = Dist.own_chosen
+    whole = Dist.local_choice
 
     def watched(self: Dist, chosen: torch.Tensor, n: int) -> tuple:
         own, counts = whole(self, chosen, n)
         seen.append(counts)
         return own, counts
 
-    Dist.own_chosen = watched
+    Dist.local_choice = watched
     return seen
 
 
@@ -193,7 +193,7 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
     if expected["selection"]["store"] is not None:
         stores = [state["selection"]["store"] for state in (expected, got)]
         assert torch.allclose(stores[0]["significance"], stores[1]["significance"], atol=1e-4)
-        assert torch.equal(stores[0]["seen"], stores[1]["seen"])
+        assert torch.equal(stores[0]["last_epoch"], stores[1]["last_epoch"])
         assert torch.equal(expected["selection"]["weights"], got["selection"]["weights"])
     assert same(expected["selection"]["doubt"], got["selection"]["doubt"])
     if "queue" in expected and expected["queue"]["samples"] is not None:
@@ -254,7 +254,7 @@ def test_windows_of_synchronised_ranks_have_one_divisor(tmp_path):
         for part in windows:
             trained_on(run, images[part], labels[part])
             assert run.trainer.window_divisor == (8 if dist.world > 1 else 12)
-        states = dist.gather_objects(run.trainer.own_state())
+        states = dist.gather_objects(run.trainer.local_state())
         return None if states is None else run.trainer.merged(states, 0)["gradients"]
 
     merged, _ = ranks(

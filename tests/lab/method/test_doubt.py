@@ -1,4 +1,4 @@
-"""Which labels are not believed."""
+"""Which labels are not kept."""
 
 import numpy as np
 import pytest
@@ -86,11 +86,11 @@ def test_small_batches_add_up_to_the_share():
         expected = np.zeros(640, bool)
         for indices in torch.randperm(640, generator=generator).split(32):
             scores = torch.rand(32, generator=generator)
-            believed = doubt.believed(scores)
-            left_out = torch.ones(32, dtype=torch.bool).index_fill(0, believed, False)
-            assert 32 - len(believed) in (6, 7)
-            assert believed.tolist() == sorted(believed.tolist())
-            assert scores[left_out].min() > scores[believed].max()
+            kept = doubt.keep(scores)
+            left_out = torch.ones(32, dtype=torch.bool).index_fill(0, kept, False)
+            assert 32 - len(kept) in (6, 7)
+            assert kept.tolist() == sorted(kept.tolist())
+            assert scores[left_out].min() > scores[kept].max()
             doubt.note(left_out, indices, slice(None))
             expected[indices[left_out]] = True
         assert doubt.forgotten() == 0.2
@@ -99,9 +99,9 @@ def test_small_batches_add_up_to_the_share():
 
 def test_who_was_never_seen_is_not_doubted():
     doubt = HighestScores(0.5, 4, 0, CPU, Dist())
-    assert doubt.believed(torch.tensor([np.inf, 1.0, np.inf, 2.0])).tolist() == [0, 2]
-    assert doubt.believed(torch.tensor([np.inf, 1.0, np.inf, np.inf])).tolist() == [0, 2, 3]
-    assert doubt.believed(torch.full((4,), np.inf)).tolist() == [0, 1, 2, 3]
+    assert doubt.keep(torch.tensor([np.inf, 1.0, np.inf, 2.0])).tolist() == [0, 2]
+    assert doubt.keep(torch.tensor([np.inf, 1.0, np.inf, np.inf])).tolist() == [0, 2, 3]
+    assert doubt.keep(torch.full((4,), np.inf)).tolist() == [0, 1, 2, 3]
 
 
 def test_a_restored_doubt_goes_on_in_its_epoch():
@@ -118,4 +118,4 @@ def test_a_restored_doubt_goes_on_in_its_epoch():
 def test_the_highest_scores_are_found_without_a_look_at_them():
     """On `meta`, where a tensor has no values, any read of one raises."""
     doubt = HighestScores(0.25, 32, 0, torch.device("meta"), Dist())
-    assert doubt.believed(torch.empty(32, device="meta")).shape == (24,)
+    assert doubt.keep(torch.empty(32, device="meta")).shape == (24,)
