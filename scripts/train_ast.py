@@ -118,7 +118,7 @@ class PIController(Stateful):
     out, and is cleared there if it pushes too.
     """
 
-    STATE: ClassVar[tuple[str, ...]] = ("threshold", "integral", "epoch", "frozen")
+    STATE: ClassVar[tuple[str, ...]] = ("threshold", "integral", "epoch")
 
     target: float  # share of samples to be active
     kp: float = 0.1
@@ -130,7 +130,6 @@ class PIController(Stateful):
     threshold: float | None = None  # nats; None until `start`
     integral: float = 0.0  # sum of errors
     epoch: float = 0.0  # sparse epochs so far, with fraction: drives the ramps
-    frozen: bool = False  # in dense phases
 
     @classmethod
     def from_config(cls, ast: ASTConfig) -> PIController:
@@ -151,24 +150,14 @@ class PIController(Stateful):
 
     def gains(self) -> tuple[float, float]:
         """kp and ki now: each rises linearly from 0 over its warm-up."""
-        kp = (
-            self.kp * min(1.0, self.epoch / self.kp_warmup_epochs)
-            if self.kp_warmup_epochs
-            else self.kp
-        )
-        ki = (
-            self.ki * min(1.0, self.epoch / self.ki_warmup_epochs)
-            if self.ki_warmup_epochs
-            else self.ki
-        )
-        return kp, ki
+        kp_share = self.epoch / self.kp_warmup_epochs if self.kp_warmup_epochs else 1.0
+        ki_share = self.epoch / self.ki_warmup_epochs if self.ki_warmup_epochs else 1.0
+        return self.kp * min(1.0, kp_share), self.ki * min(1.0, ki_share)
 
     def update(self, activation: float, spread: float = 1.0) -> float:
         """One control step: the new threshold after a batch of which a share `activation` was
         active.
         """
-        if self.frozen:
-            return self.threshold
         error = activation - self.target
         outward = (error > 0 and self.threshold >= self.max_threshold) or (
             error < 0 and self.threshold <= self.min_threshold
@@ -413,7 +402,7 @@ class Threshold(Rule):
         thresholds = []
         for start in range(0, n, size):
             here = slice(start, start + size)
-            if self.controller.threshold is None:  # after a dense phase, or lost
+            if self.controller.threshold is None:  # at the first choice, or lost
                 start_at = torch.quantile(torch.from_numpy(known), 1 - target)
                 self.controller.start(start_at.item())
             thresholds.append(self.controller.threshold)

@@ -73,15 +73,6 @@ def test_gains_ramp_linearly_over_their_own_epochs():
     ]
 
 
-def test_frozen_controller_neither_moves_nor_remembers():
-    controller = PIController(0.25, 1.0, 1.0)
-    controller.start(3.0)
-    controller.frozen = True
-    for _ in range(5):
-        assert controller.update(1.0) == 3.0
-    assert controller.integral == 0.0
-
-
 def test_hand_over_forgets_earlier_errors():
     controller = PIController(0.25)
     controller.start(3.0)
