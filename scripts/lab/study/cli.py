@@ -145,10 +145,10 @@ def options_help() -> str:
         if key.partition(".")[0] != section:
             section = key.partition(".")[0]
             lines.append(f"\n{section}")
-        facts = [f"default {'null' if default is None else str(default).lower()}"]
-        facts += [f"read with {other}={' or '.join(v)}" for other, v in needs.get(key, {}).items()]
-        lines.append(f"  {key} ({', '.join(facts)})")
+        lines.append(f"  {key} (default {'null' if default is None else str(default).lower()})")
+        readers = [f"{other}={' or '.join(v)}" for other, v in needs.get(key, {}).items()]
+        told = [description, *([f"read with {' and '.join(readers)}"] if readers else [])]
         lines += textwrap.wrap(
-            description, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+            "; ".join(told), HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
         )
     return "\n".join(lines)
