@@ -90,14 +90,16 @@ def ask(trained: Trained, args: argparse.Namespace, allowed: int) -> int:
     paths, remarks = find_pictures(args.images)
     say(remarks)
     found = guesses(trained, paths, args.top or TOP)
+    show = print
     if args.output_dir is not None:
+        show = print_progress
         found = list(found)
         rows = [guess._asdict() | {"path": str(guess.path)} for guess in found]
         write(args, {"predictions.json": {"weights": args.weights, "pictures": rows}})
     bad = []
     for guess in found:
         if guess.problem is None:
-            print(guess)
+            show(str(guess))
         else:
             bad.append(guess)
     say(map(str, bad[:allowed]))
