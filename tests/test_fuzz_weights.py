@@ -263,6 +263,8 @@ def reference(case):
     facts = case.facts
     arguments = dict(facts.get("model_args") or {})
     arguments["num_classes"] = len(NAMES)
+    if {"pretrained", "checkpoint_path"} & arguments.keys():  # it would look for other weights
+        return None
     try:
         if "spoil_bytes" in case.done:
             facts = json.loads((case.folder / "config.json").read_text())
