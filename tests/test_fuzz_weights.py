@@ -261,10 +261,11 @@ def reference(case):
     none.
     """
     facts = case.facts
-    arguments = dict(facts.get("model_args") or {})
-    arguments["num_classes"] = len(NAMES)
-    if {"pretrained", "checkpoint_path"} & arguments.keys():  # it would look for other weights
+    arguments = facts.get("model_args") or {}
+    wanted = isinstance(arguments, dict) and not {"pretrained", "checkpoint_path"} & {*arguments}
+    if not wanted:  # or timm would look for other weights
         return None
+    arguments = {**arguments, "num_classes": len(NAMES)}
     try:
         if "spoil_bytes" in case.done:
             facts = json.loads((case.folder / "config.json").read_text())
