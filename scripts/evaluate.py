@@ -125,11 +125,11 @@ def load(args: argparse.Namespace) -> tuple[Config, bool]:
     return config, not keys & {"dataset.image_size", "dataset.augment", "dataset.type"}
 
 
-def check_evaluation(config: Config) -> None:
+def check_evaluation(config: Config, given: Sequence[str] = ()) -> None:
     """`check_config`, but for the training set, which need not be there."""
     dataset = config.dataset
     data = dataset.model_copy(update={"train_dir": dataset.train_dir or dataset.val_dir})
-    check_config(config.model_copy(update={"dataset": data}))
+    check_config(config.model_copy(update={"dataset": data}), given)
 
 
 def say(lines: Iterable[str]) -> None:

@@ -1721,7 +1721,6 @@ def continue_from(run: Run, path: Path | None, state: dict[str, Any] | None) -> 
         print_rank0("--resume auto: there is no checkpoint of this config, the run starts afresh")
         return
     log = run.config.logging.jsonl_path
-    state["network"] = {name: state.get(name) for name in ("model", "averaged")}
     resume_parts(run.parts(), path, state, log, lambda: run.metrics.history, run.dist)
     print_rank0(f"resumed from {path}: epoch {run.metrics.epoch + 1}, step {run.metrics.step}")
 

@@ -138,7 +138,7 @@ def test_a_signal_leaves_nothing_for_good(number, archive, silent, tmp_path):
 def test_two_downloads_do_not_meet(archive, tmp_path, capsys):
     left = tmp_path / "data" / ".imagenette2-160.part"
     left.mkdir(parents=True)
-    code = "import fcntl, sys\nfile = open(sys.argv[1], 'ab')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+    code = "import fcntl, sys\nfile = open(sys.argv[1], 'ab')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
     code += "print('held', flush=True)\nsys.stdin.read()"
     command = [sys.executable, "-c", code, str(left / "lock")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

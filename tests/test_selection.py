@@ -114,11 +114,13 @@ def test_every_active_sample_outranks_every_other(scores, threshold, min_active)
 
 def test_spread_is_the_inter_quartile_range():
     rule = Threshold(make_config())
-    rule.controller.start(50.0)
-    rule.step(torch.arange(101.0), None)
+    rule.observe_spread(np.arange(101.0), 1)
     assert rule.iqr == 50.0
-    rule.step(torch.arange(0.0, 1010.0, 10), None)  # one batch alone is noisy
+    rule.observe_spread(np.arange(0.0, 1010.0, 10), 1)  # one batch alone is noisy
     assert rule.iqr == pytest.approx(0.9 * 50 + 0.1 * 500)
+    rule.iqr = 50.0
+    rule.observe_spread(np.arange(0.0, 1010.0, 10), 3)  # as of three batches, one after the other
+    assert rule.iqr == pytest.approx(0.729 * 50 + 0.271 * 500)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -16,7 +16,10 @@ def test_no_script_trusts_what_it_reads():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-                assert not names & {"pickle", "dill", "joblib", "marshal", "shelve"}, path
+                unsafe = {"pickle", "dill", "joblib", "marshal", "shelve"}
+                # there an unpickler that builds tensors alone, which has tests of its own
+                own = {"pickle"} if path.name == "state_dict.py" else set()
+                assert not names & (unsafe - own), path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 given = {each.arg: ast.unparse(each.value) for each in node.keywords}
@@ -29,7 +32,9 @@ def test_no_script_trusts_what_it_reads():
                     "pd.read_pickle",
                 ), path
                 assert not called.endswith(("extractall", "unpack_archive")), path
-                assert called != "torch.load" or given.get("weights_only") == "True", path
+                safe = {"weights_only": "True"}.items(), {"pickle_module": "TENSORS_ALONE"}.items()
+                is_safe = any(each <= given.items() for each in safe)
+                assert called != "torch.load" or is_safe, path
                 assert called != "yaml.load" or given.get("Loader") == "_Loader", path
                 assert given.get("shell") is None, path
                 assert given.get("allow_pickle") is None, path

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -154,6 +155,7 @@ def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
     try:
         for path, write in devices.items():
             write(path)
+            _print_behind(path)
         for path, write in writers.items():
             write(parts[path])
             with parts[path].open("rb+") as file:
@@ -307,3 +309,13 @@ def _text_of(path: Path | None) -> str:
 
 def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+def _print_behind(path: Path) -> None:
+    """Where `path` is the file that standard output goes to, print from its end on: the open file
+    has a place of its own, and would write over what was just written.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = sys.stdout.fileno()
+        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            os.lseek(descriptor, 0, os.SEEK_END)

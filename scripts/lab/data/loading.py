@@ -183,17 +183,18 @@ def device_batches(
     copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def begin_copy(loaded: LoaderBatch) -> tuple[DeviceBatch, torch.cuda.Event | None]:
-        read_errors.add(loaded.unreadable)
-        batch = DeviceBatch(loaded.images, loaded.labels, loaded.indices)
-        if loaded.images.device.type == device.type:
+        images, labels, indices, unreadable = loaded
+        read_errors.add(unreadable)
+        batch = DeviceBatch(images, labels, indices)
+        if images.device.type == device.type:
             return batch, None
         with torch.cuda.stream(copy_stream):
-            batch = DeviceBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-            return batch, copy_stream.record_event()
+            copies = [tensor.to(device, non_blocking=True) for tensor in batch.tensors()]
+            return DeviceBatch(*copies), copy_stream.record_event()
 
     for batch, copied in ahead(map(begin_copy, loader), 0 if copy_stream is None else 1):
         if copied is not None:
-            await_copy(batch, copied)
+            await_copy(batch.tensors(), copied)
         yield batch
 
 

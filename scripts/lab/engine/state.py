@@ -48,7 +48,7 @@ def load_state(parts: Parts, state: Mapping[str, Any], dist: Dist) -> None:
     """
     ranks = state["ranks"]
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state.get(name, state))  # the weights lie at the top
     for name, part in parts.items():
         states = [each[name] for each in ranks]
         same = len(ranks) == dist.world

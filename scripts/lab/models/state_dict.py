@@ -85,7 +85,7 @@ def read_tensors(path: Path, key: str) -> Any:
             return load_file(path)
         if _is_program(path):
             raise ValueError("a TorchScript program; save the state_dict of its network")
-        return torch.load(path, "cpu", TENSORS_ALONE, weights_only=False)
+        return torch.load(path, "cpu", pickle_module=TENSORS_ALONE, weights_only=False)
     except OSError as error:
         raise RequestError(
             f"{key}: {path}: cannot read it: {error.strerror or one_line(error)}"

@@ -160,7 +160,7 @@ def predict(network: Network, batches: Iterable[DeviceBatch]) -> Predictions:
     """
     forward = network.predictor()
     found = []
-    for images, labels, _ in batches:
+    for images, labels, *_ in batches:
         if len(labels):
             padding = images.new_zeros(network.local_batch - len(images), *images.shape[1:])
             logits = forward(torch.cat([images, padding]))[: len(images)]

@@ -166,7 +166,7 @@ def test_crops_are_described_as_they_are_made(tmp_path):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     picture = pictures(1, 200)[0][:, :150]
-    (own,) = Augmentation(network.config.dataset, train=False)(
+    (own,) = Augmentation(network.dataset, train=False)(
         [picture], torch.zeros(1, 23, dtype=torch.float64)
     )
     theirs = prepare(Image.fromarray(picture.permute(1, 2, 0).numpy()))

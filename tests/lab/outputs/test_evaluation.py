@@ -61,7 +61,7 @@ class Batches(list):
     """A loader of batches that are there."""
 
     def __iter__(self):
-        return ((*batch, []) for batch in list.__iter__(self))
+        return ((*batch.tensors(), []) for batch in list.__iter__(self))
 
 
 @pytest.mark.parametrize(
