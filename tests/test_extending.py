@@ -118,8 +118,9 @@ def test_a_rule_is_one_class_and_one_line(scoring, doubt, tmp_path, monkeypatch)
     assert history["samples_trained"] == [256, 128 if doubt == "0" else 96]
 
 
-@pytest.mark.parametrize("scoring", ["batch", "proxy", "history"])
-@pytest.mark.parametrize("rule", ["pi", "topk"])
+@pytest.mark.parametrize(
+    ("scoring", "rule"), [("batch", "pi"), ("proxy", "topk"), ("history", "pi")]
+)
 def test_a_target_is_one_class_and_one_line(scoring, rule, tmp_path, monkeypatch):
     monkeypatch.setitem(TARGETS, "falling", Falling)
     keys = ["ast.target_activation=falling", "training.epochs=4", "ast.kp=1", "ast.ki=0.05"]
@@ -129,8 +130,10 @@ def test_a_target_is_one_class_and_one_line(scoring, rule, tmp_path, monkeypatch
     assert history["activation_rate"][1:] == pytest.approx([0.7, 0.5, 0.3], abs=0.1)
 
 
-@pytest.mark.parametrize("scoring", ["batch", "proxy", "history"])
-@pytest.mark.parametrize("rule", ["pi", "topk", "infobatch"])
+@pytest.mark.parametrize(
+    ("scoring", "rule"),
+    [("batch", "topk"), ("proxy", "pi"), ("history", "pi"), ("history", "infobatch")],
+)
 def test_a_doubt_is_one_class_and_one_line(scoring, rule, tmp_path, monkeypatch):
     monkeypatch.setitem(DOUBTS, "lowest", LowestQuarter)
     keys = ["ast.forget_rate=lowest", f"ast.scoring={scoring}", f"ast.rule={rule}"]

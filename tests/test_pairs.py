@@ -63,7 +63,7 @@ def check(scoring, rule, target, doubt, tmp_path):
         assert left_out(tmp_path) == 0
 
 
-@pytest.mark.parametrize(("scoring", "rule", "target", "doubt"), COMBINATIONS[::4])
+@pytest.mark.parametrize(("scoring", "rule", "target", "doubt"), COMBINATIONS[::7])
 def test_a_combination_holds_what_was_asked(scoring, rule, target, doubt, tmp_path):
     check(scoring, rule, target, doubt, tmp_path)
 
