@@ -4,9 +4,15 @@ one line.
 
 import pytest
 import timm
+import torch
+import torch.nn.functional as F
 
 from conftest import make_config
 from lab.base.errors import RequestError
+from lab.config.sections import ModelConfig
+from lab.machine.devices import Normalise
+from lab.models.building import get_model
+from lab.models.forward_once import CannotTrace, ForwardOnce, row_forward
 from train_ast import train
 
 NAMES = """
@@ -63,3 +69,44 @@ def test_a_timm_model_takes_a_step_and_validates_or_is_refused_in_one_line(name,
         assert 0 <= result["final_accuracy"] <= 100
     assert (refusal is None) == (name not in REFUSED)
     assert refusal is None or (REFUSED[name] in refusal and "\n" not in refusal)
+
+
+def smallest(name: str) -> tuple[torch.nn.Module, int]:
+    """The network for the smallest pictures of some sizes that it takes, and their side."""
+    for side in (64, 128):
+        try:
+            return get_model(ModelConfig(name=name), 10, side), side
+        except RequestError:
+            continue
+    return get_model(ModelConfig(name=name), 10, side_of(name)), side_of(name)
+
+
+class CrossEntropy:
+    """A loss of the training as `row_forward` takes it."""
+
+    def __call__(self, logits, labels, rows=None):
+        return F.cross_entropy(logits, labels, reduction="none"), None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_a_timm_model_forwards_once_or_says_in_one_line_why_not(name):
+    """Run with -s: a line a name. What forwards once was compared with autograd on the way."""
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    torch.manual_seed(0)
+    model, side = smallest(name)
+    device = torch.device("cpu")
+    normalise = Normalise([0.5] * 3, [0.25] * 3, device, torch.contiguous_format, None)
+    loss = CrossEntropy()
+    compute = row_forward(normalise, lambda *given: loss(*given)[0], loss)
+    images = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
+    family = type(model).__module__.split(".")[-1]
+    verdict = "forward once"
+    try:
+        ForwardOnce.build(model.train(), compute, (images, torch.arange(4)), 2)
+    except CannotTrace as refusal:
+        verdict = f"two passes: {refusal}"
+    print(f"{family} {name}: {verdict}")
+    assert "\n" not in verdict
+    assert not verdict.endswith(": ")
