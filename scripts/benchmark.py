@@ -39,7 +39,12 @@ from lab.method.sample_store import Visit
 from lab.models.building import get_model
 from lab.study.benchmark import epochs, inputs, timing
 from lab.study.benchmark.options import parse
-from lab.study.benchmark.peers import hand_written_steps, masked_loss_steps, two_forward_steps
+from lab.study.benchmark.peers import (
+    forward_once_steps,
+    hand_written_steps,
+    masked_loss_steps,
+    two_forward_steps,
+)
 from lab.study.benchmark.scaling import benchmark_scaling, break_even, show_scaling
 from lab.study.benchmark.timing import Loop, StepRow, TimedDist, Workload
 from lab.study.cli import run_cli
@@ -146,6 +151,7 @@ STEP_ROWS = [
         partial(hand_written_steps, stored=True),
         one_process=True,
     ),
+    StepRow("forward once, a={activation:g}", forward_once_steps, one_process=True),
     StepRow("batch-scored loop, not packed", partial(lab_steps, mode="ast", pack=False), **ALONE),
     StepRow("published pattern", partial(masked_loss_steps, ours=False), **ALONE),
     StepRow("  in our settings", partial(masked_loss_steps, ours=True), **ALONE),

@@ -21,7 +21,8 @@ LOOPS = [
     "  scored at 16 px",
     "proxy-scored loop, a=0.25",
 ]
-LOOPS += ["random loop, a=0.25", "stored scores, a=0.25", "batch-scored loop, not packed"]
+LOOPS += ["random loop, a=0.25", "stored scores, a=0.25", "forward once, a=0.25"]
+LOOPS += ["batch-scored loop, not packed"]
 PEERS = [
     "published pattern",
     "  in our settings",
