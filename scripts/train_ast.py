@@ -736,10 +736,12 @@ class Selection(Stateful):
         # uniform in [0, 1) again, for those who are not explored
         rest = Pool(pool.scores, lambda: (uniforms - chance) / (1 - chance), pool.epoch).at(others)
         choice = self.by_rule(rest, (target - chance) / (1 - chance))
+        rows = torch.nonzero(explored.index_fill(0, others[choice.rows], True))[:, 0]
+        if choice.weights is None:
+            return Choice(rows, choice.threshold)
         weights = torch.ones(len(uniforms))
         weights[others] = choice.weights_of(len(others))
-        rows = torch.nonzero(explored.index_fill(0, others[choice.rows], True))[:, 0]
-        return Choice(rows, choice.threshold, None if choice.weights is None else weights[rows])
+        return Choice(rows, choice.threshold, weights[rows])
 
     def by_rule(self, pool: Pool, target: float) -> Choice:
         """Whom the rule takes: of nobody, nobody, with no threshold."""
