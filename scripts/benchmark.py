@@ -55,7 +55,7 @@ from train_ast import (
     Threshold,
     begin_epoch,
     build_dataloaders,
-    parts_of,
+    fixed_shape,
     significance,
     train_one_epoch,
 )
@@ -73,7 +73,7 @@ def lab_steps(
     settings = {"pack": True, "score_resolution": resolution, **ast}
     config.ast = config.ast.model_copy(update=settings)
     config.training.compile = compiled
-    configure_backends(config.ast.pack or parts_of(config).scores.before_loading, device)
+    configure_backends(fixed_shape(config), device)
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
     run = Run.build(config, model, device, planned_steps=10**6, dist=workload.dist)
     run.start_epoch(config.ast.warmup_epochs, np.arange(0))

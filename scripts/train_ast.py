@@ -46,6 +46,7 @@ import lab.config.loading
 from lab.base.console import print_rank0, step_bar
 from lab.base.errors import RequestError, TrainingFailed, one_line
 from lab.base.files import user_text
+from lab.base.reading import spell
 from lab.config.keys import RULE_KEYS, RULE_REPLACES, SCORING_KEYS, all_needs, idle_keys, spelled
 from lab.config.loading import Config, checkpoint_folder, first_complaint, require_known
 from lab.config.sections import ASTConfig, DatasetConfig
@@ -93,8 +94,10 @@ from lab.method.sample_store import SampleStore, Visit
 from lab.method.schedule import Schedule, Shares
 from lab.method.times_trained import TimesTrained
 from lab.models.building import check_resolution, get_model
+from lab.models.forward_once import CannotTrace, Rows
 from lab.models.network import Network, StepResult
 from lab.models.proxy import Proxy
+from lab.models.reuse import MARGIN, ReusedForward
 from lab.outputs.banner import Facts, announce, own_pictures, say_if_long
 from lab.outputs.diet import figures as diet_figures
 from lab.outputs.log import Outputs, open_tensorboard, prepare_outputs
@@ -250,6 +253,8 @@ class Scores(Stateful):
     keeps_visits: ClassVar[bool] = False  # whether it needs a store of what samples were worth
     predicts: ClassVar[bool] = False  # whether its predictions are the trained network's
     forward: Callable[[Tensor, Tensor], Tensor] | None = None  # see `Network.scoring_forward`
+    reuse: ReusedForward | None = None  # where the forward that scores is the one trained on
+    told: Rows | None = None  # by `reuse`, of the batch that was scored last
     cost: float = 0.0  # of a scored sample, as a share of a training forward + backward
     explored: float = 0.0  # share of the samples that are trained on whatever their scores
 
@@ -260,12 +265,22 @@ class Scores(Stateful):
     def check(cls, config: Config) -> None:
         """Raises ValueError naming the key where the config does not suit."""
 
+    def of_batch(self, batch: DeviceBatch) -> Tensor:
+        """The scores of a loaded batch, on the device: see `scoring_forward`."""
+        return self.forward(batch.images, batch.labels)
+
     def of_epoch(self, order: np.ndarray) -> Tensor | None:
         """The scores of all samples, known before loading: float32 [n], on the host. Collective.
 
         order: int64 [n], the samples. None: they are not known.
         """
         return None
+
+    def epoch_cost(self, target: float) -> float:
+        """Of an epoch with this share of active samples among all that are scored, as a share of a
+        dense one.
+        """
+        return self.cost + target * (1 if self.reuse is None else 2 / 3)
 
     def observe(self, batch: DeviceBatch, lr_share: float) -> None:
         """Learn from a whole batch that was scored. lr_share: the rate as a share of its peak."""
@@ -287,6 +302,52 @@ class NetworkScores(Scores):
         if resolution != network.side or by_batch:
             self.forward = network.scoring_forward(resolution, batch_statistics=by_batch)
         self.cost = (resolution / network.side) ** 2 / 3
+        if reuses(config):
+            self.forward = network.scorer
+            self.cost = 1 / 3
+            self.reuse = reused_forward(config, network, dist)
+
+    def of_batch(self, batch: DeviceBatch) -> Tensor:
+        self.told = None
+        # it was traced for whole batches: without some pictures a batch takes two passes
+        if self.reuse is None or not self.reuse.fits(batch):
+            return super().of_batch(batch)
+        self.told = self.reuse.forward(batch)
+        return torch.stack([self.told.significance, self.told.correct.float()])
+
+
+def reuses(config: Config) -> bool:
+    """Whether every loaded batch of a sparse epoch is a step, of the forward that scored it."""
+    return config.ast.mode == "ast" and config.ast.reuse_forward is not False
+
+
+def reused_forward(config: Config, network: Network, dist: Dist) -> ReusedForward | None:
+    """What `ast.reuse_forward` asks for; None where it is `auto` and cannot be had, which is said.
+
+    Collective. Raises RequestError where it is `true` and cannot be had.
+    """
+    exact = RULES[config.ast.rule].on_device
+    share = shares_of(config).target
+    if isinstance(config.ast.target_activation, str):
+        share = AutoTarget.LEAST
+    rows = max(config.ast.min_active, round(share * network.local_batch * (1 if exact else MARGIN)))
+    reason = "another process cannot"
+    found = None
+    try:
+        found = ReusedForward(network, rows)
+    except CannotTrace as error:
+        reason = str(error)
+    if dist.all_gather([found is not None]).all():
+        return found
+    if config.ast.reuse_forward is True:
+        raise RequestError(f"ast.reuse_forward: {reason}; auto takes two passes then")
+    if config.training.compile != "off" and not exact:
+        raise RequestError(
+            f"ast.reuse_forward: {reason}; two passes of training.compile="
+            f"{config.training.compile} need ast.reuse_forward=false and ast.pack=true"
+        )
+    print_rank0(f"note: ast.reuse_forward=auto takes two passes: {reason}")
+    return None
 
 
 class ProxyScores(Scores):
@@ -554,9 +615,9 @@ class Target(Stateful):
     def __init__(self, value: float):
         self.value = value
 
-    def end_epoch(self, wrong: float, cost: float) -> None:
+    def end_epoch(self, wrong: float, cost: Callable[[float], float]) -> None:
         """wrong: the share of the samples whose labels are believed and were predicted wrongly.
-        cost: of scoring, see `Scores`.
+        cost: of a sparse epoch with such a target, as a share of a dense one.
         """
 
 
@@ -571,9 +632,9 @@ class AutoTarget(Target):
     LEAST: ClassVar[float] = 0.5
     WRONG_SHARE: ClassVar[float] = 1 / 3
 
-    def end_epoch(self, wrong: float, cost: float) -> None:
+    def end_epoch(self, wrong: float, cost: Callable[[float], float]) -> None:
         target = max(self.LEAST, wrong / self.WRONG_SHARE)
-        self.value = target if target + cost < 1 else 1.0
+        self.value = target if cost(target) < 1 else 1.0
 
 
 class Parts(NamedTuple):
@@ -603,6 +664,18 @@ def parts_of(config: Config) -> Parts:
     return Parts(SCORINGS[ast.scoring], rule, target, doubt)
 
 
+def packs_batches(config: Config) -> bool:
+    """Whether the active samples of several loaded batches make one step."""
+    scored = not parts_of(config).scores.before_loading
+    return config.ast.pack and scored and not reuses(config)
+
+
+def fixed_shape(config: Config) -> bool:
+    """Whether all training steps of a kind of epoch are of one number of samples."""
+    before_loading = parts_of(config).scores.before_loading
+    return before_loading or packs_batches(config) or reuses(config)
+
+
 def shares_of(config: Config) -> Shares:
     """What the epochs of a run are expected to load and to train on."""
     ast = config.ast
@@ -611,13 +684,15 @@ def shares_of(config: Config) -> Shares:
     target = 1.0 if isinstance(ast.target_activation, str) else ast.target_activation
     target = target if parts.rule.target is None else parts.rule.target
     doubted = ast.forget_rate if parts.doubt is HighestScores else 0.0
-    packs = ast.pack and not parts.scores.before_loading
+    packs = packs_batches(config)
+    narrows = ast.mode == "ast" and not parts.scores.before_loading
     return Shares(
         config.training.epochs,
         config.sparse_span(),
         parts.scores.before_loading,
         packs,
         min(target, 1 - doubted),
+        ast.candidates if narrows else 1.0,
     )
 
 
@@ -642,7 +717,10 @@ class Selection(Stateful):
         self.device = device
         self.dist = dist
         self.doubt = parts.doubt(config.ast.forget_rate, samples, seed, device, dist)
-        stores = parts.scores.keeps_visits or self.doubt.keeps_labels
+        # share of the samples that a sparse epoch loads, by their scores so far
+        self.candidates = shares_of(config).candidates
+        narrows = self.candidates < 1
+        stores = parts.scores.keeps_visits or self.doubt.keeps_labels or narrows
         self.store = SampleStore(samples, device, dist, self.doubt.keeps_labels) if stores else None
         self.scores = parts.scores(config, network, self.store, dist)
         self.rule = parts.rule(config)
@@ -659,6 +737,13 @@ class Selection(Stateful):
         """Which share of the samples is to be active: the target, or what doubt leaves of them."""
         return min(self.target.value, 1 - self.doubt.share)
 
+    @property
+    def loads(self) -> float:
+        """Which share of the samples a sparse epoch scores: the candidates, and no fewer than are
+        to be active.
+        """
+        return max(self.candidates, self.share)
+
     def start_epoch(self, epoch: int, order: np.ndarray, schedule: Schedule) -> None:
         """Begin an epoch of any kind. Collective. order: int64, all indices as the epoch goes."""
         self.activations = []
@@ -667,7 +752,11 @@ class Selection(Stateful):
         self.weights.fill_(1)
         if self.doubt.weights is not None:
             self.weights.copy_(self.doubt.weights)
-        if len(self.weights) and schedule.is_sparse(epoch, self.share):
+        if not len(self.weights) or not schedule.is_sparse(epoch, self.share):
+            return
+        if self.candidates < 1:
+            self.narrow(epoch, order)
+        else:
             self.choose_epoch(epoch, order, schedule.sparse_epochs(epoch))
 
     def choose_epoch(self, epoch: int, order: np.ndarray, sparse_epochs: float) -> None:
@@ -688,6 +777,23 @@ class Selection(Stateful):
         weights = torch.full((len(order),), LEFT_OUT)
         weights[choice.rows] = choice.weights_of(len(order))[choice.rows]
         self.weights.index_copy_(0, indices, weights.to(self.weights))
+
+    def narrow(self, epoch: int, order: np.ndarray) -> None:
+        """Load the candidates alone: those of the highest scores so far, the longer ago the
+        higher.
+        """
+        scores = torch.from_numpy(self.store.scores(order, epoch))
+        count = max(1, round(self.loads * len(order)))
+        others = scores.sort(descending=True, stable=True).indices[count:]
+        left_out = torch.from_numpy(order)[others].to(self.device)
+        self.weights.index_fill_(0, left_out, LEFT_OUT)
+
+    def note_scores(self, indices: Tensor, scores: Tensor, epoch: int) -> None:
+        """Keep the fresh scores of a loaded batch, [n] as in `choose`, for the epochs to come."""
+        if self.candidates < 1:
+            edges = self.dist.shard_edges(len(scores))
+            local = scores[edges[self.dist.rank] : edges[self.dist.rank + 1]]
+            self.store.record_scores(indices, to_device(local, self.device), epoch)
 
     def choose(self, indices: Tensor, scores: Tensor, sparse_epochs: float) -> Choice:
         """Whom to train on of a batch. indices: int64, of this process's part of it.
@@ -715,7 +821,7 @@ class Selection(Stateful):
         choice = self.explore(pool if kept is None else pool.at(kept))
         if kept is not None:
             choice = choice._replace(rows=kept[choice.rows])
-        self.activations.append(len(choice.rows) / n)
+        self.activations.append(self.loads * len(choice.rows) / n)
         self.thresholds.append(choice.threshold)
         choice = with_floor(choice, pool.scores, kept, floor)
         if kept is not None:
@@ -726,7 +832,7 @@ class Selection(Stateful):
 
     def explore(self, pool: Pool) -> Choice:
         """Whom chance takes, and whom the rule takes of the others."""
-        target = self.share / (1 - self.doubt.share)
+        target = self.share / (1 - self.doubt.share) / self.loads
         chance = self.scores.explored
         if not chance:
             return self.by_rule(pool, target)
@@ -777,9 +883,10 @@ class Selection(Stateful):
         if train_acc is not None:
             all_predicted = self.scores.predicts or not is_sparse
             # those whom the network has not predicted count as right
-            wrong = (1 - train_acc / 100) * (1.0 if all_predicted else self.share)
+            predicted = self.loads if is_sparse else 1.0
+            wrong = (1 - train_acc / 100) * (predicted if all_predicted else self.share)
             doubted = self.doubt.mispredicted(all_predicted)
-            self.target.end_epoch(max(0.0, wrong - doubted), self.scores.cost)
+            self.target.end_epoch(max(0.0, wrong - doubted), self.scores.epoch_cost)
         self.target.value = self.dist.broadcast(self.target.value)
 
     def suspects(self, dataset: ImageDataset) -> Suspects | None:
@@ -836,7 +943,8 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
     is_auto = isinstance(ast.target_activation, str)
     is_number = not is_auto and parts.rule.target is None and parts.doubt is HighestScores
     too_few = is_number and ast.forget_rate + ast.target_activation > 1 + 1e-9
-    varies = training.compile != "off" and not parts.scores.before_loading and not ast.pack
+    varies = training.compile != "off" and not fixed_shape(config)
+    reusable = ast.scoring == "batch" and ast.rule in ("pi", "topk")
     mixing = next((key for key in ("mixup", "cutmix") if getattr(training, key)), None)
     keepers = {
         "training.loss=early_learning": training.loss == "early_learning",
@@ -853,6 +961,20 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
             too_few,
             f"ast.forget_rate: leaves fewer than ast.target_activation={ast.target_activation} "
             "of the samples",
+        ),
+        (
+            ast.candidates < 1 and ast.forget_rate,
+            "ast.candidates: 1 for ast.forget_rate, which is a share of all samples",
+        ),
+        (
+            ast.candidates < 1 and not is_auto and ast.target_activation > ast.candidates,
+            f"ast.candidates: {ast.candidates:g} is fewer than ast.target_activation="
+            f"{spell(ast.target_activation)}",
+        ),
+        (
+            reuses(config) and not reusable,
+            f"ast.reuse_forward: {spell(ast.reuse_forward)} needs ast.scoring=batch and "
+            "ast.rule=pi or topk",
         ),
         (
             varies,
@@ -880,7 +1002,7 @@ load_config = partial(lab.config.loading.load_config, check=check_config)
 
 @torch.no_grad()
 def score(
-    forward: Callable[[Tensor, Tensor], Tensor],
+    scores: Scores,
     local_batch: int,
     on_device: bool,
     dist: Dist,
@@ -890,7 +1012,7 @@ def score(
 
     on_device: whether the rule chooses there, so that no score need travel to the host.
     """
-    rows = dist.all_gather_columns(forward(batch.images, batch.labels), local_batch)
+    rows = dist.all_gather_columns(scores.of_batch(batch), local_batch)
     if not rows.is_cuda or (on_device and dist.world == 1):
         return BatchScores(rows)
     host = torch.empty(rows.shape, pin_memory=True)
@@ -919,9 +1041,13 @@ def ast_forward(
     # on a GPU the loss will tell, for the host does not wait
     if not significances.is_cuda and not significances.isfinite().all():
         raise TrainingFailed(f"non-finite scores in {run.metrics.place()}")
+    selection.note_scores(batch.indices, significances, run.metrics.epoch)
     choice = selection.choose(batch.indices, significances, sparse_epochs)
     local, counts = dist.local_choice(choice.rows, len(significances))
     selection.scores.observe(batch, run.schedule.lr / run.config.training.lr)
+    if selection.scores.told is not None:
+        backward_rows(batch, local, run)
+        return sum(counts)
     active = active_rows(batch, local, choice, sum(counts[: dist.rank]), selection.rule.weighs)
     if run.queue is None:
         ready = DeviceBatch(*dist.balance(counts, active.tensors()))
@@ -952,6 +1078,24 @@ def active_rows(
     if weights is None:
         weights = torch.ones(len(choice.rows))
     return active._replace(weights=to_device(weights[first : first + len(local)], device))
+
+
+def backward_rows(batch: DeviceBatch, local: Tensor, run: Run) -> None:
+    """Train on the forward that scored a batch: the rows `local` of this process's part of it go
+    backward.
+    """
+    if not len(local):
+        return
+    metrics = run.metrics
+    selection = run.selection
+    rows = local if local.device == run.device else to_device(local, run.device)
+    active = DeviceBatch(batch.images[:0], batch.labels[rows], batch.indices[rows])
+    active = active._replace(weights=selection.loss_weights(active))
+    forward = selection.scores.reuse
+    result = run.trainer.backward_rows(forward, selection.scores.told, active, rows)
+    selection.record(active, result.visit, metrics.epoch)
+    metrics.add_step(active.indices, result, count_correct=False)
+    metrics.ledger.padding += forward.capacity(len(rows)) - len(rows)
 
 
 def train_step(batch: DeviceBatch, run: Run, count_correct: bool = True) -> int:
@@ -1137,8 +1281,9 @@ class Metrics(Stateful):
         if count_correct:
             self.meter.add_correct(result.correct.sum(), n)
 
-    def add_optimizer_step(self, samples: int) -> None:
+    def add_optimizer_step(self, samples: int, reused: int) -> None:
         self.ledger.trained += samples
+        self.ledger.reused += reused
         self.ledger.steps += 1
 
     def reduce_to_rank0(self) -> None:
@@ -1292,15 +1437,19 @@ class Run:
         stop: Stop | None = None,
         started: float | None = None,
         classes: int = 0,
+        moments: dict[str, Sequence[float]] | None = None,
     ) -> Run:
         """planned_steps: see `Schedule`; samples: how many indices the training set has; started:
-        time.monotonic() seconds, by default now.
+        time.monotonic() seconds, by default now; moments: to normalise pixels by, by default the
+        network's own.
         """
         dist = dist or Dist()
         training = config.training
         started = time.monotonic() if started is None else started
         measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
         network = Network(model, config, measure, device, dist, samples, classes)
+        if moments is not None:
+            network.normalise_by(moments)
         selection = Selection(config, network, samples, device, dist)
         clock = Clock(training, device, dist, stop or Stop(), started)
         is_auto = parts_of(config).target is not Target
@@ -1310,9 +1459,9 @@ class Run:
         scoring = None
         on_device = selection.rule.on_device
         if not selection.scores.before_loading:
-            forward = selection.scores.forward
-            scoring = partial(score, forward, network.local_batch, on_device, dist)
-            queue = ActiveQueue(training.batch_size, device, dist) if config.ast.pack else None
+            scoring = partial(score, selection.scores, network.local_batch, on_device, dist)
+            packs = packs_batches(config)
+            queue = ActiveQueue(training.batch_size, device, dist) if packs else None
         return cls(
             config,
             device,
@@ -1322,7 +1471,7 @@ class Run:
             schedule,
             trainer,
             queue,
-            ScoreAhead(scoring, ahead=not on_device),
+            ScoreAhead(scoring, ahead=not on_device and not reuses(config)),
             Metrics(device, dist, samples, config.dataset.max_bad_images),
             clock,
             Outputs(config.logging, checkpoint_folder(config), device, dist),
@@ -1399,10 +1548,11 @@ class Run:
 
     def optimizer_step(self) -> None:
         """Apply the window's gradient, and count it where it was applied."""
+        reused = self.trainer.window_reused
         samples = self.trainer.optimizer_step()
         if samples is None:
             return
-        self.metrics.add_optimizer_step(samples)
+        self.metrics.add_optimizer_step(samples, reused)
         if self.network.average is not None:
             self.network.average.update(self.metrics.ledger.steps)
 
@@ -1679,8 +1829,7 @@ def train_in_folder(
 
 def build_data(config: Config, device: torch.device, dist: Dist) -> Data:
     """The data of a run. Collective."""
-    fixed_shape = config.ast.pack or parts_of(config).scores.before_loading
-    configure_backends(fixed_shape, device)
+    configure_backends(fixed_shape(config), device)
     return build_dataloaders(config, device, dist)
 
 
@@ -1698,9 +1847,11 @@ def build_run(config: Config, model: nn.Module, data: Data, session: Session) ->
     device, dist, stop, started = session
     planned = shares_of(config).planned(data.plan)
     samples = int(data.plan.indices.max()) + 1
-    run = Run.build(config, model, device, planned, samples, dist, stop, started, data.classes)
+    moments = None
     if config.dataset.normalise == "measured":
-        run.network.normalise_by(measure_moments(data.train.dataset, data.plan.indices))
+        moments = measure_moments(data.train.dataset, data.plan.indices)
+    build = partial(Run.build, config, model, device, planned, samples, dist, stop, started)
+    run = build(data.classes, moments)
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)
     return run

@@ -15,8 +15,8 @@ from lab.config.sections import auto_augment
 Needs = dict[str, tuple[str, ...]]  # by other key, the values of which it must have one
 
 SCORING_KEYS = {  # of `ast`, by ast.scoring
-    "batch": ("score_resolution", "score_statistics", "pack"),
-    "proxy": ("proxy_model", "score_resolution", "pack"),
+    "batch": ("score_resolution", "score_statistics", "pack", "candidates"),
+    "proxy": ("proxy_model", "score_resolution", "pack", "candidates"),
     "history": ("explore",),
 }
 RULE_KEYS = {  # of `ast`, by ast.rule
@@ -36,6 +36,8 @@ RULE_KEYS = {  # of `ast`, by ast.rule
 RULE_REPLACES: dict[str, tuple[str, ...]] = {
     "infobatch": ("target_activation", "explore", "anneal_epochs"),
 }
+# Keys of `ast` that say nothing where the training forward is the one that scores.
+REUSE_REPLACES = ("score_resolution", "score_statistics", "pack")
 # Share of the epochs that a rule keeps dense at the end, in place of ast.anneal_epochs.
 DENSE_END = {"infobatch": 1 / 8}
 
@@ -53,6 +55,7 @@ OTHER_NEEDS: dict[str, Needs] = {
         "dataset.cache": ("device", "disk"),
         "dataset.augment": ("random_resized_crop",),
     },
+    "ast.reuse_forward": {"ast.scoring": ("batch",), "ast.rule": ("pi", "topk")},
     "training.momentum": {"training.optimizer": ("sgd", "muon")},
     "training.nesterov": {"training.optimizer": ("sgd", "muon")},
     "training.min_lr": {"training.lr_schedule": ("cosine", "linear", "step")},
@@ -75,6 +78,8 @@ def all_needs(
         for leaf in dict.fromkeys(leaf for keys in readers.values() for leaf in keys):
             names = tuple(name for name, keys in readers.items() if leaf in keys)
             needs[f"ast.{leaf}"] = {part: names}
+    for leaf in REUSE_REPLACES:
+        needs[f"ast.{leaf}"] = {**needs.get(f"ast.{leaf}", {}), "ast.reuse_forward": ("false",)}
     for leaf in dict.fromkeys(leaf for keys in replaced.values() for leaf in keys):
         others = tuple(name for name in rules if leaf not in replaced.get(name, ()))
         needs[f"ast.{leaf}"] = {**needs.get(f"ast.{leaf}", {}), "ast.rule": others}

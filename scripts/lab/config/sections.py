@@ -212,6 +212,20 @@ class ASTConfig(Section):
     pack: bool = Field(
         False, description="collect active samples into full batches before a training step"
     )
+    candidates: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of all samples that a sparse epoch loads and scores, those of the "
+        "highest scores so far; a score doubles with every epoch that leaves its sample out",
+    )
+    reuse_forward: bool | Literal["auto"] = Field(
+        False,
+        description="train on the forward that scored a batch, of which the active rows alone go "
+        "backward: 1 + 2a in place of 1 + 3a of a forward for an active share a, and a step for "
+        "every loaded batch; auto: by two passes where the network cannot be traced; true: refuse "
+        "then",
+    )
     target_activation: Annotated[float, Field(gt=0, le=1)] | str = Field(
         0.25,
         description="share of all samples to be active, 0 to 1; auto: all while many are predicted "

@@ -52,7 +52,8 @@ def single_samples(config: Config, plan: EpochPlan, scores_batches: bool) -> Ite
                 f"{len(plan.indices)} samples{where}"
             )
     before_loading = ast.mode == "ast" and ast.scoring == "history"
-    if ast.min_active < 2 and (before_loading or (scores_batches and not ast.pack)):
+    varies = scores_batches and not ast.pack and ast.reuse_forward is False
+    if ast.min_active < 2 and (before_loading or varies):
         yield f"ast.min_active: {ast.min_active} lets a step train on one sample, 2 does not"
 
 

@@ -14,7 +14,9 @@ from lab.engine.optimizer import build_optimizer
 from lab.machine.distributed import Dist, merge_gradients
 from lab.machine.stateful import Stateful
 from lab.method.schedule import Schedule
+from lab.models.forward_once import Rows
 from lab.models.network import Network, StepResult
+from lab.models.reuse import ReusedForward, result_of
 
 
 class Trainer(Stateful):
@@ -27,7 +29,7 @@ class Trainer(Stateful):
     """
 
     STATE = ("window_forwards", "optimizer", "scaler", "loss")
-    LOCAL = ("window_samples", "window_divisor")
+    LOCAL = ("window_samples", "window_divisor", "window_reused")
 
     def __init__(self, network: Network, training: TrainingConfig, schedule: Schedule, dist: Dist):
         self.network = network
@@ -50,6 +52,7 @@ class Trainer(Stateful):
         self.optimizer = build_optimizer(network.model, training, self.device)
         self.window_samples = 0
         self.window_divisor = 0
+        self.window_reused = 0  # samples that went through `backward_rows`
         self.window_forwards = 0
 
     def train_step(
@@ -77,6 +80,27 @@ class Trainer(Stateful):
         self.change_divisor(self.network.local_batch if self.network.synced else divisor)
         self.scaler.scale(result.objective / self.window_divisor).backward()
         self.window_samples += n
+        return result
+
+    def backward_rows(
+        self, forward: ReusedForward, told: Rows, batch: DeviceBatch, rows: torch.Tensor
+    ) -> StepResult:
+        """Backward of some rows of a batch that was forwarded whole, added to the window's
+        gradient.
+
+        told: of the whole batch. rows: int64, at least one. batch: those rows, without pictures.
+        """
+        n = len(rows)
+        result = result_of(told, rows, batch.labels, batch.weights)
+        if result.memory is not None:
+            self.loss.remember(batch.indices, result.memory)
+        self.change_divisor(self.window_divisor or n)
+        weights = batch.weights
+        if weights is None:
+            weights = torch.ones(n, device=self.device)
+        forward.backward(rows, self.scaler.scale(weights / self.window_divisor))
+        self.window_samples += n
+        self.window_reused += n
         return result
 
     def change_divisor(self, divisor: int) -> None:
@@ -121,6 +145,7 @@ class Trainer(Stateful):
         samples = self.window_samples
         self.window_samples = 0
         self.window_divisor = 0
+        self.window_reused = 0
         return samples if applied else None
 
     def clear_gradients(self) -> None:
@@ -144,9 +169,11 @@ class Trainer(Stateful):
     def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
         """Rank 0 goes on with the mean gradient of all open windows, the others with none."""
         samples = sum(each["window_samples"] for each in states) if rank == 0 else 0
+        reused = sum(each["window_reused"] for each in states) if rank == 0 else 0
         return {
             "window_samples": samples,
             "window_divisor": samples,
+            "window_reused": reused,
             "gradients": window_gradients(states, samples) if samples else None,
         }
 

@@ -240,6 +240,10 @@ MEMORY = (
     r"MemoryError|std::bad_alloc"
 )
 
+LESS_MEMORY = (
+    "lower training.batch_size (ast.reuse_forward=false needs less than true: it keeps the "
+    "activations of the active samples alone)"
+)
 # what an error's text tells of its cause, and what to do about it; the first that fits
 KNOWN = (
     (
@@ -252,7 +256,7 @@ KNOWN = (
         "/dev/shm is too small for the batches of the loader workers",
         "enlarge it (docker run --shm-size), or lower training.num_workers or training.batch_size",
     ),
-    (MEMORY, "out of memory", "lower training.batch_size"),
+    (MEMORY, "out of memory", LESS_MEMORY),
     (
         "DataLoader worker|Connection(Reset|Refused)Error|EOFError|/listener-",
         "a loader worker died",
@@ -275,7 +279,7 @@ def explained(error: Exception, output_dir: str = "standard output") -> Exceptio
         if re.search(pattern, clue):
             return TrainingFailed(f"{why}: {(in_worker or text)[:200]}; {hint}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return TrainingFailed(f"out of memory: {text[:200]}; lower training.batch_size")
+        return TrainingFailed(f"out of memory: {text[:200]}; {LESS_MEMORY}")
     if isinstance(error, ValueError) and "more than 1 value per channel" in text:
         return TrainingFailed(
             "BatchNorm cannot normalise a single sample; raise ast.min_active or "

@@ -21,34 +21,36 @@ from lab.machine.stateful import Stateful
 class Ledger(Stateful):
     """Work done, in samples and optimizer steps."""
 
-    STATE: ClassVar[tuple[str, ...]] = ("loaded", "scored", "trained", "steps")
+    SAMPLES: ClassVar[tuple[str, ...]] = ("loaded", "scored", "trained", "reused", "padding")
+    STATE: ClassVar[tuple[str, ...]] = (*SAMPLES, "steps")
 
     loaded: int = 0
     scored: int = 0
     trained: int = 0
     steps: int = 0
+    reused: int = 0  # of the trained, those whose forward was the scoring one
+    padding: int = 0  # rows of weight 0 that went backward, to fill up a shape
 
     def reduce_to_rank0(self, dist: Dist) -> None:
         """Move to rank 0 the samples that all processes have counted. Collective."""
-        totals = dist.all_gather([self.loaded, self.scored, self.trained]).sum(0)
+        totals = dist.all_gather([getattr(self, name) for name in self.SAMPLES]).sum(0)
         mine = totals if dist.rank == 0 else totals * 0
-        self.loaded = int(mine[0])
-        self.scored = int(mine[1])
-        self.trained = int(mine[2])
+        for name, count in zip(self.SAMPLES, mine, strict=True):
+            setattr(self, name, int(count))
 
     def merged(self, states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
         """All count the same optimizer steps, and each its own samples."""
-        sums = {
-            name: sum(each[name] for each in states) for name in ("loaded", "scored", "trained")
-        }
+        sums = {name: sum(each[name] for each in states) for name in self.SAMPLES}
         counts = sums if rank == 0 else dict.fromkeys(sums, 0)
         return {**counts, "steps": states[0]["steps"]}
 
     def dense_equivalents(self, scoring_cost: float = 1 / 3) -> float:
         """The forward + backward passes this work amounts to. A scored sample costs `scoring_cost`
-        of one.
+        of one, a backward two thirds.
         """
-        return self.trained + self.scored * scoring_cost
+        backward = 2 / 3
+        repeated = self.trained - (1 - backward) * self.reused + backward * self.padding
+        return repeated + self.scored * scoring_cost
 
     def since(self, earlier: Ledger) -> Ledger:
         return Ledger(**{name: getattr(self, name) - getattr(earlier, name) for name in self.STATE})

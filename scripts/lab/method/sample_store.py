@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lab.machine.distributed import Dist
 
+LEAST = 1e-6  # nats: what a score of 0 is taken for, so that doubling it tells
 MEMORY = 4  # visits that the running means of loss and confidence are taken over
 
 
@@ -83,6 +84,13 @@ class SampleStore:
         else:
             self._keep(indices, rows, epoch)
 
+    def record_scores(self, indices: Tensor, scores: Tensor, epoch: int) -> None:
+        """Keep fresh scores float32 [batch] of samples that may not be trained on. For a store
+        without labels.
+        """
+        nothing = torch.zeros(0, device=scores.device)
+        self.record(indices, Visit(scores, nothing, nothing, nothing, nothing), epoch)
+
     def _keep(self, indices: Tensor, rows: Tensor, epoch: int) -> None:
         """rows: float32 [1 or 5, batch], the fields of a Visit."""
         if self.labels:
@@ -134,12 +142,18 @@ class SampleStore:
         indices, rows = (self.dist.all_to_all(each[order], moves) for each in (indices, rows.T))
         self._keep(indices - self.local.start, rows.T, epoch)
 
-    def scores(self, order: np.ndarray) -> np.ndarray:
+    def scores(self, order: np.ndarray, epoch: int | None = None) -> np.ndarray:
         """The significance of all samples in this `order` of their indices, float32 on the host.
         Collective.
+
+        epoch: the current one; each score is then doubled for every epoch since its own but the
+        last, so that a sample that is left out comes back.
         """
         self.merge()
         local = self.significance.cpu().numpy()
+        if epoch is not None:
+            left_out = np.maximum(epoch - 1 - self.last_epoch.cpu().numpy(), 0)
+            local = np.maximum(local, LEAST) * np.exp2(left_out.astype(np.float32))
         if self.dist.world == 1:
             return local[order]
         scores = np.full(len(order), -math.inf, dtype=np.float32)

@@ -22,15 +22,18 @@ class Shares:
     before_loading: bool  # whether a sparse epoch loads only who was chosen
     packs: bool  # whether the active samples of several batches make one step
     target: float  # share of the samples to be active when the run begins
+    candidates: float = 1.0  # share that a sparse epoch loads where it scores what it loads
 
     def loaded(self, epoch: int, target: float | None = None) -> float:
         """Which share of the samples `epoch` loads. target: by default that of the run's start."""
         target = self.target if target is None else target
-        return target if self.before_loading and epoch in self.span else 1.0
+        if epoch not in self.span or target == 1:
+            return 1.0
+        return target if self.before_loading else max(target, self.candidates)
 
     def steps(self, epoch: int, target: float) -> float:
         """How many training steps `epoch` takes for a loaded batch: packing makes them fewer."""
-        return target if self.packs and epoch in self.span else 1.0
+        return target / self.loaded(epoch, target) if self.packs and epoch in self.span else 1.0
 
     def planned(self, plan: EpochPlan) -> float:
         """The training steps of the whole run, as far as its start can tell."""
@@ -43,8 +46,9 @@ class Shares:
         """Which share of the run's training steps its first `epochs` take; or of the batches that
         it loads.
         """
-        target = 1.0 if of_loaded else self.target
-        shares = [self.loaded(e) * self.steps(e, target) for e in range(self.epochs)]
+        shares = [self.loaded(epoch) for epoch in range(self.epochs)]
+        if not of_loaded:
+            shares = [share * self.steps(e, self.target) for e, share in enumerate(shares)]
         before = np.cumsum([0.0, *shares])
         return float(np.interp(epochs, np.arange(len(before)), before / before[-1]))
 

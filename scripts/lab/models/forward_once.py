@@ -32,6 +32,7 @@ from torch.func import functional_call
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from lab.base.errors import one_line
 from lab.machine.devices import Normalise, RandomGenerators, compiled
@@ -45,6 +46,7 @@ RESHAPES = {
     aten._reshape_alias.default,
 }
 COPIES = {aten.clone.default, aten._to_copy.default, aten._unsafe_view.default}
+HALF = {torch.bfloat16, torch.float16}
 TRACE_SECONDS = 120.0  # a ResNet-50 takes 5 on one core, the slowest of timm's that trace about 60
 
 
@@ -130,8 +132,9 @@ class Joint:
 
     def noise(self) -> list[Node]:
         """The random tensors of the forward: masks of dropout and of stochastic depth."""
-        drawn = [n for n in self.nodes if is_random(n)]
-        drawn += [n for n in self.nodes if n.target is operator.getitem and is_random(n.args[0])]
+        early = [n for n in self.nodes if n not in self.late]
+        drawn = [n for n in early if is_random(n)]
+        drawn += [n for n in early if n.target is operator.getitem and is_random(n.args[0])]
         return [n for n in drawn if shape_of(n) is not None]
 
 
@@ -189,7 +192,9 @@ def is_widened(node: Node) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether it draws. Fused attention has the tag, and draws only where it drops."""
+    seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return seeded and (not is_attention(node) or drops_in_attention(node))
 
 
 def is_pointwise(node: Node) -> bool:
@@ -607,7 +612,7 @@ class ForwardOnce:
     def _trace_forward(self, capacity: int) -> None:
         """Trace all rows and another number, and cut."""
         full = self._trace(self.total)
-        if any(_drops_in_attention(node) for node in full.nodes):
+        if any(drops_in_attention(node) for node in full.nodes):
             self.exact_attention = True
             full = self._trace(self.total)
         other = capacity if capacity < self.total else self.total + 1
@@ -747,12 +752,14 @@ class ForwardOnce:
         found = self._backward_graph(self.full)(*saved, order, weights[order])
         self._compare("gradient", found, [gradients.get(id(p)) for p in trained])
 
-    def _check_some_rows(self, part: Joint, backward: Callable, capacity: int) -> None:
+    def _check_some_rows(self, part: Joint, backward: fx.GraphModule, capacity: int) -> None:
         """The gradient of some rows is that of a batch of these rows alone, where the whole batch
         is copies of them: then BatchNorm's statistics are alike.
 
         That finds a mean over rows that the backward takes again. Random masks are copied too. With
         fewer than 8 different samples nothing is checked: BatchNorm over so few is no even ground.
+        In float32, for a deep network with BatchNorm makes much of bfloat16's rounding: a ResNet-50
+        at its start turned it into 95 % of the gradient.
         """
         different = math.gcd(self.total, capacity)
         if different < 8 or capacity == self.total:
@@ -765,18 +772,24 @@ class ForwardOnce:
         rows = chosen[:, : capacity // different].flatten()
         weights = self._weights(capacity)
         noise = full.noise()
-        drawn = extract(full.module, full.inputs, noise)(*state, *self.inputs)
-        masks = [self._rows_of(n, mask, copies) for n, mask in zip(noise, drawn, strict=True)]
-        batch = [tensor[copies] for tensor in self.inputs]
+        exact = not any(is_attention(node) for node in full.nodes)  # its kernels take no float32
+        plain = in_float32 if exact else lambda module: module
+        drawing = plain(extract(full.module, full.inputs, noise))
         made = self.cut[len(self.given) :]
-        values = extract(full.module, [*full.inputs, *noise], made)(*state, *batch, *masks)
-        saved = [[*state, *batch][i] for i in self.given] + list(values)
-        found = backward(*saved, rows, weights)
-        few = [tensor[rows] for tensor in batch]
-        masks = [self._rows_of(n, mask, rows) for n, mask in zip(noise, masks, strict=True)]
+        making = plain(extract(full.module, [*full.inputs, *noise], made))
         given = [*part.inputs, part.tangent, *(twins[n] for n in noise)]
-        alone = extract(part.module, given, part.gradients[: self.parameters])
-        self._compare("gradient of some rows", found, alone(*state, *few, weights, *masks))
+        alone = plain(extract(part.module, given, part.gradients[: self.parameters]))
+        batch = [tensor[copies] for tensor in self.inputs]
+        few = [tensor[rows] for tensor in batch]
+        with without_tf32():
+            drawn = drawing(*state, *self.inputs)
+            masks = [self._rows_of(n, mask, copies) for n, mask in zip(noise, drawn, strict=True)]
+            values = making(*state, *batch, *masks)
+            saved = [[*state, *batch][i] for i in self.given] + list(values)
+            found = plain(backward)(*saved, rows, weights)
+            masks = [self._rows_of(n, mask, rows) for n, mask in zip(noise, masks, strict=True)]
+            expected = alone(*state, *few, weights, *masks)
+        self._compare("gradient of some rows", found, expected, exact)
 
     def _rows_of(self, node: Node, value: Tensor, rows: Tensor) -> Tensor:
         layout = self.layouts[node]
@@ -800,15 +813,54 @@ class ForwardOnce:
         self._compare("compiled gradient", found, eager(*saved, rows, weights))
 
     def _compare(
-        self, what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]
+        self,
+        what: str,
+        found: Sequence[Tensor | None],
+        expected: Sequence[Tensor | None],
+        exact: bool = False,
     ) -> None:
-        """Raises CannotTrace where they differ by more than rounding."""
+        """Raises CannotTrace where they differ by more than rounding; exact: by that of
+        float32, of which a ResNet-50 on a GPU makes 2 %. Rows in a wrong place give more than all.
+        """
         types = {n.meta["val"].dtype for n in self.full.nodes if shape_of(n) is not None}
         allowed = 1e-3 if self.device.type == "cpu" else 1e-2  # TF32
-        allowed = 0.25 if types & {torch.bfloat16, torch.float16} else allowed
+        allowed = 0.25 if types & HALF else allowed
+        allowed = 0.1 if exact else allowed
         off = difference(found, expected)
         if not off <= allowed:
             raise CannotTrace(f"its traced {what} is off by {off:.2g} of autograd's")
+
+
+def in_float32(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, with float32 wherever it asks for a type of half the bytes."""
+
+    def widened(value: Any) -> Any:
+        return torch.float32 if isinstance(value, torch.dtype) and value in HALF else value
+
+    graph = fx.Graph()
+    copies: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(module.graph, copies))
+    for node in graph.nodes:
+        node.args = tree_map(widened, node.args)
+        node.kwargs = tree_map(widened, node.kwargs)
+    return fx.GraphModule(module, graph)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Multiply float32 in full on a GPU."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=False,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
@@ -896,11 +948,16 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _drops_in_attention(node: Node) -> bool:
-    """Whether it is attention with dropout in one fused kernel."""
+def is_attention(node: Node) -> bool:
+    """Whether it is attention in one fused kernel, forward or backward."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None or "scaled_dot_product" not in schema.name:
+    return schema is not None and "scaled_dot_product" in schema.name
+
+
+def drops_in_attention(node: Node) -> bool:
+    """Whether it is attention with dropout in one fused kernel."""
+    if not is_attention(node):
         return False
-    names = [argument.name for argument in schema.arguments]
+    names = [argument.name for argument in node.target._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     return given.get("dropout_p", 0.0) > 0

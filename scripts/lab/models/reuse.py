@@ -1,0 +1,95 @@
+"""Training on some rows of the forward that scored their batch: see `forward_once`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lab.data.loading import DeviceBatch
+from lab.method.sample_store import Visit
+from lab.models.forward_once import CannotTrace, ForwardOnce, Rows, filled, row_forward
+from lab.models.network import Network, StepResult
+
+GRID = 16  # a backward is made for so many sizes of a choice at most: each takes seconds to compile
+MARGIN = 1.125  # room over the expected number of rows, where the rule does not fix it
+
+
+class ReusedForward:
+    """A forward over whole batches, and the backward of some of their rows.
+
+    The forward is a training forward: it updates BatchNorm's running statistics, and its dropout
+    masks are those of the backward.
+    """
+
+    def __init__(self, network: Network, rows: int):
+        """rows: how many of a batch are expected to be chosen. Traces, checks and compiles. Raises
+        CannotTrace with the reason.
+        """
+        if network.mixing is not None:
+            raise CannotTrace("a picture mixed by training.mixup or cutmix has no score of its own")
+        total = network.local_batch
+        generator = torch.Generator().manual_seed(0)
+        size = (total, 3, network.side, network.side)
+        images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        labels = torch.arange(total) % 2
+        example = [images.to(network.device), labels.to(network.device)]
+        memory = network.loss.recall(torch.zeros_like(example[1]))
+        example += [] if memory is None else [memory]
+        self.loss = network.loss
+        self.total = total
+        compute = row_forward(network.normalise, network.measure, network.loss)
+        rows = min(max(1, rows), total)
+        self.once = ForwardOnce.build(network.model, compute, example, rows, network.compile)
+
+    def fits(self, batch: DeviceBatch) -> bool:
+        """Whether a batch has the shape that was traced: pictures may be missing."""
+        return len(batch.labels) == self.total
+
+    def forward(self, batch: DeviceBatch) -> Rows:
+        """Forward a batch; what it saved is kept until `backward` or the next forward."""
+        memory = self.loss.recall(batch.indices)
+        inputs = [batch.images, batch.labels]
+        return self.once.forward(*inputs, *([] if memory is None else [memory]))
+
+    def capacity(self, count: int) -> int:
+        """The rows of the backward that so many chosen ones go through, padded. A number that is
+        met for the first time is traced and compiled now.
+        """
+        large_enough = [size for size in self.once.backwards if size >= count]
+        if large_enough:
+            return min(large_enough)
+        step = max(1, self.total // GRID)
+        size = min(self.total, math.ceil(count / step) * step)
+        self.once.prepare(size)
+        return size
+
+    def backward(self, rows: Tensor, weights: Tensor) -> None:
+        """Add the gradient of sum(weights * losses[rows]) to the parameters' `.grad`.
+
+        rows: int64, different ones; weights: float32, one each.
+        """
+        size = self.capacity(len(rows))
+        if size > len(rows):
+            padded, real = filled(rows, size, self.total)
+            real[: len(rows)] = weights
+            rows = padded
+            weights = real
+        self.once.backward(rows, weights)
+
+
+def result_of(told: Rows, rows: Tensor, labels: Tensor, weights: Tensor | None) -> StepResult:
+    """What a training step over these rows tells. labels: int64, of the rows; weights: float32, of
+    their losses.
+    """
+    losses = told.losses[rows]
+    plain = told.plain[rows]
+    memory = None if told.targets is None else told.targets[rows]
+    correct = told.correct[rows]
+    if weights is None:
+        return StepResult(losses.sum(), plain.sum(), correct, None, memory)
+    visit = Visit(
+        told.significance[rows], plain, told.confidence[rows], told.predicted[rows], labels
+    )
+    return StepResult((losses * weights).sum(), plain.sum(), correct, visit, memory)
