@@ -40,7 +40,6 @@ from lab.models.building import get_model
 from lab.study.benchmark import epochs, inputs, timing
 from lab.study.benchmark.options import parse
 from lab.study.benchmark.peers import (
-    forward_once_steps,
     hand_written_steps,
     masked_loss_steps,
     two_forward_steps,
@@ -73,6 +72,8 @@ def lab_steps(
     settings = {"pack": True, "score_resolution": resolution, **ast}
     config.ast = config.ast.model_copy(update=settings)
     config.training.compile = compiled
+    if config.ast.reuse_forward:  # the batch is one of candidates
+        config.training.batch_size = round(config.ast.target_activation * len(workload.labels))
     configure_backends(fixed_shape(config), device)
     model = get_model(config.model, config.dataset.num_classes, config.dataset.image_size)
     run = Run.build(config, model, device, planned_steps=10**6, dist=workload.dist)
@@ -144,6 +145,10 @@ STEP_ROWS = [
         partial(lab_steps, mode="ast", at_score_resolution=True),
         needs_score_resolution=True,
     ),
+    StepRow(
+        "forward once, a={activation:g}",
+        partial(lab_steps, mode="ast", rule="topk", reuse_forward=True),
+    ),
     StepRow("proxy-scored loop, a={activation:g}", partial(lab_steps, mode="ast", scoring="proxy")),
     StepRow("random loop, a={activation:g}", partial(lab_steps, mode="random")),
     StepRow(
@@ -151,7 +156,6 @@ STEP_ROWS = [
         partial(hand_written_steps, stored=True),
         one_process=True,
     ),
-    StepRow("forward once, a={activation:g}", forward_once_steps, one_process=True),
     StepRow("batch-scored loop, not packed", partial(lab_steps, mode="ast", pack=False), **ALONE),
     StepRow("published pattern", partial(masked_loss_steps, ours=False), **ALONE),
     StepRow("  in our settings", partial(masked_loss_steps, ours=True), **ALONE),

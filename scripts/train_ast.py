@@ -93,10 +93,10 @@ from lab.method.doubt import LEFT_OUT, HighestScores, LabelDoubt, UnlikelyLabels
 from lab.method.sample_store import SampleStore, Visit
 from lab.method.schedule import Schedule, Shares
 from lab.method.times_trained import TimesTrained
-from lab.models.building import check_resolution, get_model
+from lab.models.building import check_resolution, count_flops, get_model
 from lab.models.forward_once import CannotTrace, Rows
 from lab.models.network import Network, StepResult
-from lab.models.proxy import Proxy
+from lab.models.proxy import EVERY, Proxy
 from lab.models.reuse import MARGIN, ReusedForward
 from lab.outputs.banner import Facts, announce, own_pictures, say_if_long
 from lab.outputs.diet import figures as diet_figures
@@ -256,6 +256,7 @@ class Scores(Stateful):
     reuse: ReusedForward | None = None  # where the forward that scores is the one trained on
     told: Rows | None = None  # by `reuse`, of the batch that was scored last
     cost: float = 0.0  # of a scored sample, as a share of a training forward + backward
+    learning_cost: float = 0.0  # of a sample that the scores are learned from, likewise
     explored: float = 0.0  # share of the samples that are trained on whatever their scores
 
     def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
@@ -282,8 +283,11 @@ class Scores(Stateful):
         """
         return self.cost + target * (1 if self.reuse is None else 2 / 3)
 
-    def observe(self, batch: DeviceBatch, lr_share: float) -> None:
-        """Learn from a whole batch that was scored. lr_share: the rate as a share of its peak."""
+    def observe(self, batch: DeviceBatch, lr_share: float) -> int:
+        """Learn from a whole batch. Returns from how many samples. lr_share: the rate as a share of
+        its peak.
+        """
+        return 0
 
 
 class NetworkScores(Scores):
@@ -294,18 +298,20 @@ class NetworkScores(Scores):
     predicts = True
 
     def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
+        self.forward = network.scorer  # validation's, so that one function is compiled for both
+        self.cost = 1 / 3
+        if reuses(config):
+            self.reuse = reused_forward(config, network, dist)
+            return
         resolution = config.ast.score_resolution or network.side
         by_batch = config.ast.score_statistics == "batch"
-        self.forward = network.scorer  # validation's, so that one function is compiled for both
         if resolution != network.side:
             check_resolution(network.model, config.model, resolution)
+            sizes = (resolution, network.side)
+            small, full = (count_flops(network.model, side) for side in sizes)
+            self.cost = small / full / 3
         if resolution != network.side or by_batch:
             self.forward = network.scoring_forward(resolution, batch_statistics=by_batch)
-        self.cost = (resolution / network.side) ** 2 / 3
-        if reuses(config):
-            self.forward = network.scorer
-            self.cost = 1 / 3
-            self.reuse = reused_forward(config, network, dist)
 
     def of_batch(self, batch: DeviceBatch) -> Tensor:
         self.told = None
@@ -327,14 +333,12 @@ def reused_forward(config: Config, network: Network, dist: Dist) -> ReusedForwar
     Collective. Raises RequestError where it is `true` and cannot be had.
     """
     exact = RULES[config.ast.rule].on_device
-    share = shares_of(config).target
-    if isinstance(config.ast.target_activation, str):
-        share = AutoTarget.LEAST
-    rows = max(config.ast.min_active, round(share * network.local_batch * (1 if exact else MARGIN)))
+    total = candidate_batch(config, dist.world) // dist.world
+    rows = round(network.local_batch * (1 if exact else MARGIN))
     reason = "another process cannot"
     found = None
     try:
-        found = ReusedForward(network, rows)
+        found = ReusedForward(network, total, rows)
     except CannotTrace as error:
         reason = str(error)
     if dist.all_gather([found is not None]).all():
@@ -360,10 +364,14 @@ class ProxyScores(Scores):
     def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
         self.proxy = Proxy(network, config.ast, config.training, dist)
         self.forward = self.proxy.scores
-        self.cost = self.proxy.cost
+        self.cost = self.proxy.cost / 3
+        self.learning_cost = self.proxy.cost
 
-    def observe(self, batch: DeviceBatch, lr_share: float) -> None:
-        self.proxy.learn(batch, lr_share)
+    def epoch_cost(self, target: float) -> float:
+        return self.cost + self.learning_cost / EVERY + target
+
+    def observe(self, batch: DeviceBatch, lr_share: float) -> int:
+        return self.proxy.learn(batch, lr_share)
 
 
 class StoredScores(Scores):
@@ -686,14 +694,25 @@ def shares_of(config: Config) -> Shares:
     doubted = ast.forget_rate if parts.doubt is HighestScores else 0.0
     packs = packs_batches(config)
     narrows = ast.mode == "ast" and not parts.scores.before_loading
+    candidates = ast.candidates if narrows else 1.0
+    widened = 1.0
+    if reuses(config):  # so that a step has training.batch_size active samples
+        least = AutoTarget.LEAST if isinstance(ast.target_activation, str) else target
+        widened = max(candidates, least) / least
     return Shares(
         config.training.epochs,
         config.sparse_span(),
         parts.scores.before_loading,
         packs,
         min(target, 1 - doubted),
-        ast.candidates if narrows else 1.0,
+        candidates,
+        widened,
     )
+
+
+def candidate_batch(config: Config, world: int) -> int:
+    """How many samples a batch of a sparse epoch has, on all `world` processes together."""
+    return world * round(config.training.batch_size / world * shares_of(config).widened)
 
 
 class Selection(Stateful):
@@ -1044,7 +1063,7 @@ def ast_forward(
     selection.note_scores(batch.indices, significances, run.metrics.epoch)
     choice = selection.choose(batch.indices, significances, sparse_epochs)
     local, counts = dist.local_choice(choice.rows, len(significances))
-    selection.scores.observe(batch, run.schedule.lr / run.config.training.lr)
+    observe(batch, run)
     if selection.scores.told is not None:
         backward_rows(batch, local, run)
         return sum(counts)
@@ -1059,6 +1078,12 @@ def ast_forward(
     if trained:
         train_step(ready, run, count_correct=not predicts)
     return trained
+
+
+def observe(batch: DeviceBatch, run: Run) -> None:
+    """Let what scores learn from a loaded batch, as much of it as is this process's."""
+    lr_share = run.schedule.lr / run.config.training.lr
+    run.metrics.ledger.learned += run.selection.scores.observe(batch, lr_share)
 
 
 def active_rows(
@@ -1203,7 +1228,8 @@ def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = 
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
     share = shares_of(config).loaded
-    plan = EpochPlan(indices, training.batch_size, training.seed, share, dist)
+    wide = candidate_batch(config, dist.world)
+    plan = EpochPlan(indices, training.batch_size, training.seed, share, dist, wide)
     options = loader_options(config, device, train)
     classes = len(train.classes)
     if dataset.cache != "none":
@@ -1364,7 +1390,7 @@ def close_epoch(
     ledger = metrics.ledger
     done = ledger.since(metrics.ledger_before)
     seconds = clock.close_epoch()
-    cost = selection.scores.cost
+    costs = (selection.scores.cost, selection.scores.learning_cost)
     # a top share of samples never seen has no finite threshold
     thresholds = [float(each) for each in selection.thresholds if math.isfinite(each)]
     active = selection.activations
@@ -1380,7 +1406,7 @@ def close_epoch(
         "val_acc": val_acc,
         "activation_rate": activation,
         "threshold": statistics.fmean(thresholds) if thresholds else None,
-        "energy_savings": 1 - done.dense_equivalents(cost) / dense_samples,
+        "energy_savings": 1 - done.dense_equivalents(*costs) / dense_samples,
         "step_time_ms": 1000 * seconds / metrics.step if metrics.step else None,
         "est_energy_kj": energy_before + seconds * watts / 1000,
         "est_flops_g": base_flop * ledger.trained / 1e9,
@@ -1393,7 +1419,7 @@ def close_epoch(
         "optimizer_steps": done.steps,
         "train_seconds": clock.train_seconds,
         "energy_kj": clock.energy_kj,
-        "total_flops_g": base_flop * ledger.dense_equivalents(cost) / 1e9,
+        "total_flops_g": base_flop * ledger.dense_equivalents(*costs) / 1e9,
         "forgotten": selection.doubt.forgotten(),
     }
     metrics.close_epoch(row)
@@ -1459,7 +1485,8 @@ class Run:
         scoring = None
         on_device = selection.rule.on_device
         if not selection.scores.before_loading:
-            scoring = partial(score, selection.scores, network.local_batch, on_device, dist)
+            size = candidate_batch(config, dist.world) // dist.world
+            scoring = partial(score, selection.scores, size, on_device, dist)
             packs = packs_batches(config)
             queue = ActiveQueue(training.batch_size, device, dist) if packs else None
         return cls(
@@ -1612,6 +1639,7 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
     label = f"epoch {metrics.epoch + 1}{of_all(run.config)}"
     batches = () if clock.out_of_time() else batches
     scoring = not run.selection.scores.before_loading and run.is_sparse()
+    learning = metrics.epoch < run.schedule.shares.span.start
     with step_bar(label, steps) as heartbeat:
         for batch, scores in run.ahead.pairs(batches, scoring):
             metrics.ledger.loaded += len(batch.labels)
@@ -1619,6 +1647,8 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
                 sparse_epochs = run.schedule.sparse_epochs(metrics.epoch, metrics.step / steps)
                 trained = ast_forward(batch, scores, run, sparse_epochs)
             else:
+                if learning:
+                    observe(batch, run)
                 trained = train_step(batch, run) or int(run.dist.world > 1)  # another rank has some
             metrics.step += 1
             run.schedule.advance()
@@ -1683,7 +1713,8 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
     plan.start_epoch(epoch, step)
     if step == 0:
         run.start_epoch(epoch, plan.permutation())
-    plan.start_epoch(epoch, step, run.selection.mask())
+    wide = reuses(run.config) and run.is_sparse()
+    plan.start_epoch(epoch, step, run.selection.mask(), wide)
     if step == 0:
         run.schedule.begin_epoch(epoch, plan, run.selection.share)
 

@@ -126,6 +126,12 @@ WAYS = {
         "training.grad_clip_norm=1.0",
         "ast.score_resolution=8",
     ],
+    "forward once": [
+        "ast.reuse_forward=true",
+        "ast.target_activation=0.5",
+        "ast.candidates=0.75",
+        "training.grad_accum_steps=2",
+    ],
     "annealed, dropout": ["ast.anneal_epochs=1", "model.name=test_vit", "dataset.image_size=32"],
     "resident": ["dataset.cache=device", "dataset.augment=pad_crop"],
     "resident crops": [

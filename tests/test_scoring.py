@@ -54,7 +54,7 @@ def test_auto_follows_the_share_of_wrong_predictions(wrong, cost, target):
 def auto_after(wrong: float, cost: float) -> float:
     """The target after an epoch with so many wrong predictions."""
     auto = AutoTarget(1.0)
-    auto.end_epoch(wrong, cost)
+    auto.end_epoch(wrong, lambda target: target + cost)
     return auto.value
 
 
@@ -184,14 +184,15 @@ def test_a_proxy_scores_learns_and_is_counted(rule, tmp_path):
     assert history["activation_rate"][-1] == pytest.approx(0.5, abs=0.1)
     state = load_checkpoint(next(tmp_path.glob("checkpoints/*/last.pt")), config)["selection"]
     state = state["scores"]["proxy"]
-    assert state["batches"] == 5 * 8
+    assert state["batches"] == 6 * 8  # it learns in the dense epoch too
     steps = {int(each["step"]) for each in state["optimizer"]["state"].values()}
-    assert steps == {5 * 8 // 4}
+    assert steps == {6 * 8 // 4}
+    assert ledger["learned"] == 6 * 256 // 4
     # the total holds the proxy's forward of each scored sample, and its training on every fourth
     # batch
     spent = 1e9 * (history["total_flops_g"][-1] - history["est_flops_g"][-1]) / ledger["scored"]
     proxy = get_model(ModelConfig(name="small_conv"), 10, 16)
-    assert spent == pytest.approx(count_flops(proxy, 16) * (1 / 3 + 1 / 4), rel=1e-6)
+    assert spent == pytest.approx(count_flops(proxy, 16) * (1 / 3 + 6 / 5 / 4), rel=1e-6)
 
 
 def test_a_proxy_leaves_the_network_its_random_numbers(tmp_path):

@@ -222,9 +222,9 @@ class ASTConfig(Section):
     reuse_forward: bool | Literal["auto"] = Field(
         False,
         description="train on the forward that scored a batch, of which the active rows alone go "
-        "backward: 1 + 2a in place of 1 + 3a of a forward for an active share a, and a step for "
-        "every loaded batch; auto: by two passes where the network cannot be traced; true: refuse "
-        "then",
+        "backward: 1 + 2a in place of 1 + 3a of a forward for an active share a. A sparse epoch "
+        "loads larger batches, so that training.batch_size samples of each are active; auto: by "
+        "two passes where the network cannot be traced; true: refuse then",
     )
     target_activation: Annotated[float, Field(gt=0, le=1)] | str = Field(
         0.25,

@@ -50,9 +50,11 @@ class EpochPlan(Sampler):
     function of (seed, epoch, index). Neither workers nor resumption nor a cache change how a sample
     looks.
 
-    All batches hold `batch_size` samples, so that every step has one shape: a smaller one at the
-    end is left out, unless it is the only one. With several processes, each gets its part of every
-    batch. What a batch holds does not depend on their number.
+    All batches of an epoch hold `batch_size` samples, so that every step has one shape: a smaller
+    one at the end is left out, unless it is the only one. A wide epoch has larger batches, of which
+    a training step takes a part; what is planned is planned in those of a step. With several
+    processes, each gets its part of every batch. What a batch holds does not depend on their
+    number.
     """
 
     def __init__(
@@ -62,12 +64,15 @@ class EpochPlan(Sampler):
         seed: int,
         share: Callable[[int], float],
         dist: Dist | None = None,
+        wide_size: int | None = None,
     ):
         """indices: int64 [n], the samples that a dense epoch goes through. share: the part of them,
-        0 to 1, that the epoch of this number loads.
+        0 to 1, that the epoch of this number loads. wide_size: of the batches of a wide epoch, by
+        default `batch_size`.
         """
         self.indices = indices
-        self.batch_size = batch_size
+        self.step_size = batch_size
+        self.wide_size = wide_size or batch_size
         self.seed = seed
         self.share = share
         self.dist = dist or Dist()
@@ -75,29 +80,36 @@ class EpochPlan(Sampler):
         self._permutation = indices
         self.start_epoch(0)
 
-    def start_epoch(self, epoch: int, first_batch: int = 0, mask: np.ndarray | None = None) -> None:
+    def start_epoch(
+        self,
+        epoch: int,
+        first_batch: int = 0,
+        mask: np.ndarray | None = None,
+        wide: bool = False,
+    ) -> None:
         """Make `epoch` the current one. A resumed epoch starts at batch number `first_batch`.
 
         mask: uint8, by index, not 0 for the samples to load; None loads a random `share(epoch)` of
-        them.
+        them. wide: whether batches hold `wide_size` samples.
         """
         self.epoch = epoch
+        self.batch_size = self.wide_size if wide else self.step_size
         self.first_batch = first_batch
         self.mask = mask
 
-    def _in_full_batches(self, samples: int) -> int:
-        """How many of so many samples fill whole batches; all, where they do not fill a single
-        one.
+    def _in_full_batches(self, samples: int, size: int) -> int:
+        """How many of so many samples fill whole batches of a size; all, where they do not fill a
+        single one.
         """
-        return samples - samples % self.batch_size or samples
+        return samples - samples % size or samples
 
     def samples_of(self, share: float) -> int:
         """How many samples an epoch loads that loads this share of them."""
-        return self._in_full_batches(max(1, round(share * len(self.indices))))
+        return self._in_full_batches(max(1, round(share * len(self.indices))), self.step_size)
 
     def steps_of(self, share: float) -> int:
         """How many batches these make."""
-        return math.ceil(self.samples_of(share) / self.batch_size)
+        return math.ceil(self.samples_of(share) / self.step_size)
 
     def planned_samples(self, epoch: int) -> int:
         """How many samples `epoch` loads, as far as `share` tells. With a mask the number may
@@ -107,12 +119,12 @@ class EpochPlan(Sampler):
 
     def planned_steps(self, epoch: int) -> int:
         """How many batches `planned_samples(epoch)` makes."""
-        return math.ceil(self.planned_samples(epoch) / self.batch_size)
+        return math.ceil(self.planned_samples(epoch) / self.step_size)
 
     @property
     def dense_samples(self) -> int:
         """How many samples an epoch loads that loads all."""
-        return self._in_full_batches(len(self.indices))
+        return self._in_full_batches(len(self.indices), self.step_size)
 
     def considered_samples(self, epoch: int) -> int:
         """Out of how many samples those that `epoch` loads are drawn: all, but for what fills no
@@ -123,9 +135,10 @@ class EpochPlan(Sampler):
     def __len__(self) -> int:
         """How many batches the current epoch has, those before `first_batch` included."""
         if self.mask is None:
-            return self.planned_steps(self.epoch)
-        masked = np.count_nonzero(self.mask[self.indices])
-        return math.ceil(self._in_full_batches(masked) / self.batch_size)
+            samples = max(1, round(self.share(self.epoch) * len(self.indices)))
+        else:
+            samples = np.count_nonzero(self.mask[self.indices])
+        return math.ceil(self._in_full_batches(samples, self.batch_size) / self.batch_size)
 
     def permutation(self) -> np.ndarray:
         """All indices in the order of the current epoch, int64 [n], whether it loads them or
@@ -143,9 +156,10 @@ class EpochPlan(Sampler):
         """
         order = self.permutation()
         if self.mask is None:
-            return order[: self.planned_samples(self.epoch)]
-        order = order[self.mask[order] > 0]
-        return order[: self._in_full_batches(len(order))]
+            order = order[: max(1, round(self.share(self.epoch) * len(order)))]
+        else:
+            order = order[self.mask[order] > 0]
+        return order[: self._in_full_batches(len(order), self.batch_size)]
 
     def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
         order = self.indices_to_load()

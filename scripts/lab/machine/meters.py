@@ -21,7 +21,9 @@ from lab.machine.stateful import Stateful
 class Ledger(Stateful):
     """Work done, in samples and optimizer steps."""
 
-    SAMPLES: ClassVar[tuple[str, ...]] = ("loaded", "scored", "trained", "reused", "padding")
+    SAMPLES: ClassVar[tuple[str, ...]] = (
+        *("loaded", "scored", "trained", "reused", "padding", "learned"),
+    )
     STATE: ClassVar[tuple[str, ...]] = (*SAMPLES, "steps")
 
     loaded: int = 0
@@ -30,6 +32,7 @@ class Ledger(Stateful):
     steps: int = 0
     reused: int = 0  # of the trained, those whose forward was the scoring one
     padding: int = 0  # rows of weight 0 that went backward, to fill up a shape
+    learned: int = 0  # samples that the proxy was trained on
 
     def reduce_to_rank0(self, dist: Dist) -> None:
         """Move to rank 0 the samples that all processes have counted. Collective."""
@@ -44,13 +47,13 @@ class Ledger(Stateful):
         counts = sums if rank == 0 else dict.fromkeys(sums, 0)
         return {**counts, "steps": states[0]["steps"]}
 
-    def dense_equivalents(self, scoring_cost: float = 1 / 3) -> float:
+    def dense_equivalents(self, scoring_cost: float = 1 / 3, learning_cost: float = 0.0) -> float:
         """The forward + backward passes this work amounts to. A scored sample costs `scoring_cost`
-        of one, a backward two thirds.
+        of one, one that the proxy learns from `learning_cost`, a backward two thirds.
         """
         backward = 2 / 3
         repeated = self.trained - (1 - backward) * self.reused + backward * self.padding
-        return repeated + self.scored * scoring_cost
+        return repeated + self.scored * scoring_cost + self.learned * learning_cost
 
     def since(self, earlier: Ledger) -> Ledger:
         return Ledger(**{name: getattr(self, name) - getattr(earlier, name) for name in self.STATE})

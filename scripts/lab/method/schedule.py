@@ -23,6 +23,7 @@ class Shares:
     packs: bool  # whether the active samples of several batches make one step
     target: float  # share of the samples to be active when the run begins
     candidates: float = 1.0  # share that a sparse epoch loads where it scores what it loads
+    widened: float = 1.0  # samples of a batch of a sparse epoch over those of a training step
 
     def loaded(self, epoch: int, target: float | None = None) -> float:
         """Which share of the samples `epoch` loads. target: by default that of the run's start."""
@@ -32,8 +33,12 @@ class Shares:
         return target if self.before_loading else max(target, self.candidates)
 
     def steps(self, epoch: int, target: float) -> float:
-        """How many training steps `epoch` takes for a loaded batch: packing makes them fewer."""
-        return target / self.loaded(epoch, target) if self.packs and epoch in self.span else 1.0
+        """How many training steps `epoch` takes for so many loaded samples as a step has: packing
+        makes them fewer, and so do wider batches.
+        """
+        if epoch not in self.span or target == 1:
+            return 1.0
+        return target / self.loaded(epoch, target) if self.packs else 1 / self.widened
 
     def planned(self, plan: EpochPlan) -> float:
         """The training steps of the whole run, as far as its start can tell."""

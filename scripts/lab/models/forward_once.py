@@ -452,6 +452,7 @@ class ForwardOnce:
         self.backwards: dict[int, Callable] = {}  # likewise: saved, rows, weights -> gradients
         self.replays: dict[int, Captured] = {}  # likewise, as CUDA graphs: rows, weights
         self.saved: list[Tensor] | None = None
+        self.lent: set[int] = set()  # addresses of gradients that CUDA graphs will overwrite
 
     @classmethod
     @torch.no_grad()
@@ -485,6 +486,7 @@ class ForwardOnce:
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> Rows:
         """Forward a batch. Updates the network's buffers, once."""
+        self._keep_gradients()
         self.saved = None  # frees those of the last batch before there are new ones
         self._check_unchanged(inputs)
         state = self.state()
@@ -528,9 +530,8 @@ class ForwardOnce:
         for parameter, gradient in zip(self.state(), gradients, strict=False):
             if gradient is None:
                 continue
-            keeps = not self.graphs and gradient.data_ptr() not in owned
-            keeps = keeps and gradient.stride() == parameter.stride()
-            if parameter.grad is None and keeps and gradient.dtype == parameter.dtype:
+            alike = gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype
+            if parameter.grad is None and alike and gradient.data_ptr() not in owned:
                 parameter.grad = gradient
                 owned.add(gradient.data_ptr())
                 continue
@@ -540,6 +541,17 @@ class ForwardOnce:
             added.append(gradient)
         if sums:
             torch._foreach_add_(sums, added)
+        if self.graphs:
+            self.lent = owned
+
+    def _keep_gradients(self) -> None:
+        """Copy the gradients that lie where the next replay writes: those of a window that goes
+        on.
+        """
+        for parameter in self.state()[: self.parameters] if self.lent else ():
+            if parameter.grad is not None and parameter.grad.data_ptr() in self.lent:
+                parameter.grad = parameter.grad.clone()
+        self.lent = set()
 
     def state(self) -> list[Tensor]:
         """The parameters and buffers that the network has now, in the order of `names`."""

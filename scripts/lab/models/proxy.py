@@ -15,7 +15,7 @@ from lab.method.losses import Loss
 from lab.models.building import count_flops, get_model
 from lab.models.network import Network, shrunk, training_forward
 
-EVERY = 4  # batches that are scored for one that it learns from
+EVERY = 4  # batches for one that it learns from, scored or of the dense epochs before
 LR = 0.003  # of AdamW, at the peak of the schedule that it shares with the network
 
 
@@ -40,7 +40,7 @@ class Proxy(Stateful):
         flop = count_flops(model, resolution)
         self.model = model.to(network.device, memory_format=network.normalise.layout).train()
         self.dist = dist
-        self.batches = 0  # that were scored until now
+        self.batches = 0  # that it was shown until now
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, fused=network.device.type == "cuda" or None
         )
@@ -49,9 +49,9 @@ class Proxy(Stateful):
         loss = Loss(training, 0, network.classes, network.device, dist)
         step = training_forward(self.model, network.normalise, network.measure, loss)
         self.forward = compiled(step, network.compile)
-        # of a scored sample, its part of the proxy's own training included, as a share of the
-        # network's training step
-        self.cost = flop / network.base_flop * (1 / 3 + 1 / EVERY)
+        # of a sample that it learns from, as a share of the network's training step; of one that
+        # it scores, a third
+        self.cost = flop / network.base_flop
 
     def add_gradient(self, images: Tensor, labels: Tensor) -> int:
         """Forward and backward over a batch (uint8 [batch, 3, H, W], int64 [batch]). Returns what
@@ -62,14 +62,15 @@ class Proxy(Stateful):
         (step.objective / samples).backward()
         return samples
 
-    def learn(self, batch: DeviceBatch, lr_share: float) -> None:
-        """Count a scored batch, and train on it where its turn has come.
+    def learn(self, batch: DeviceBatch, lr_share: float) -> int:
+        """Count a batch, and train on it where its turn has come. Returns the number of samples
+        trained on.
 
         lr_share: the network's learning rate as a share of its peak.
         """
         self.batches += 1
         if (self.batches - 1) % EVERY:
-            return
+            return 0
         samples = self.add_gradient(batch.images, batch.labels)
         if self.dist.world > 1:
             merge_gradients(list(self.model.parameters()), len(batch.labels), samples, self.dist)
@@ -77,6 +78,7 @@ class Proxy(Stateful):
             group["lr"] = LR * lr_share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return len(batch.labels)
 
 
 def _build(name: str, classes: int, resolution: int) -> nn.Module:

@@ -23,13 +23,12 @@ class ReusedForward:
     masks are those of the backward.
     """
 
-    def __init__(self, network: Network, rows: int):
-        """rows: how many of a batch are expected to be chosen. Traces, checks and compiles. Raises
-        CannotTrace with the reason.
+    def __init__(self, network: Network, total: int, rows: int):
+        """total: samples of a batch; rows: how many of them are expected to be chosen. Traces,
+        checks and compiles. Raises CannotTrace with the reason.
         """
         if network.mixing is not None:
             raise CannotTrace("a picture mixed by training.mixup or cutmix has no score of its own")
-        total = network.local_batch
         generator = torch.Generator().manual_seed(0)
         size = (total, 3, network.side, network.side)
         images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
@@ -40,8 +39,10 @@ class ReusedForward:
         self.loss = network.loss
         self.total = total
         compute = row_forward(network.normalise, network.measure, network.loss)
-        rows = min(max(1, rows), total)
-        self.once = ForwardOnce.build(network.model, compute, example, rows, network.compile)
+        self.expected = min(max(1, rows), total)
+        self.once = ForwardOnce.build(
+            network.model, compute, example, self.expected, network.compile
+        )
 
     def fits(self, batch: DeviceBatch) -> bool:
         """Whether a batch has the shape that was traced: pictures may be missing."""
@@ -54,16 +55,13 @@ class ReusedForward:
         return self.once.forward(*inputs, *([] if memory is None else [memory]))
 
     def capacity(self, count: int) -> int:
-        """The rows of the backward that so many chosen ones go through, padded. A number that is
-        met for the first time is traced and compiled now.
+        """The rows of the backward that so many chosen ones go through, padded. It depends on the
+        count alone, so that a resumed run computes what the uninterrupted one does.
         """
-        large_enough = [size for size in self.once.backwards if size >= count]
-        if large_enough:
-            return min(large_enough)
+        if count <= self.expected:
+            return self.expected
         step = max(1, self.total // GRID)
-        size = min(self.total, math.ceil(count / step) * step)
-        self.once.prepare(size)
-        return size
+        return min(self.total, math.ceil(count / step) * step)
 
     def backward(self, rows: Tensor, weights: Tensor) -> None:
         """Add the gradient of sum(weights * losses[rows]) to the parameters' `.grad`.
@@ -71,6 +69,7 @@ class ReusedForward:
         rows: int64, different ones; weights: float32, one each.
         """
         size = self.capacity(len(rows))
+        self.once.prepare(size)  # traced and compiled where it is met for the first time
         if size > len(rows):
             padded, real = filled(rows, size, self.total)
             real[: len(rows)] = weights

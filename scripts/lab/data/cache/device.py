@@ -106,6 +106,10 @@ class CachedLoader:
         self.read_errors.found = list(unreadable)
         if self.compiles:
             next(iter(self))
+            if self.plan.wide_size != self.plan.step_size:
+                self.plan.start_epoch(0, wide=True)
+                next(iter(self))
+                self.plan.start_epoch(0)
 
     def __len__(self) -> int:
         samples = int(self.readable.sum())
@@ -116,10 +120,11 @@ class CachedLoader:
         order = self.indices if self.plan is None else self.plan.indices_to_load()
         order = np.searchsorted(self.indices, order)
         order = order if self.plan else order[self.readable[order]]
-        first = self.batch_size * (self.plan.first_batch if self.plan else 0)
+        size = self.plan.batch_size if self.plan else self.batch_size
+        first = size * (self.plan.first_batch if self.plan else 0)
         self._draw_erasures(order[first:])
-        for start in range(first, len(order), self.batch_size):
-            yield self._part(order[start : start + self.batch_size])
+        for start in range(first, len(order), size):
+            yield self._part(order[start : start + size])
 
     def _draw_erasures(self, rows: np.ndarray) -> None:
         """The boxes that are erased in the current epoch, float64 [n, 4] by row: one batch after

@@ -6,17 +6,13 @@ All but the first run in one process alone. The last three run uncompiled, as pu
 from __future__ import annotations
 
 import inspect
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lab.base.errors import RequestError
 from lab.machine.devices import IMAGENET_MOMENTS, Normalise, configure_backends
-from lab.method.losses import Loss
-from lab.models.forward_once import CannotTrace, ForwardOnce, row_forward
 from lab.study.benchmark.timing import Loop, Workload
 
 IMAGENET_SAMPLES = 1_281_167  # of the training set: how large a store of scores is
@@ -100,35 +96,6 @@ def hand_written_steps(workload: Workload, compiled: str, stored: bool = False) 
             if stored:
                 store[rows] = scores
             bench.step(loss)
-
-    return Loop(steps)
-
-
-def forward_once_steps(workload: Workload, compiled: str) -> Loop:
-    """Every sample forward, and the share of the highest fresh scores alone backward: see
-    `lab.models.forward_once`. Raises RequestError where the network cannot be traced.
-    """
-    bench = Bench(workload)
-    config = workload.config
-    device = workload.images.device
-    layout = torch.channels_last if bench.kind == "cuda" else torch.contiguous_format
-    normalise = Normalise(**IMAGENET_MOMENTS, device=device, layout=layout, dtype=bench.dtype)
-    measure = partial(workload.significance, entropy_weight=1.0)
-    loss = Loss(config.training, 0, config.dataset.num_classes, device, workload.dist)
-    compute = row_forward(normalise, measure, loss)
-    batch = (workload.images, workload.labels)
-    try:
-        once = ForwardOnce.build(bench.model, compute, batch, bench.keep, compiled)
-    except CannotTrace as reason:
-        raise RequestError(f"--model: {config.model.name}: {reason}") from None
-    weights = torch.full((bench.keep,), 1 / bench.keep, device=device)
-
-    def steps(n: int) -> None:
-        for _ in range(n):
-            scores = once.forward(*batch).significance
-            once.backward(scores.topk(bench.keep).indices, weights)
-            bench.optimizer.step()
-            bench.optimizer.zero_grad(set_to_none=True)
 
     return Loop(steps)
 
