@@ -545,6 +545,13 @@ class AboveMean(Rule):
 RULES: dict[str, type[Rule]] = {"pi": Threshold, "topk": TopShare, "infobatch": AboveMean}
 
 
+class Evidence(NamedTuple):
+    """What an epoch says of the network."""
+
+    wrong: float  # share of the samples predicted wrongly, of those whose labels are believed
+    decides: bool  # whether the next epoch may train on a selection
+
+
 class Target(Stateful):
     """Which share of the samples is to be active: a number."""
 
@@ -554,10 +561,14 @@ class Target(Stateful):
     def __init__(self, value: float):
         self.value = value
 
-    def end_epoch(self, wrong: float, cost: float) -> None:
-        """wrong: the share of the samples whose labels are believed and were predicted wrongly.
-        cost: of scoring, see `Scores`.
+    def end_epoch(self, evidence: Evidence, cost: float) -> None:
+        """Set the next epoch's share. cost: of scoring, see `Scores`."""
+
+    def why_dense(self, cost: float) -> str | None:
+        """Of a run without a sparse epoch: what decided so, and what would change it; None where
+        the target is not what decides.
         """
+        return None
 
 
 class AutoTarget(Target):
@@ -568,12 +579,29 @@ class AutoTarget(Target):
     scoring cost more than training on all samples, all are.
     """
 
+    STATE = ("value", "fewest_wrong")
     LEAST: ClassVar[float] = 0.5
     WRONG_SHARE: ClassVar[float] = 1 / 3
 
-    def end_epoch(self, wrong: float, cost: float) -> None:
-        target = max(self.LEAST, wrong / self.WRONG_SHARE)
+    def __init__(self, value: float):
+        super().__init__(value)
+        self.fewest_wrong = math.inf  # of the epochs that decided; a share
+
+    def end_epoch(self, evidence: Evidence, cost: float) -> None:
+        target = max(self.LEAST, evidence.wrong / self.WRONG_SHARE)
         self.value = target if target + cost < 1 else 1.0
+        if evidence.decides:
+            self.fewest_wrong = min(self.fewest_wrong, evidence.wrong)
+
+    def why_dense(self, cost: float) -> str:
+        if self.fewest_wrong == math.inf:
+            return "no sparse epoch came after its first; see ast.warmup_epochs and anneal_epochs"
+        bar = self.WRONG_SHARE * (1 - cost)
+        return (
+            f"{100 * self.fewest_wrong:.1f} % of the samples were predicted wrongly at best, and a "
+            f"selection begins below {100 * bar:.1f} %: train longer, score at less cost "
+            "(ast.score_resolution), or give ast.target_activation a number"
+        )
 
 
 class Parts(NamedTuple):
@@ -772,14 +800,18 @@ class Selection(Stateful):
         if self.store is not None and visit is not None:
             self.store.record(batch.indices, visit, epoch)
 
-    def end_epoch(self, train_acc: float | None, is_sparse: bool) -> None:
-        """Set the next epoch's target. Collective. train_acc: percent of those predicted."""
+    def end_epoch(self, train_acc: float | None, is_sparse: bool, decides: bool) -> None:
+        """Set the next epoch's target. Collective.
+
+        train_acc: percent of those predicted. decides: whether that epoch may be sparse.
+        """
         if train_acc is not None:
             all_predicted = self.scores.predicts or not is_sparse
             # those whom the network has not predicted count as right
             wrong = (1 - train_acc / 100) * (1.0 if all_predicted else self.share)
             doubted = self.doubt.mispredicted(all_predicted)
-            self.target.end_epoch(max(0.0, wrong - doubted), self.scores.cost)
+            evidence = Evidence(max(0.0, wrong - doubted), decides)
+            self.target.end_epoch(evidence, self.scores.cost)
         self.target.value = self.dist.broadcast(self.target.value)
 
     def suspects(self, dataset: ImageDataset) -> Suspects | None:
@@ -954,12 +986,31 @@ def active_rows(
     return active._replace(weights=to_device(weights[first : first + len(local)], device))
 
 
+# Of so many samples trained on as mixtures, one is predicted unmixed: 2 % of a dense epoch.
+UNMIXED_EVERY = 16
+
+
+@torch.no_grad()
+def predict_unmixed(batch: DeviceBatch, run: Run) -> None:
+    """Count the predictions of pictures before they are mixed. A mixture has no one right answer,
+    so that an automatic target cannot judge by it.
+    """
+    meter = run.metrics.meter
+    if len(batch.labels) and UNMIXED_EVERY * meter.predicted <= meter.trained:
+        correct = run.network.scorer(batch.images, batch.labels)[1]
+        run.metrics.ledger.scored += len(batch.labels)
+        meter.add_correct(correct.sum(), len(batch.labels))
+
+
 def train_step(batch: DeviceBatch, run: Run, count_correct: bool = True) -> int:
     """Forward and backward over a batch, and what is learned of it. Returns how many samples it is.
 
     count_correct: whether its predictions count for train_acc; scoring may have counted them.
     """
     metrics = run.metrics
+    if count_correct and run.judges_unmixed:
+        predict_unmixed(batch, run)
+        count_correct = False
     weights = run.selection.loss_weights(batch)
     result = run.trainer.train_step(batch, weights, metrics.epoch, metrics.step)
     if result is None:
@@ -1255,7 +1306,7 @@ def close_epoch(
     if not run.warned_out_of_reach:
         least = run.config.ast.min_threshold
         run.warned_out_of_reach = out_of_reach(least, row["target"], active, thresholds)
-    selection.end_epoch(train_acc, is_sparse)
+    selection.end_epoch(train_acc, is_sparse, metrics.epoch + 1 in run.schedule.shares.span)
     return row
 
 
@@ -1327,6 +1378,11 @@ class Run:
             clock,
             Outputs(config.logging, checkpoint_folder(config), device, dist),
         )
+
+    @property
+    def judges_unmixed(self) -> bool:
+        """Whether pictures are trained on as mixtures, and judged before."""
+        return self.network.mixing is not None and self.schedule.is_auto
 
     def is_sparse(self) -> bool:
         """Whether this epoch trains on a selection."""
@@ -1418,6 +1474,8 @@ class Run:
         labels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         blank = DeviceBatch(images, labels, labels)
         scorings = dict.fromkeys([network.evaluator, self.selection.scores.forward])
+        if self.judges_unmixed:
+            scorings[network.scorer] = None
 
         def once() -> None:
             with torch.no_grad():
@@ -1727,6 +1785,18 @@ def continue_from(run: Run, path: Path | None, state: dict[str, Any] | None) -> 
     print_rank0(f"resumed from {path}: epoch {run.metrics.epoch + 1}, step {run.metrics.step}")
 
 
+def say_if_dense(run: Run, status: str) -> None:
+    """At a run's end, say why an automatic target let every epoch train on all samples."""
+    selection = run.selection
+    targets = run.metrics.history["target"]
+    if status == "interrupted" or any(target is not None for target in targets):
+        return
+    why = selection.target.why_dense(selection.scores.cost)
+    if why is not None:
+        key = f"ast.target_activation={run.config.ast.target_activation}"
+        print_rank0(f"note: {key} trained on all samples in every epoch: {why}")
+
+
 def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
     """Train to the end, and leave the results whatever that end is: (the result, its file)."""
     outcome = {"status": "failed"}
@@ -1735,6 +1805,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
     try:
         with ending_workers():
             outcome = {"status": run_epochs(run, data)}
+        say_if_dense(run, outcome["status"])
         run.outputs.finish()
         if outcome["status"] != "interrupted":
             suspects = run.selection.suspects(dataset)

@@ -19,7 +19,7 @@ from helpers import run_digits
 from lab.config.sections import ModelConfig
 from lab.engine.checkpoint import load_checkpoint
 from lab.models.building import count_flops, eval_view, get_model
-from train_ast import AutoTarget, significance, train
+from train_ast import AutoTarget, Evidence, significance, train
 
 CIFAR = [
     "dataset.image_size=16",
@@ -54,7 +54,7 @@ def test_auto_follows_the_share_of_wrong_predictions(wrong, cost, target):
 def auto_after(wrong: float, cost: float) -> float:
     """The target after an epoch with so many wrong predictions."""
     auto = AutoTarget(1.0)
-    auto.end_epoch(wrong, cost)
+    auto.end_epoch(Evidence(wrong, decides=True), cost)
     return auto.value
 
 
@@ -82,6 +82,40 @@ def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
         history["lr"][-1] < 0.1 * 0.1
     )  # planned anew with each target, the schedule still ends at its end
     assert history["lr"] == sorted(history["lr"], reverse=True)
+
+
+def test_mixed_pictures_are_judged_before_they_are_mixed(tmp_path):
+    """MixUp of equal parts: of a mixture about half of the answers are wrong whatever the network
+    knows, so that by its answers a selection would never begin.
+    """
+    keys = ["ast.target_activation=auto", "training.epochs=8", "ast.pack=true", *CIFAR]
+    keys += ["training.mixup=1000", "ast.rule=topk", "training.optimizer=adamw", "training.lr=0.01"]
+    result, _ = train(make_config(*keys, f"logging.output_dir={tmp_path}"))
+    history = result["training_history"]
+    assert history["target"][0] is None
+    assert history["samples_scored"][0] == 32  # a batch, of the 8 of a dense epoch
+    assert history["target"][-1] == 0.5
+    assert history["samples_scored"][-1] == 256
+    assert history["train_acc"][-1] > 85
+
+
+def note_of(output: str) -> str:
+    (line,) = (line for line in output.splitlines() if "trained on all samples" in line)
+    return line
+
+
+def test_a_run_that_stayed_dense_says_by_which_figure_and_what_would_change_it(tmp_path, capsys):
+    keys = ["ast.target_activation=auto", *CIFAR, f"logging.output_dir={tmp_path}"]
+    result, _ = train(make_config(*keys, "training.epochs=3", "training.lr=1e-4"))
+    wrong = 100 - max(result["training_history"]["train_acc"][:2])  # the last decides nothing
+    assert note_of(capsys.readouterr().out) == (
+        "note: ast.target_activation=auto trained on all samples in every epoch: "
+        f"{wrong:.1f} % of the samples were predicted wrongly at best, and a selection begins "
+        "below 22.2 %: train longer, score at less cost (ast.score_resolution), or give "
+        "ast.target_activation a number"
+    )
+    train(make_config(*keys, "training.epochs=1", "ast.warmup_epochs=0"))
+    assert "no sparse epoch came after its first" in note_of(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
