@@ -140,9 +140,10 @@ def worthwhile(dense: Sequence[Runs]) -> list[Runs]:
     """
     kept: list[Runs] = []
     for each in sorted(dense, key=lambda each: each.means[0]):
-        shorter = np.array([(other.means[1], other.sd, other.n) for other in kept]).reshape(-1, 3)
-        half = difference_half_width(shorter[:, 1], shorter[:, 2], each.sd, each.n)
-        if (shorter[:, 0] - each.means[1] > half).any():
+        better = [other for other in kept if other.means[1] > each.means[1]]
+        halves = [difference_half_width(other.sd, other.n, each.sd, each.n) for other in better]
+        leads = [other.means[1] - each.means[1] for other in better]
+        if any(lead > half for lead, half in zip(leads, halves, strict=True)):
             continue
         if kept and each.means[0] < SAME_LENGTH * kept[-1].means[0]:
             each = max(kept.pop(), each, key=lambda other: other.means[1])
