@@ -54,7 +54,9 @@ from lab.data.datasets import (
     DigitsDataset,
     FolderDataset,
     ImageDataset,
+    LoaderBatch,
     ReadErrors,
+    collate,
     measure_moments,
 )
 from lab.data.hf import HFDataset
@@ -550,12 +552,16 @@ class Evidence(NamedTuple):
 
     wrong: float  # share of the samples predicted wrongly, of those whose labels are believed
     decides: bool  # whether the next epoch may train on a selection
+    unseen: ClassCounts | None = None  # of the pictures kept out, see `Target.KEEPS_OUT`
 
 
 class Target(Stateful):
     """Which share of the samples is to be active: a number."""
 
     KEYS: ClassVar[tuple[str, ...]] = ("target_activation",)
+    # training pictures, a fortieth of all at most, that are predicted after every epoch that
+    # decides, and trained on once no epoch does
+    KEEPS_OUT: ClassVar[int] = 0
     STATE = ("value",)
 
     def __init__(self, value: float):
@@ -604,6 +610,45 @@ class AutoTarget(Target):
         )
 
 
+class UnseenTarget(AutoTarget):
+    """As AutoTarget, while the active samples are harder than pictures that were never trained on.
+
+    All wrongly predicted samples are active. Where a smaller share of the active is wrong than of
+    pictures kept out, the network knows by heart even the hardest of what it trains on: it lacks
+    more pictures, not more of those, and trains on all. The kept out must be worse by two standard
+    errors of a share, which are at most 1 / sqrt(pictures).
+    """
+
+    KEEPS_OUT = 500
+    STATE = (*AutoTarget.STATE, "unseen_wrong", "active_wrong")
+
+    def __init__(self, value: float):
+        super().__init__(value)
+        # at the last epoch that a selection would have followed, shares: of the kept out, and of
+        # those whom it would have trained on
+        self.unseen_wrong: float | None = None
+        self.active_wrong: float | None = None
+
+    def end_epoch(self, evidence: Evidence, cost: float) -> None:
+        super().end_epoch(evidence, cost)
+        if self.value == 1 or evidence.unseen is None:
+            return
+        pictures = sum(evidence.unseen.count)
+        self.unseen_wrong = 1 - evidence.unseen.accuracy() / 100
+        self.active_wrong = evidence.wrong / self.value
+        if self.unseen_wrong - 1 / math.sqrt(pictures) > self.active_wrong:
+            self.value = 1.0
+
+    def why_dense(self, cost: float) -> str:
+        if self.unseen_wrong is None:
+            return super().why_dense(cost)
+        return (
+            f"{100 * self.unseen_wrong:.1f} % of the pictures kept out were predicted wrongly, and "
+            f"of the half or more that a selection would train on {100 * self.active_wrong:.1f} %: "
+            "it knows these by heart; more or more varied pictures would change it"
+        )
+
+
 class Parts(NamedTuple):
     """The classes that a config composes a selection of."""
 
@@ -613,7 +658,10 @@ class Parts(NamedTuple):
     doubt: type[LabelDoubt]
 
 
-TARGETS: dict[str, type[Target]] = {"auto": AutoTarget}  # ast.target_activation, where no number
+TARGETS: dict[str, type[Target]] = {  # ast.target_activation, where no number
+    "auto": AutoTarget,
+    "unseen": UnseenTarget,
+}
 DOUBTS: dict[str, type[LabelDoubt]] = {"auto": UnlikelyLabels}  # ast.forget_rate, likewise
 
 
@@ -675,6 +723,7 @@ class Selection(Stateful):
         self.scores = parts.scores(config, network, self.store, dist)
         self.rule = parts.rule(config)
         self.target = parts.target(shares_of(config).target)
+        self.unseen: ClassCounts | None = None  # of this epoch, see `Target.KEEPS_OUT`
         # of the losses of this epoch, by index; LEFT_OUT for who is not loaded, 0 for who is only
         # looked at. Empty where each loaded batch decides
         by_index = stores or (config.ast.mode == "ast" and parts.scores.before_loading)
@@ -691,6 +740,7 @@ class Selection(Stateful):
         """Begin an epoch of any kind. Collective. order: int64, all indices as the epoch goes."""
         self.activations = []
         self.thresholds = []
+        self.unseen = None
         self.doubt.start_epoch(epoch, order, schedule.progress(), self.store)
         self.weights.fill_(1)
         if self.doubt.weights is not None:
@@ -810,7 +860,7 @@ class Selection(Stateful):
             # those whom the network has not predicted count as right
             wrong = (1 - train_acc / 100) * (1.0 if all_predicted else self.share)
             doubted = self.doubt.mispredicted(all_predicted)
-            evidence = Evidence(max(0.0, wrong - doubted), decides)
+            evidence = Evidence(max(0.0, wrong - doubted), decides, self.unseen)
             self.target.end_epoch(evidence, self.scores.cost)
         self.target.value = self.dist.broadcast(self.target.value)
 
@@ -1088,6 +1138,28 @@ class Data(NamedTuple):
     classes: int
 
 
+def kept_out_of(indices: np.ndarray, size: int, most: int, seed: int) -> np.ndarray:
+    """Those of int64 [n] training samples that are kept out: `most` pictures, a fortieth at most,
+    with all their copies (`dataset.repeat`). size: of the data set.
+    """
+    pictures = np.unique(indices % size)
+    count = min(most, math.ceil(len(pictures) / 40))
+    drawn = np.random.default_rng((seed, 3)).permutation(pictures)[:count]
+    return indices[np.isin(indices % size, drawn)]
+
+
+def load_kept_out(data: Data, config: Config) -> list[LoaderBatch]:
+    """This process's part of the pictures that are kept out, as validation would show them."""
+    plain = copy.copy(data.train.dataset)
+    plain.augmentation = Augmentation(config.dataset, train=False)
+    dist = data.plan.dist
+    indices = dist.shard(np.unique(data.plan.late % len(plain)))
+    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in indices.tolist()]
+    size = config.training.batch_size // dist.world
+    parts = [keys[start : start + size] for start in range(0, len(keys), size)]
+    return [collate(plain.__getitems__(part)) for part in parts]
+
+
 def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = None) -> Data:
     """The loaders of a run, and the plan of its epochs.
 
@@ -1109,15 +1181,17 @@ def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = 
     )
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
+    late = kept_out_of(indices, len(train), parts_of(config).target.KEEPS_OUT, training.seed)
     share = shares_of(config).loaded
-    plan = EpochPlan(indices, training.batch_size, training.seed, share, dist)
+    late_from = config.sparse_span().stop
+    plan = EpochPlan(indices, training.batch_size, training.seed, share, dist, late, late_from)
     options = loader_options(config, device, train)
-    classes = len(train.classes)
     if dataset.cache != "none":
         loaders = cached_loaders(splits, plan, config, device, dist, options)
-        return Data(*loaders, plan, classes)
-    train_loader = WorkerLoader(train, batch_sampler=plan, **options)
-    return Data(train_loader, build_val_loader(splits["val"], config, device, dist), plan, classes)
+    else:
+        val_loader = build_val_loader(splits["val"], config, device, dist)
+        loaders = [WorkerLoader(train, batch_sampler=plan, **options), val_loader]
+    return Data(*loaders, plan, len(train.classes))
 
 
 def build_val_loader(split: Split, config: Config, device: torch.device, dist: Dist) -> Loader:
@@ -1265,6 +1339,8 @@ def close_epoch(
     metrics = run.metrics
     clock = run.clock
     selection = run.selection
+    if selection.unseen is not None:
+        metrics.add_scored(sum(selection.unseen.count), None)
     run.reduce_to_rank0()
     loss, train_acc = metrics.meter.read()
     ledger = metrics.ledger
@@ -1306,7 +1382,7 @@ def close_epoch(
     if not run.warned_out_of_reach:
         least = run.config.ast.min_threshold
         run.warned_out_of_reach = out_of_reach(least, row["target"], active, thresholds)
-    selection.end_epoch(train_acc, is_sparse, metrics.epoch + 1 in run.schedule.shares.span)
+    selection.end_epoch(train_acc, is_sparse, run.decides)
     return row
 
 
@@ -1383,6 +1459,11 @@ class Run:
     def judges_unmixed(self) -> bool:
         """Whether pictures are trained on as mixtures, and judged before."""
         return self.network.mixing is not None and self.schedule.is_auto
+
+    @property
+    def decides(self) -> bool:
+        """Whether the next epoch may train on a selection, by what this one shows."""
+        return self.metrics.epoch + 1 in self.schedule.shares.span
 
     def is_sparse(self) -> bool:
         """Whether this epoch trains on a selection."""
@@ -1584,6 +1665,17 @@ def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> 
     return ClassCounts.of(clock.dist.all_gather_objects(torch.cat(found, 1).cpu().numpy()))
 
 
+def predict_kept_out(run: Run, kept_out: Sequence[LoaderBatch]) -> None:
+    """After an epoch that decides, predict the pictures kept out: a part of training, in its time.
+    Collective.
+    """
+    selection = run.selection
+    if not selection.target.KEEPS_OUT or not run.decides:
+        return
+    batches = device_batches(kept_out, run.device, run.metrics.read_errors)
+    selection.unseen = evaluate(run.network, batches, run.clock)
+
+
 def begin_epoch(run: Run, plan: EpochPlan) -> None:
     """Take `plan` to where the run stands. At an epoch's start, choose what it trains on."""
     epoch = run.metrics.epoch
@@ -1604,6 +1696,7 @@ def run_epochs(run: Run, data: Data) -> str:
     clock = run.clock
     outputs = run.outputs
     plan = data.plan
+    kept_out = load_kept_out(data, run.config)
     print_rank0(epoch_line(run.config))
     clock.eval_steps = len(data.val)
     while (status := clock.ending(metrics.epoch, metrics.step, metrics.history["val_acc"])) is None:
@@ -1611,6 +1704,7 @@ def run_epochs(run: Run, data: Data) -> str:
         begin_epoch(run, plan)
         batches = device_batches(data.train, run.device, metrics.read_errors)
         whole = train_one_epoch(run, batches, len(plan))
+        predict_kept_out(run, kept_out)
         clock.pause()
         if not whole and not metrics.step:
             status = "completed" if metrics.epoch else "time_capped"
@@ -1755,10 +1849,10 @@ def build_model(config: Config, data: Data) -> nn.Module:
 def build_run(config: Config, model: nn.Module, data: Data, session: Session) -> Run:
     device, dist, stop, started = session
     planned = shares_of(config).planned(data.plan)
-    samples = int(data.plan.indices.max()) + 1
+    samples = int(data.plan.all_indices.max()) + 1
     run = Run.build(config, model, device, planned, samples, dist, stop, started, data.classes)
     if config.dataset.normalise == "measured":
-        run.network.normalise_by(measure_moments(data.train.dataset, data.plan.indices))
+        run.network.normalise_by(measure_moments(data.train.dataset, data.plan.all_indices))
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)
     return run
@@ -1770,6 +1864,13 @@ def introduce(run: Run, data: Data) -> None:
     pictures = run.dist.all_gather([own_pictures(data.val)])
     facts = Facts(run.outputs.environment["gpu"], run.dist.world, size, run.network.base_flop)
     announce(run.config, facts, data.plan, data.classes, int(pictures.sum()))
+    kept_out = len(data.plan.all_indices) - len(data.plan.indices)
+    if kept_out:
+        key = f"ast.target_activation={run.config.ast.target_activation}"
+        last = data.plan.late_from
+        print_rank0(
+            f"note: {key} keeps {kept_out:,} pictures out until epoch {last} and judges by them"
+        )
     unread = unread_keys(run.config)
     if unread:
         print_rank0(f"note: nothing reads {', '.join(unread)} in this run\n")
@@ -1818,7 +1919,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
     finally:
         metrics = run.metrics
         counts = metrics.times_trained if run.outputs.checkpoints else None
-        diet = count_diet(dataset, data.plan.indices, counts)
+        diet = count_diet(dataset, data.plan.all_indices, counts)
         facts = {
             **diet_figures(diet, metrics.by_class),
             "base_flop_per_sample": run.network.base_flop,

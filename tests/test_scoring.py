@@ -18,8 +18,18 @@ from conftest import (
 from helpers import run_digits
 from lab.config.sections import ModelConfig
 from lab.engine.checkpoint import load_checkpoint
+from lab.machine.meters import ClassCounts
 from lab.models.building import count_flops, eval_view, get_model
-from train_ast import AutoTarget, Evidence, significance, train
+from train_ast import (
+    AutoTarget,
+    Evidence,
+    UnseenTarget,
+    build_dataloaders,
+    kept_out_of,
+    load_kept_out,
+    significance,
+    train,
+)
 
 CIFAR = [
     "dataset.image_size=16",
@@ -116,6 +126,73 @@ def test_a_run_that_stayed_dense_says_by_which_figure_and_what_would_change_it(t
     )
     train(make_config(*keys, "training.epochs=1", "ast.warmup_epochs=0"))
     assert "no sparse epoch came after its first" in note_of(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------- Pictures kept out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "unseen", "target"),
+    [
+        (0.06, 45, 1.0),  # memorised: of the active half 12 % are wrong
+        (0.06, 16, 0.5),  # within two standard errors, 4.5 points
+        (0.06, 17, 1.0),
+        (0.20, 37, 0.6),  # of the active 33 % are wrong
+        (0.20, 38, 1.0),
+        (0.50, 10, 1.0),  # as auto
+    ],
+)
+def test_unseen_selects_while_the_active_are_harder_than_pictures_kept_out(wrong, unseen, target):
+    found = UnseenTarget(1.0)
+    counts = ClassCounts([5 * (100 - unseen), 0], [490, 10])  # of 500
+    found.end_epoch(Evidence(wrong, True, counts), 1 / 3)
+    assert found.value == pytest.approx(target)
+
+
+def test_a_picture_that_is_kept_out_is_in_no_copy_and_comes_once_no_epoch_decides():
+    config = make_config(
+        *CIFAR,
+        "dataset.repeat=2",
+        "ast.target_activation=unseen",
+        "training.epochs=4",
+        "ast.anneal_epochs=1",
+        "dataset.label_noise=0.5",
+    )
+    data = build_dataloaders(config, torch.device("cpu"))
+    size = len(data.train.dataset)
+    batches = load_kept_out(data, config)
+    labels = torch.cat([batch.labels for batch in batches]).tolist()
+    kept_out = torch.cat([batch.indices for batch in batches]).tolist()
+    assert len(kept_out) == 7  # a fortieth of 256
+    shifts = data.train.dataset.label_shifts[kept_out]
+    clean = [data.train.dataset.load(index).label for index in kept_out]
+    assert labels == [(a + b) % 10 for a, b in zip(clean, shifts.tolist(), strict=True)]
+    for epoch in range(4):
+        data.plan.start_epoch(epoch)
+        loaded = {index % size for batch in data.plan for index, _ in batch}
+        assert loaded.isdisjoint(kept_out) is (epoch < 3)
+    for seed in (0, 1):
+        fewer = kept_out_of(data.plan.all_indices, size, 5, seed)
+        assert len(fewer) == 10  # each comes twice
+        assert (set(fewer % size) < set(kept_out)) is (seed == 0)
+    assert len(kept_out_of(data.plan.all_indices, size, 0, 0)) == 0
+
+
+def test_what_is_learned_by_heart_is_trained_on_whole(tmp_path, capsys):
+    """Nine labels of ten are random: by what the network answers of these pictures half of them
+    would do, by what it answers of others it knows nothing but them.
+    """
+    keys = [*CIFAR, "dataset.label_noise=0.9", "training.epochs=24", "ast.rule=topk"]
+    keys += ["training.optimizer=adamw", "training.lr=0.01", f"logging.output_dir={tmp_path}"]
+    result, _ = train(make_config(*keys, "ast.target_activation=unseen"))
+    history = result["training_history"]
+    assert auto_after(1 - history["train_acc"][-2] / 100, 1 / 3) == 0.5
+    assert set(history["target"]) == {None}
+    assert history["samples_scored"] == [7] * 23 + [0]  # the last epoch decides nothing
+    assert history["samples_loaded"] == [224] * 24
+    printed = capsys.readouterr().out
+    assert "keeps 7 pictures out until epoch 24 and judges by them" in printed
+    assert "of the pictures kept out were predicted wrongly" in note_of(printed)
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,18 @@ class EpochPlan(Sampler):
         seed: int,
         share: Callable[[int], float],
         dist: Dist | None = None,
+        late: np.ndarray | None = None,
+        late_from: int = 0,
     ):
         """indices: int64 [n], the samples that a dense epoch goes through. share: the part of them,
-        0 to 1, that the epoch of this number loads.
+        0 to 1, that the epoch of this number loads. late: those of them that come from the epoch of
+        number `late_from` on alone.
         """
-        self.indices = indices
+        self.all_indices = indices
+        self.late = indices[:0] if late is None else late
+        self.early_indices = indices[~np.isin(indices, self.late)]
+        self.late_from = late_from
+        self.epoch = 0
         self.batch_size = batch_size
         self.seed = seed
         self.share = share
@@ -84,6 +91,11 @@ class EpochPlan(Sampler):
         self.epoch = epoch
         self.first_batch = first_batch
         self.mask = mask
+
+    @property
+    def indices(self) -> np.ndarray:
+        """The samples that the current epoch would go through densely."""
+        return self.all_indices if self.epoch >= self.late_from else self.early_indices
 
     def _in_full_batches(self, samples: int) -> int:
         """How many of so many samples fill whole batches; all, where they do not fill a single

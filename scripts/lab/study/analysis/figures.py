@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -261,8 +262,9 @@ def draw_targets(axes: Axes, study: Study, settings: Iterable[str]) -> None:
     configs = [
         study.settings[name] for name in settings if study.settings[name].get("ast.mode") == "ast"
     ]
-    texts = {config.get("ast.target_activation", "nan") for config in configs} - {"auto"}
-    for target in sorted(target for target in map(float, texts) if 0 <= target <= 1):
+    texts = sorted({config.get("ast.target_activation", "nan") for config in configs})
+    # a name is no number: that target moves
+    for target in (t for t in pd.to_numeric(texts, errors="coerce") if 0 <= t <= 1):
         axes.axhspan(target - ACTIVATION_BAND, target + ACTIVATION_BAND, color=GRID, zorder=0)
         axes.axhline(target, color=OTHER, lw=0.8, zorder=0.5)
     axes.set_ylim(0, 1.05)
