@@ -45,8 +45,7 @@ class Study:
 
     `title`: its data and model. `runs`: a row a run, with its `setting` and `file`. `table`: a row
     a setting, the most accurate first. `frontiers`: by machine, its dense frontier over seconds.
-    `rivals`: how many settings are compared with dense training, so that the best is picked of so
-    many.
+    `rivals`: how many sparse settings have an accuracy, so that the best is picked of so many.
     """
 
     title: str
@@ -161,10 +160,13 @@ def unlike_steps(
 
 
 def add_matches(
-    table: pd.DataFrame, frame: pd.DataFrame, settings: Mapping[str, Mapping[str, str]]
-) -> int:
+    table: pd.DataFrame,
+    frame: pd.DataFrame,
+    settings: Mapping[str, Mapping[str, str]],
+    rivals: int,
+) -> None:
     """Add what each sparse setting is worth against dense training on the same machine: see
-    `statistics`. Returns how many settings are compared so.
+    `statistics`. `rivals`: see `Study`; the columns of OF_BEST allow for it.
 
     `void`: the two figures of `unlike_steps`; then nothing is compared by time.
     """
@@ -179,7 +181,7 @@ def add_matches(
     }
     void = {name: unlike_steps(name, dense, settings, steps) for name, (_, dense) in pairs.items()}
     table["void"] = [void.get(name, "") for name in table.index]
-    for prefix, count in (("", 1), (OF_BEST, len(pairs))):
+    for prefix, count in (("", 1), (OF_BEST, rivals)):
         matches = []
         equal = []
         for name in table.index:
@@ -190,7 +192,6 @@ def add_matches(
             table[f"{prefix}time_to_match_{part}"] = [getattr(each, part) for each in matches]
         table[f"{prefix}time_to_match"] = [each.ratio for each in matches]
         table[f"{prefix}equal_time"], table[f"{prefix}equal_time_ci95"] = zip(*equal, strict=True)
-    return len(pairs)
 
 
 def advice(study: Study) -> list[str]:
@@ -281,7 +282,8 @@ def compare_group(
     frame["machine"] = [run.machine for run in runs]
     table = tabulate(frame)
     settings = {label: first[key].settings for key, label in label_of.items()}
-    rivals = add_matches(table, frame, settings)
+    rivals = int((~table["dense"] & (table["n"] > 0)).sum())
+    add_matches(table, frame, settings, rivals)
     dense = best_dense(table)
     baseline = baseline if baseline in table.index else dense
     add_differences(table, "difference", baseline, rivals)

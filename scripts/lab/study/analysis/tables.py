@@ -147,7 +147,7 @@ def against_dense(study: Study, sparse: Sequence[str]) -> list[Sentence]:
     known = rows[bounds.isin(["", "<"]) & rows[f"{OF_BEST}time_to_match"].notna()]
     if len(known) and (least := known["time_to_match"].idxmin()) != name:
         found.append(match_sentence(study, least))
-    if study.rivals > 1 and table.loc[name, "n"] > 1:
+    if study.rivals > 1 and table.loc[name, "n"] > 1 and table["dense"].any():
         rest = f"allow for the choice of the best of {study.rivals} settings (Bonferroni)."
         found.append(("The intervals against dense training", rest))
     return found
