@@ -184,10 +184,25 @@ class Measure:
         return Frontier(times, np.array([each.means[1] for each in self.points]))
 
     @cached_property
-    def variances(self) -> np.ndarray:
-        """Of the settings' means about the frontier, [points]."""
+    def scatter(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the settings' means about the frontier: variances and degrees of freedom, [points].
+
+        Dense runs of all lengths scatter much alike. From three lengths on, each variance is
+        moderated by the mean of all, as if that had the degrees of freedom of one length more
+        (Smyth 2004, "Linear models and empirical Bayes methods").
+        """
         slopes = self.frontier(self.frontier.times).slope
-        return np.array([each.variance(slopes[i : i + 1])[0] for i, each in enumerate(self.points)])
+        pairs = zip(self.points, slopes, strict=True)
+        variances = np.array([each.variance(np.array([slope]))[0] for each, slope in pairs])
+        counts = np.array([each.n for each in self.points])
+        freedoms = counts - 1.0
+        if len(counts) < 3 or not freedoms.all():
+            return variances, freedoms
+        of_a_run = variances * counts
+        typical = (freedoms * of_a_run).sum() / freedoms.sum()
+        more = freedoms.mean()
+        moderated = (freedoms * of_a_run + more * typical) / (freedoms + more)
+        return moderated / counts, freedoms + more
 
     @cached_property
     def ends(self) -> tuple[float, float]:
@@ -223,9 +238,9 @@ class Measure:
         standard deviation.
         """
         read = self.frontier(at)
-        dense = np.square(read.weights) * self.variances
-        variances = np.column_stack([own.variance(read.slope), dense])
-        freedoms = np.array([own.n, *(each.n for each in self.points)]) - 1.0
+        scatter, freedoms = self.scatter
+        variances = np.column_stack([own.variance(read.slope), np.square(read.weights) * scatter])
+        freedoms = np.array([own.n - 1.0, *freedoms])
         half = welch_half_width(variances, freedoms, np.square(read.doubt), count)
         return own.means[1] - read.accuracy, half
 

@@ -165,6 +165,17 @@ def test_dense_settings_of_one_seed_are_used_where_the_others_do_not_reach():
     assert np.isnan(half)
 
 
+def test_from_three_dense_lengths_on_each_scatter_is_drawn_to_the_mean_of_all():
+    loud = [runs("20", 20.0, 89.0), runs("40", 40.0, 90.0, 4 * NOISE), runs("80", 80.0, 91.0)]
+    variances, freedoms = DenseTraining(loud).tested.scatter
+    # of a run .01, .16 and .01, their mean .06; two degrees of freedom each, and two more
+    assert variances * 3 == pytest.approx([0.035, 0.11, 0.035])
+    assert freedoms.tolist() == [4, 4, 4]
+    variances, freedoms = DenseTraining(loud[:2]).tested.scatter
+    assert variances * 3 == pytest.approx([0.01, 0.16])
+    assert freedoms.tolist() == [2, 2]
+
+
 def test_the_best_of_several_needs_a_wider_interval():
     own = runs("own", 30.0, 90.0)
     halves = [at_equal_time(own, DENSE, count)[1] for count in (1, 4, 8)]
