@@ -25,6 +25,7 @@ from lab.config.grid import as_overrides
 from lab.config.loading import Config, dump_config
 from lab.machine.clock import Stop
 from lab.study.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
+from lab.study.results import apart, dense_step_ms, read_history, settings_of
 from train_ast import execute, load_config, shares_of, train
 
 FLAGS = {
@@ -103,7 +104,7 @@ def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
     training time of each.
 
     Nobody wins within 1.96 standard errors of the difference of two shares of the validation
-    pictures.
+    pictures, nor where the dense steps of the two were not alike (`apart`).
     """
     if twin["final_accuracy"] is None:
         return (
@@ -120,6 +121,17 @@ def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
         winner = (
             f"level: {lead:+.2f} points, and {pictures:,} validation pictures resolve no "
             f"less than {noise:.2f}"
+        )
+    steps = apart(
+        [
+            dense_step_ms(read_history(each.get("training_history", {})), settings_of(each))
+            for each in (result, twin)
+        ]
+    )
+    if steps is not None:
+        winner = (
+            f"void: dense steps took {steps[0]:.4g} ms in one run and {steps[1]:.4g} ms in the "
+            f"other, so the same time was not the same work"
         )
     texts = [
         f"{each['final_accuracy']:.2f} % in {each['train_seconds']:.1f} s"

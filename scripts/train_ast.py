@@ -55,7 +55,9 @@ from lab.data.datasets import (
     DigitsDataset,
     FolderDataset,
     ImageDataset,
+    LoaderBatch,
     ReadErrors,
+    collate,
     measure_moments,
 )
 from lab.data.hf import HFDataset
@@ -322,6 +324,9 @@ class NetworkScores(Scores):
         return torch.stack([self.told.significance, self.told.correct.float()])
 
 
+QUARTERS = 4  # in which an automatic target moves, where each share is compiled for itself
+
+
 def reuses(config: Config) -> bool:
     """Whether every loaded batch of a sparse epoch is a step, of the forward that scored it."""
     return config.ast.mode == "ast" and config.ast.reuse_forward is not False
@@ -335,10 +340,12 @@ def reused_forward(config: Config, network: Network, dist: Dist) -> ReusedForwar
     exact = RULES[config.ast.rule].on_device
     total = candidate_batch(config, dist.world) // dist.world
     rows = round(network.local_batch * (1 if exact else MARGIN))
+    moves = parts_of(config).target.MOVES
+    more = [part * total // QUARTERS for part in range(1, QUARTERS)] if moves else []
     reason = "another process cannot"
     found = None
     try:
-        found = ReusedForward(network, total, rows)
+        found = ReusedForward(network, total, rows, more)
     except CannotTrace as error:
         reason = str(error)
     if dist.all_gather([found is not None]).all():
@@ -614,19 +621,39 @@ class AboveMean(Rule):
 RULES: dict[str, type[Rule]] = {"pi": Threshold, "topk": TopShare, "infobatch": AboveMean}
 
 
+# Of a sparse epoch with such a target, as a share of a dense one.
+Cost = Callable[[float], float]
+
+
+class Evidence(NamedTuple):
+    """What an epoch says of the network."""
+
+    wrong: float  # share of the samples predicted wrongly, of those whose labels are believed
+    decides: bool  # whether the next epoch may train on a selection
+    unseen: ClassCounts | None = None  # of the pictures kept out, see `Target.KEEPS_OUT`
+
+
 class Target(Stateful):
     """Which share of the samples is to be active: a number."""
 
     KEYS: ClassVar[tuple[str, ...]] = ("target_activation",)
+    MOVES: ClassVar[bool] = False  # whether it changes from epoch to epoch
+    # training pictures, a fortieth of all at most, that are predicted after every epoch that
+    # decides, and trained on once no epoch does
+    KEEPS_OUT: ClassVar[int] = 0
     STATE = ("value",)
 
     def __init__(self, value: float):
         self.value = value
 
-    def end_epoch(self, wrong: float, cost: Callable[[float], float]) -> None:
-        """wrong: the share of the samples whose labels are believed and were predicted wrongly.
-        cost: of a sparse epoch with such a target, as a share of a dense one.
+    def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
+        """Set the next epoch's share."""
+
+    def why_dense(self, cost: Cost) -> str | None:
+        """Of a run without a sparse epoch: what decided so, and what would change it; None where
+        the target is not what decides.
         """
+        return None
 
 
 class AutoTarget(Target):
@@ -637,12 +664,70 @@ class AutoTarget(Target):
     scoring cost more than training on all samples, all are.
     """
 
+    MOVES = True
+    STATE = ("value", "fewest_wrong")
     LEAST: ClassVar[float] = 0.5
     WRONG_SHARE: ClassVar[float] = 1 / 3
 
-    def end_epoch(self, wrong: float, cost: Callable[[float], float]) -> None:
-        target = max(self.LEAST, wrong / self.WRONG_SHARE)
+    def __init__(self, value: float):
+        super().__init__(value)
+        self.fewest_wrong = math.inf  # of the epochs that decided; a share
+
+    def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
+        target = max(self.LEAST, evidence.wrong / self.WRONG_SHARE)
         self.value = target if cost(target) < 1 else 1.0
+        if evidence.decides:
+            self.fewest_wrong = min(self.fewest_wrong, evidence.wrong)
+
+    def why_dense(self, cost: Cost) -> str:
+        if self.fewest_wrong == math.inf:
+            return "no sparse epoch came after its first; see ast.warmup_epochs and anneal_epochs"
+        begins = min(1.0, (1 - cost(0.0)) / (cost(1.0) - cost(0.0)))  # where it costs as much
+        bar = self.WRONG_SHARE * begins
+        return (
+            f"{100 * self.fewest_wrong:.1f} % of the samples were predicted wrongly at best, and a "
+            f"selection begins below {100 * bar:.1f} %: train longer, score at less cost "
+            "(ast.score_resolution), or give ast.target_activation a number"
+        )
+
+
+class UnseenTarget(AutoTarget):
+    """As AutoTarget, while the active samples are harder than pictures that were never trained on.
+
+    All wrongly predicted samples are active. Where a smaller share of the active is wrong than of
+    pictures kept out, the network knows by heart even the hardest of what it trains on: it lacks
+    more pictures, not more of those, and trains on all. The kept out must be worse by two standard
+    errors of a share, which are at most 1 / sqrt(pictures).
+    """
+
+    KEEPS_OUT = 500
+    STATE = (*AutoTarget.STATE, "unseen_wrong", "active_wrong")
+
+    def __init__(self, value: float):
+        super().__init__(value)
+        # at the last epoch that a selection would have followed, shares: of the kept out, and of
+        # those whom it would have trained on
+        self.unseen_wrong: float | None = None
+        self.active_wrong: float | None = None
+
+    def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
+        super().end_epoch(evidence, cost)
+        if self.value == 1 or evidence.unseen is None:
+            return
+        pictures = sum(evidence.unseen.count)
+        self.unseen_wrong = 1 - evidence.unseen.accuracy() / 100
+        self.active_wrong = evidence.wrong / self.value
+        if self.unseen_wrong - 1 / math.sqrt(pictures) > self.active_wrong:
+            self.value = 1.0
+
+    def why_dense(self, cost: Cost) -> str:
+        if self.unseen_wrong is None:
+            return super().why_dense(cost)
+        return (
+            f"{100 * self.unseen_wrong:.1f} % of the pictures kept out were predicted wrongly, and "
+            f"of the half or more that a selection would train on {100 * self.active_wrong:.1f} %: "
+            "it knows these by heart; more or more varied pictures would change it"
+        )
 
 
 class Parts(NamedTuple):
@@ -654,7 +739,10 @@ class Parts(NamedTuple):
     doubt: type[LabelDoubt]
 
 
-TARGETS: dict[str, type[Target]] = {"auto": AutoTarget}  # ast.target_activation, where no number
+TARGETS: dict[str, type[Target]] = {  # ast.target_activation, where no number
+    "auto": AutoTarget,
+    "unseen": UnseenTarget,
+}
 DOUBTS: dict[str, type[LabelDoubt]] = {"auto": UnlikelyLabels}  # ast.forget_rate, likewise
 
 
@@ -744,6 +832,7 @@ class Selection(Stateful):
         self.scores = parts.scores(config, network, self.store, dist)
         self.rule = parts.rule(config)
         self.target = parts.target(shares_of(config).target)
+        self.unseen: ClassCounts | None = None  # of this epoch, see `Target.KEEPS_OUT`
         # of the losses of this epoch, by index; LEFT_OUT for who is not loaded, 0 for who is only
         # looked at. Empty where each loaded batch decides
         by_index = stores or (config.ast.mode == "ast" and parts.scores.before_loading)
@@ -767,6 +856,7 @@ class Selection(Stateful):
         """Begin an epoch of any kind. Collective. order: int64, all indices as the epoch goes."""
         self.activations = []
         self.thresholds = []
+        self.unseen = None
         self.doubt.start_epoch(epoch, order, schedule.progress(), self.store)
         self.weights.fill_(1)
         if self.doubt.weights is not None:
@@ -897,15 +987,22 @@ class Selection(Stateful):
         if self.store is not None and visit is not None:
             self.store.record(batch.indices, visit, epoch)
 
-    def end_epoch(self, train_acc: float | None, is_sparse: bool) -> None:
-        """Set the next epoch's target. Collective. train_acc: percent of those predicted."""
+    def end_epoch(self, train_acc: float | None, is_sparse: bool, decides: bool) -> None:
+        """Set the next epoch's target. Collective.
+
+        train_acc: percent of those predicted. decides: whether that epoch may be sparse.
+        """
         if train_acc is not None:
             all_predicted = self.scores.predicts or not is_sparse
             # those whom the network has not predicted count as right
             predicted = self.loads if is_sparse else 1.0
             wrong = (1 - train_acc / 100) * (predicted if all_predicted else self.share)
             doubted = self.doubt.mispredicted(all_predicted)
-            self.target.end_epoch(max(0.0, wrong - doubted), self.scores.epoch_cost)
+            evidence = Evidence(max(0.0, wrong - doubted), decides, self.unseen)
+            self.target.end_epoch(evidence, self.scores.epoch_cost)
+            # each share is compiled for itself
+            if self.target.MOVES and self.scores.reuse is not None:
+                self.target.value = math.ceil(self.target.value * QUARTERS - 1e-9) / QUARTERS
         self.target.value = self.dist.broadcast(self.target.value)
 
     def suspects(self, dataset: ImageDataset) -> Suspects | None:
@@ -942,7 +1039,6 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
     nothing reads.
     """
     ast = config.ast
-    training = config.training
     for key, value, table in (
         ("dataset.type", config.dataset.type, DATASETS),
         ("ast.measure", ast.measure, MEASURES),
@@ -958,6 +1054,16 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
     if refused is not None:
         raise ValueError(f"{refused}: nothing reads it here; it needs {unread[refused]}")
     DATASETS[config.dataset.type].check(config.dataset)
+    check_together(config)
+    parts = parts_of(config)
+    for part in (parts.scores, parts.rule):
+        part.check(config)
+
+
+def check_together(config: Config) -> None:
+    """Raises ValueError naming the key: for values that do not go together."""
+    ast = config.ast
+    training = config.training
     parts = parts_of(config)
     is_auto = isinstance(ast.target_activation, str)
     is_number = not is_auto and parts.rule.target is None and parts.doubt is HighestScores
@@ -1009,8 +1115,6 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
             "weight",
         ),
     )
-    for part in (parts.scores, parts.rule):
-        part.check(config)
 
 
 load_config = partial(lab.config.loading.load_config, check=check_config)
@@ -1123,12 +1227,31 @@ def backward_rows(batch: DeviceBatch, local: Tensor, run: Run) -> None:
     metrics.ledger.padding += forward.capacity(len(rows)) - len(rows)
 
 
+# Of so many samples trained on as mixtures, one is predicted unmixed: 2 % of a dense epoch.
+UNMIXED_EVERY = 16
+
+
+@torch.no_grad()
+def predict_unmixed(batch: DeviceBatch, run: Run) -> None:
+    """Count the predictions of pictures before they are mixed. A mixture has no one right answer,
+    so that an automatic target cannot judge by it.
+    """
+    meter = run.metrics.meter
+    if len(batch.labels) and UNMIXED_EVERY * meter.predicted <= meter.trained:
+        correct = run.network.scorer(batch.images, batch.labels)[1]
+        run.metrics.ledger.scored += len(batch.labels)
+        meter.add_correct(correct.sum(), len(batch.labels))
+
+
 def train_step(batch: DeviceBatch, run: Run, count_correct: bool = True) -> int:
     """Forward and backward over a batch, and what is learned of it. Returns how many samples it is.
 
     count_correct: whether its predictions count for train_acc; scoring may have counted them.
     """
     metrics = run.metrics
+    if count_correct and run.judges_unmixed:
+        predict_unmixed(batch, run)
+        count_correct = False
     weights = run.selection.loss_weights(batch)
     result = run.trainer.train_step(batch, weights, metrics.epoch, metrics.step)
     if result is None:
@@ -1206,6 +1329,28 @@ class Data(NamedTuple):
     classes: int
 
 
+def kept_out_of(indices: np.ndarray, size: int, most: int, seed: int) -> np.ndarray:
+    """Those of int64 [n] training samples that are kept out: `most` pictures, a fortieth at most,
+    with all their copies (`dataset.repeat`). size: of the data set.
+    """
+    pictures = np.unique(indices % size)
+    count = min(most, math.ceil(len(pictures) / 40))
+    drawn = np.random.default_rng((seed, 3)).permutation(pictures)[:count]
+    return indices[np.isin(indices % size, drawn)]
+
+
+def load_kept_out(data: Data, config: Config) -> list[LoaderBatch]:
+    """This process's part of the pictures that are kept out, as validation would show them."""
+    plain = copy.copy(data.train.dataset)
+    plain.augmentation = Augmentation(config.dataset, train=False)
+    dist = data.plan.dist
+    indices = dist.shard(np.unique(data.plan.late % len(plain)))
+    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in indices.tolist()]
+    size = config.training.batch_size // dist.world
+    parts = [keys[start : start + size] for start in range(0, len(keys), size)]
+    return [collate(plain.__getitems__(part)) for part in parts]
+
+
 def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = None) -> Data:
     """The loaders of a run, and the plan of its epochs.
 
@@ -1227,16 +1372,20 @@ def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = 
     )
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
+    late = kept_out_of(indices, len(train), parts_of(config).target.KEEPS_OUT, training.seed)
     share = shares_of(config).loaded
     wide = candidate_batch(config, dist.world)
-    plan = EpochPlan(indices, training.batch_size, training.seed, share, dist, wide)
+    late_from = config.sparse_span().stop
+    plan = EpochPlan(
+        indices, training.batch_size, training.seed, share, dist, wide, late, late_from
+    )
     options = loader_options(config, device, train)
-    classes = len(train.classes)
     if dataset.cache != "none":
         loaders = cached_loaders(splits, plan, config, device, dist, options)
-        return Data(*loaders, plan, classes)
-    train_loader = WorkerLoader(train, batch_sampler=plan, **options)
-    return Data(train_loader, build_val_loader(splits["val"], config, device, dist), plan, classes)
+    else:
+        val_loader = build_val_loader(splits["val"], config, device, dist)
+        loaders = [WorkerLoader(train, batch_sampler=plan, **options), val_loader]
+    return Data(*loaders, plan, len(train.classes))
 
 
 def build_val_loader(split: Split, config: Config, device: torch.device, dist: Dist) -> Loader:
@@ -1385,6 +1534,8 @@ def close_epoch(
     metrics = run.metrics
     clock = run.clock
     selection = run.selection
+    if selection.unseen is not None:
+        metrics.add_scored(sum(selection.unseen.count), None)
     run.reduce_to_rank0()
     loss, train_acc = metrics.meter.read()
     ledger = metrics.ledger
@@ -1426,7 +1577,7 @@ def close_epoch(
     if not run.warned_out_of_reach:
         least = run.config.ast.min_threshold
         run.warned_out_of_reach = out_of_reach(least, row["target"], active, thresholds)
-    selection.end_epoch(train_acc, is_sparse)
+    selection.end_epoch(train_acc, is_sparse, run.decides)
     return row
 
 
@@ -1478,7 +1629,7 @@ class Run:
             network.normalise_by(moments)
         selection = Selection(config, network, samples, device, dist)
         clock = Clock(training, device, dist, stop or Stop(), started)
-        is_auto = parts_of(config).target is not Target
+        is_auto = parts_of(config).target.MOVES
         schedule = Schedule(training, shares_of(config), planned_steps, clock, is_auto)
         trainer = Trainer(network, training, schedule, dist)
         queue = None
@@ -1503,6 +1654,16 @@ class Run:
             clock,
             Outputs(config.logging, checkpoint_folder(config), device, dist),
         )
+
+    @property
+    def judges_unmixed(self) -> bool:
+        """Whether pictures are trained on as mixtures, and judged before."""
+        return self.network.mixing is not None and self.schedule.is_auto
+
+    @property
+    def decides(self) -> bool:
+        """Whether the next epoch may train on a selection, by what this one shows."""
+        return self.metrics.epoch + 1 in self.schedule.shares.span
 
     def is_sparse(self) -> bool:
         """Whether this epoch trains on a selection."""
@@ -1595,6 +1756,8 @@ class Run:
         labels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         blank = DeviceBatch(images, labels, labels)
         scorings = dict.fromkeys([network.evaluator, self.selection.scores.forward])
+        if self.judges_unmixed:
+            scorings[network.scorer] = None
 
         def once() -> None:
             with torch.no_grad():
@@ -1706,6 +1869,17 @@ def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> 
     return ClassCounts.of(clock.dist.all_gather_objects(torch.cat(found, 1).cpu().numpy()))
 
 
+def predict_kept_out(run: Run, kept_out: Sequence[LoaderBatch]) -> None:
+    """After an epoch that decides, predict the pictures kept out: a part of training, in its time.
+    Collective.
+    """
+    selection = run.selection
+    if not selection.target.KEEPS_OUT or not run.decides:
+        return
+    batches = device_batches(kept_out, run.device, run.metrics.read_errors)
+    selection.unseen = evaluate(run.network, batches, run.clock)
+
+
 def begin_epoch(run: Run, plan: EpochPlan) -> None:
     """Take `plan` to where the run stands. At an epoch's start, choose what it trains on."""
     epoch = run.metrics.epoch
@@ -1727,6 +1901,7 @@ def run_epochs(run: Run, data: Data) -> str:
     clock = run.clock
     outputs = run.outputs
     plan = data.plan
+    kept_out = load_kept_out(data, run.config)
     print_rank0(epoch_line(run.config))
     clock.eval_steps = len(data.val)
     while (status := clock.ending(metrics.epoch, metrics.step, metrics.history["val_acc"])) is None:
@@ -1734,6 +1909,7 @@ def run_epochs(run: Run, data: Data) -> str:
         begin_epoch(run, plan)
         batches = device_batches(data.train, run.device, metrics.read_errors)
         whole = train_one_epoch(run, batches, len(plan))
+        predict_kept_out(run, kept_out)
         clock.pause()
         if not whole and not metrics.step:
             status = "completed" if metrics.epoch else "time_capped"
@@ -1877,10 +2053,10 @@ def build_model(config: Config, data: Data) -> nn.Module:
 def build_run(config: Config, model: nn.Module, data: Data, session: Session) -> Run:
     device, dist, stop, started = session
     planned = shares_of(config).planned(data.plan)
-    samples = int(data.plan.indices.max()) + 1
+    samples = int(data.plan.all_indices.max()) + 1
     moments = None
     if config.dataset.normalise == "measured":
-        moments = measure_moments(data.train.dataset, data.plan.indices)
+        moments = measure_moments(data.train.dataset, data.plan.all_indices)
     build = partial(Run.build, config, model, device, planned, samples, dist, stop, started)
     run = build(data.classes, moments)
     if dist.rank:
@@ -1894,6 +2070,13 @@ def introduce(run: Run, data: Data) -> None:
     pictures = run.dist.all_gather([own_pictures(data.val)])
     facts = Facts(run.outputs.environment["gpu"], run.dist.world, size, run.network.base_flop)
     announce(run.config, facts, data.plan, data.classes, int(pictures.sum()))
+    kept_out = len(data.plan.all_indices) - len(data.plan.indices)
+    if kept_out:
+        key = f"ast.target_activation={run.config.ast.target_activation}"
+        last = data.plan.late_from
+        print_rank0(
+            f"note: {key} keeps {kept_out:,} pictures out until epoch {last} and judges by them"
+        )
     unread = unread_keys(run.config)
     if unread:
         print_rank0(f"note: nothing reads {', '.join(unread)} in this run\n")
@@ -1909,6 +2092,18 @@ def continue_from(run: Run, path: Path | None, state: dict[str, Any] | None) -> 
     print_rank0(f"resumed from {path}: epoch {run.metrics.epoch + 1}, step {run.metrics.step}")
 
 
+def say_if_dense(run: Run, status: str) -> None:
+    """At a run's end, say why an automatic target let every epoch train on all samples."""
+    selection = run.selection
+    targets = run.metrics.history["target"]
+    if status == "interrupted" or any(target is not None for target in targets):
+        return
+    why = selection.target.why_dense(selection.scores.epoch_cost)
+    if why is not None:
+        key = f"ast.target_activation={run.config.ast.target_activation}"
+        print_rank0(f"note: {key} trained on all samples in every epoch: {why}")
+
+
 def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
     """Train to the end, and leave the results whatever that end is: (the result, its file)."""
     outcome = {"status": "failed"}
@@ -1917,6 +2112,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
     try:
         with ending_workers():
             outcome = {"status": run_epochs(run, data)}
+        say_if_dense(run, outcome["status"])
         run.outputs.finish()
         if outcome["status"] != "interrupted":
             suspects = run.selection.suspects(dataset)
@@ -1929,7 +2125,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
     finally:
         metrics = run.metrics
         counts = metrics.times_trained if run.outputs.checkpoints else None
-        diet = count_diet(dataset, data.plan.indices, counts)
+        diet = count_diet(dataset, data.plan.all_indices, counts)
         facts = {
             **diet_figures(diet, metrics.by_class),
             "base_flop_per_sample": run.network.base_flop,

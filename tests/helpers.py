@@ -16,8 +16,18 @@ from lab.study.cli import run_cli
 from lab.study.results import load_runs
 
 
-def write_run(folder, name, accuracies=(50.0, 60.0, 70.0), seconds=30.0, extra=None, **settings):
-    """A results file of the lab's form, `settings` as section__key."""
+def write_run(
+    folder,
+    name,
+    accuracies=(50.0, 60.0, 70.0),
+    seconds=30.0,
+    extra=None,
+    history=None,
+    **settings,
+):
+    """A results file of the lab's form, `settings` as section__key; `extra` and `history` are more
+    of its keys and of its history's.
+    """
     config = make_config("ast.warmup_epochs=1", "training.epochs=3").model_dump()
     for key, value in settings.items():
         section, _, leaf = key.partition("__")
@@ -38,6 +48,7 @@ def write_run(folder, name, accuracies=(50.0, 60.0, 70.0), seconds=30.0, extra=N
             "est_energy_kj": [seconds * (i + 1) / epochs for i in range(epochs)],
             "est_flops_g": [float(i) for i in range(epochs)],
             **{f"samples_{kind}": [100] * epochs for kind in ("loaded", "scored", "trained")},
+            **(history or {}),
         },
         "status": "completed",
         "seed": config["training"]["seed"],

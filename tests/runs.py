@@ -186,6 +186,12 @@ WAYS = {
         ),
         *("model.name=small_conv", "training.lr=0.2"),
     ],
+    "target unseen, mixed": [
+        "ast.target_activation=unseen",
+        "ast.anneal_epochs=1",
+        "ast.rule=topk",
+        "training.mixup=0.2",
+    ],
     "proxy": ["ast.scoring=proxy", "ast.pack=true", "ast.score_resolution=12"],
     "mixed, averaged, LAMB": [
         *(

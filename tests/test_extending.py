@@ -44,7 +44,7 @@ class Falling(Target):
     def __init__(self, value):
         super().__init__(0.9)
 
-    def end_epoch(self, wrong, cost):
+    def end_epoch(self, evidence, cost):
         self.value -= 0.2
 
 

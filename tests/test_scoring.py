@@ -18,8 +18,18 @@ from conftest import (
 from helpers import run_digits
 from lab.config.sections import ModelConfig
 from lab.engine.checkpoint import load_checkpoint
+from lab.machine.meters import ClassCounts
 from lab.models.building import count_flops, eval_view, get_model
-from train_ast import AutoTarget, significance, train
+from train_ast import (
+    AutoTarget,
+    Evidence,
+    UnseenTarget,
+    build_dataloaders,
+    kept_out_of,
+    load_kept_out,
+    significance,
+    train,
+)
 
 CIFAR = [
     "dataset.image_size=16",
@@ -54,7 +64,7 @@ def test_auto_follows_the_share_of_wrong_predictions(wrong, cost, target):
 def auto_after(wrong: float, cost: float) -> float:
     """The target after an epoch with so many wrong predictions."""
     auto = AutoTarget(1.0)
-    auto.end_epoch(wrong, lambda target: target + cost)
+    auto.end_epoch(Evidence(wrong, decides=True), lambda target: target + cost)
     return auto.value
 
 
@@ -82,6 +92,107 @@ def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
         history["lr"][-1] < 0.1 * 0.1
     )  # planned anew with each target, the schedule still ends at its end
     assert history["lr"] == sorted(history["lr"], reverse=True)
+
+
+def test_mixed_pictures_are_judged_before_they_are_mixed(tmp_path):
+    """MixUp of equal parts: of a mixture about half of the answers are wrong whatever the network
+    knows, so that by its answers a selection would never begin.
+    """
+    keys = ["ast.target_activation=auto", "training.epochs=8", "ast.pack=true", *CIFAR]
+    keys += ["training.mixup=1000", "ast.rule=topk", "training.optimizer=adamw", "training.lr=0.01"]
+    result, _ = train(make_config(*keys, f"logging.output_dir={tmp_path}"))
+    history = result["training_history"]
+    assert history["target"][0] is None
+    assert history["samples_scored"][0] == 32  # a batch, of the 8 of a dense epoch
+    assert history["target"][-1] == 0.5
+    assert history["samples_scored"][-1] == 256
+    assert history["train_acc"][-1] > 85
+
+
+def note_of(output: str) -> str:
+    (line,) = (line for line in output.splitlines() if "trained on all samples" in line)
+    return line
+
+
+def test_a_run_that_stayed_dense_says_by_which_figure_and_what_would_change_it(tmp_path, capsys):
+    keys = ["ast.target_activation=auto", *CIFAR, f"logging.output_dir={tmp_path}"]
+    result, _ = train(make_config(*keys, "training.epochs=3", "training.lr=1e-4"))
+    wrong = 100 - max(result["training_history"]["train_acc"][:2])  # the last decides nothing
+    assert note_of(capsys.readouterr().out) == (
+        "note: ast.target_activation=auto trained on all samples in every epoch: "
+        f"{wrong:.1f} % of the samples were predicted wrongly at best, and a selection begins "
+        "below 22.2 %: train longer, score at less cost (ast.score_resolution), or give "
+        "ast.target_activation a number"
+    )
+    train(make_config(*keys, "training.epochs=1", "ast.warmup_epochs=0"))
+    assert "no sparse epoch came after its first" in note_of(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------- Pictures kept out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "unseen", "target"),
+    [
+        (0.06, 45, 1.0),  # memorised: of the active half 12 % are wrong
+        (0.06, 16, 0.5),  # within two standard errors, 4.5 points
+        (0.06, 17, 1.0),
+        (0.20, 37, 0.6),  # of the active 33 % are wrong
+        (0.20, 38, 1.0),
+        (0.50, 10, 1.0),  # as auto
+    ],
+)
+def test_unseen_selects_while_the_active_are_harder_than_pictures_kept_out(wrong, unseen, target):
+    found = UnseenTarget(1.0)
+    counts = ClassCounts([5 * (100 - unseen), 0], [490, 10])  # of 500
+    found.end_epoch(Evidence(wrong, True, counts), lambda target: target + 1 / 3)
+    assert found.value == pytest.approx(target)
+
+
+def test_a_picture_that_is_kept_out_is_in_no_copy_and_comes_once_no_epoch_decides():
+    config = make_config(
+        *CIFAR,
+        "dataset.repeat=2",
+        "ast.target_activation=unseen",
+        "training.epochs=4",
+        "ast.anneal_epochs=1",
+        "dataset.label_noise=0.5",
+    )
+    data = build_dataloaders(config, torch.device("cpu"))
+    size = len(data.train.dataset)
+    batches = load_kept_out(data, config)
+    labels = torch.cat([batch.labels for batch in batches]).tolist()
+    kept_out = torch.cat([batch.indices for batch in batches]).tolist()
+    assert len(kept_out) == 7  # a fortieth of 256
+    shifts = data.train.dataset.label_shifts[kept_out]
+    clean = [data.train.dataset.load(index).label for index in kept_out]
+    assert labels == [(a + b) % 10 for a, b in zip(clean, shifts.tolist(), strict=True)]
+    for epoch in range(4):
+        data.plan.start_epoch(epoch)
+        loaded = {index % size for batch in data.plan for index, _ in batch}
+        assert loaded.isdisjoint(kept_out) is (epoch < 3)
+    for seed in (0, 1):
+        fewer = kept_out_of(data.plan.all_indices, size, 5, seed)
+        assert len(fewer) == 10  # each comes twice
+        assert (set(fewer % size) < set(kept_out)) is (seed == 0)
+    assert len(kept_out_of(data.plan.all_indices, size, 0, 0)) == 0
+
+
+def test_what_is_learned_by_heart_is_trained_on_whole(tmp_path, capsys):
+    """Nine labels of ten are random: by what the network answers of these pictures half of them
+    would do, by what it answers of others it knows nothing but them.
+    """
+    keys = [*CIFAR, "dataset.label_noise=0.9", "training.epochs=24", "ast.rule=topk"]
+    keys += ["training.optimizer=adamw", "training.lr=0.01", f"logging.output_dir={tmp_path}"]
+    result, _ = train(make_config(*keys, "ast.target_activation=unseen"))
+    history = result["training_history"]
+    assert auto_after(1 - history["train_acc"][-2] / 100, 1 / 3) == 0.5
+    assert set(history["target"]) == {None}
+    assert history["samples_scored"] == [7] * 23 + [0]  # the last epoch decides nothing
+    assert history["samples_loaded"] == [224] * 24
+    printed = capsys.readouterr().out
+    assert "keeps 7 pictures out until epoch 24 and judges by them" in printed
+    assert "of the pictures kept out were predicted wrongly" in note_of(printed)
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,19 @@ class EpochPlan(Sampler):
         share: Callable[[int], float],
         dist: Dist | None = None,
         wide_size: int | None = None,
+        late: np.ndarray | None = None,
+        late_from: int = 0,
     ):
         """indices: int64 [n], the samples that a dense epoch goes through. share: the part of them,
         0 to 1, that the epoch of this number loads. wide_size: of the batches of a wide epoch, by
-        default `batch_size`.
+        default `batch_size`. late: those of the indices that come from the epoch of number
+        `late_from` on alone.
         """
-        self.indices = indices
+        self.all_indices = indices
+        self.late = indices[:0] if late is None else late
+        self.early_indices = indices[~np.isin(indices, self.late)]
+        self.late_from = late_from
+        self.epoch = 0
         self.step_size = batch_size
         self.wide_size = wide_size or batch_size
         self.seed = seed
@@ -96,6 +103,11 @@ class EpochPlan(Sampler):
         self.batch_size = self.wide_size if wide else self.step_size
         self.first_batch = first_batch
         self.mask = mask
+
+    @property
+    def indices(self) -> np.ndarray:
+        """The samples that the current epoch would go through densely."""
+        return self.all_indices if self.epoch >= self.late_from else self.early_indices
 
     def _in_full_batches(self, samples: int, size: int) -> int:
         """How many of so many samples fill whole batches of a size; all, where they do not fill a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ class ReusedForward:
     masks are those of the backward.
     """
 
-    def __init__(self, network: Network, total: int, rows: int):
-        """total: samples of a batch; rows: how many of them are expected to be chosen. Traces,
-        checks and compiles. Raises CannotTrace with the reason.
+    def __init__(self, network: Network, total: int, rows: int, more: Sequence[int] = ()):
+        """total: samples of a batch; rows: how many of them are expected to be chosen; more: other
+        numbers that will be. Traces, checks and compiles. Raises CannotTrace with the reason.
         """
         if network.mixing is not None:
             raise CannotTrace("a picture mixed by training.mixup or cutmix has no score of its own")
@@ -43,6 +44,8 @@ class ReusedForward:
         self.once = ForwardOnce.build(
             network.model, compute, example, self.expected, network.compile
         )
+        for count in more:
+            self.once.prepare(self.capacity(count))
 
     def fits(self, batch: DeviceBatch) -> bool:
         """Whether a batch has the shape that was traced: pictures may be missing."""

@@ -23,6 +23,8 @@ from lab.config.loading import config_keys, sparse_span
 
 REQUIRED = ("best_accuracy", "total_time_hours", "epochs_completed", "training_history")
 ACTIVATION_BAND = 0.02  # an epoch's activation further than this from its target is worth a warning
+# a share: runs whose dense steps are further apart had machines of another speed
+SAME_STEP = 0.1
 STATUSES = ("completed", "early_stopped", "time_capped", "interrupted", "failed")
 LARGEST = 1e18  # a figure beyond it is a damaged one
 NAMED = (
@@ -237,6 +239,8 @@ def read_run(path: Path) -> ResultsFile:
             spell(key): spell(value) for key, value in (result.get("environment") or {}).items()
         }
         finished = environment.pop("finished_utc", None)  # it is no part of the machine
+        if is_guessed(environment, settings):
+            history.pop("est_energy_kj", None)
         figures = run_figures(result, history, settings) | {"non_finite": len(non_finite)}
         return ResultsFile(
             path, settings, history, figures, environment, finished, read_diet(result)
@@ -250,6 +254,15 @@ def read_run(path: Path) -> ResultsFile:
         RecursionError,
     ) as error:
         raise ValueError(f"not a results file of the lab: {one_line(error)}") from None
+
+
+def is_guessed(environment: Mapping[str, str], settings: Mapping[str, str]) -> bool:
+    """Whether the estimate of the energy is that of a GPU which the machine does not have: no GPU,
+    and no other watts than the default.
+    """
+    watts = "metrics.gpu_tdp_watts"
+    given = settings.get(watts, DEFAULTS[watts]) != DEFAULTS[watts]
+    return environment.get("gpu") == "null" and not given
 
 
 def read_diet(result: Mapping[str, Any]) -> Diet | None:
@@ -351,6 +364,43 @@ def activation_errors(history: Mapping[str, np.ndarray], settings: Mapping[str, 
     return np.where(sparse & (np.cumsum(sparse) > 1), np.abs(active - target), np.nan)
 
 
+def dense_step_ms(history: Mapping[str, np.ndarray], settings: Mapping[str, str]) -> float:
+    """The mean wall time of a step in the middle half of a run's dense epochs, ms: how fast its
+    machine was.
+
+    Dense are the epochs outside the selection, and those in which everything was trained on and
+    nothing scored. The first epoch warms up: it counts only where no other was dense. The fastest
+    and the slowest quarter are left out, for one hiccup is not a slow machine. NaN for a run
+    without a dense epoch.
+    """
+    steps = history.get("step_time_ms", np.array([]))
+    nothing = np.full(len(steps), np.nan)
+    active, scored, loaded, trained = (
+        history.get(key, nothing)
+        for key in "activation_rate samples_scored samples_loaded samples_trained".split()
+    )
+    sparse = sparse_epochs(history, settings)
+    epochs = min(map(len, (steps, active, scored, loaded, trained, sparse)))
+    idle = (active[:epochs] == 1) & (scored[:epochs] == 0) & (loaded[:epochs] == trained[:epochs])
+    times = np.where(~sparse[:epochs] | idle, steps[:epochs], np.nan)
+    for some in (times[1:], times[:1]):
+        known = np.sort(some[np.isfinite(some)])
+        if len(known):
+            quarter = round(len(known) / 4)
+            return float(known[quarter : len(known) - quarter].mean())
+    return float("nan")
+
+
+def apart(steps: Sequence[float]) -> tuple[float, float] | None:
+    """The fastest and the slowest of the dense steps of runs that are compared by time, where they
+    are further apart than SAME_STEP; NaN is left out.
+    """
+    known = [each for each in steps if math.isfinite(each) and each > 0]
+    if not known or max(known) <= (1 + SAME_STEP) * min(known):
+        return None
+    return min(known), max(known)
+
+
 def largest(values: np.ndarray) -> float:
     """The largest number among them, NaN where there is none."""
     return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
@@ -395,6 +445,7 @@ def run_figures(
         "total_seconds": 3600 * number(result["total_time_hours"]),
         "energy_kj": number(result.get("energy_kj")),
         "est_energy_kj": last("est_energy_kj"),
+        "dense_step_ms": dense_step_ms(history, settings),
         "tflop": last("total_flops_g" if "total_flops_g" in history else "est_flops_g") / 1000,
     }
 

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import REPO, make_config
 from helpers import write_run
-from lab.study.results import load_runs, settings_of, sparse_epochs
+from lab.study.results import apart, dense_step_ms, load_runs, settings_of, sparse_epochs
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,36 @@ def test_every_published_result_is_still_read():
         assert runs
         for reason in left_out.values():
             assert reason == "interrupted" or reason.startswith("config and seed of ")
+
+
+def test_a_run_knows_the_time_of_its_dense_steps():
+    config = make_config("training.epochs=8", "ast.warmup_epochs=4", "ast.anneal_epochs=1")
+    settings = settings_of({"config": config.model_dump()})
+    history = {
+        "activation_rate": np.array([1, 1, 1, 1, 0.5, 0.5, 1, 1.0]),
+        "step_time_ms": np.array([40, 10, 10, 30, 5, 5, 5, 12.0]),
+        "samples_scored": np.array([0, 0, 0, 0, 100, 100, 100, 0.0]),
+        **{f"samples_{kind}": np.full(8, 100.0) for kind in ("loaded", "trained")},
+    }
+    # of 10, 10, 30 and 12 the middle half; the first epoch warms up, the scored ones cost more
+    assert dense_step_ms(history, settings) == 11
+    short = {key: values[:1] for key, values in history.items()}
+    assert dense_step_ms(short, settings) == 40
+    auto = history | {"samples_scored": np.array([0, 0, 0, 0, 100, 100, 0, 0.0])}
+    assert dense_step_ms(auto, settings) == pytest.approx((10 + 10 + 12) / 3)  # 5 and 30 left out
+    foreign = {key: history[key] for key in ("activation_rate", "step_time_ms")}
+    assert dense_step_ms(foreign, {}) == pytest.approx((10 + 10 + 12) / 3)
+    assert np.isnan(dense_step_ms({}, settings))
+    sparse = settings | {"ast.warmup_epochs": "0", "ast.anneal_epochs": "0"}
+    assert dense_step_ms(history, sparse) == 11  # nothing was scored in the first four
+    scored = history | {"samples_scored": np.full(8, 100.0)}
+    assert np.isnan(dense_step_ms(scored, sparse))
+
+
+def test_steps_more_than_a_tenth_apart_are_apart():
+    assert apart([10.0, 11.0, float("nan")]) is None
+    assert apart([10.0, 11.2, 10.5]) == (10.0, 11.2)
+    assert apart([float("nan")]) is apart([]) is None
 
 
 def test_what_is_left_out_and_why(results, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -261,26 +262,23 @@ def draw_targets(axes: Axes, study: Study, settings: Iterable[str]) -> None:
     configs = [
         study.settings[name] for name in settings if study.settings[name].get("ast.mode") == "ast"
     ]
-    texts = {config.get("ast.target_activation", "nan") for config in configs} - {"auto"}
-    for target in sorted(target for target in map(float, texts) if 0 <= target <= 1):
+    texts = sorted({config.get("ast.target_activation", "nan") for config in configs})
+    # a name is no number: that target moves
+    for target in (t for t in pd.to_numeric(texts, errors="coerce") if 0 <= t <= 1):
         axes.axhspan(target - ACTIVATION_BAND, target + ACTIVATION_BAND, color=GRID, zorder=0)
         axes.axhline(target, color=OTHER, lw=0.8, zorder=0.5)
     axes.set_ylim(0, 1.05)
 
 
 def draw_dense_frontiers(axes: Axes, cost: str, study: Study) -> None:
-    """The dense frontiers as lines, their points labelled with the number of epochs."""
-    frontiers = dense_frontiers(study.table, f"{cost}_mean")
-    for machine, frontier in frontiers.items():
-        axes.plot(*frontier.T, color=MODES["dense"], linewidth=1.2, zorder=2.5)
-        rows = study.table[(study.table["machine"] == machine) & study.table["dense"]].set_index(
-            f"{cost}_mean"
-        )
-        for number, (x, y) in enumerate(frontier):
-            epochs = rows.loc[[x], "epochs"].iloc[0]
+    """The dense frontiers as curves, their points labelled with the number of epochs."""
+    for frontier in dense_frontiers(study.table, study.runs, cost).values():
+        axes.plot(*frontier.curve().T, color=MODES["dense"], linewidth=1.2, zorder=2.5)
+        for number, each in enumerate(frontier.points):
+            epochs = study.table.loc[each.name, "epochs"]
             text = f"{epochs:g} epochs" if number == 0 else f"{epochs:g}"
             place = {"textcoords": "offset points", "xytext": (7, -3), "va": "top", "fontsize": 8.5}
-            axes.annotate(text, (x, y), color=MODES["dense"], zorder=4, **place)
+            axes.annotate(text, each.means, color=MODES["dense"], zorder=4, **place)
 
 
 def draw_final_accuracy(
@@ -293,9 +291,9 @@ def draw_final_accuracy(
     runs = study.runs[study.runs["setting"] == name]
     x = row[f"{panel.x}_mean"]
     y = row["final_mean"]
-    frontiers = dense_frontiers(study.table, f"{panel.x}_mean").values()
-    on_frontier = row["dense"] and any((line == [x, y]).all(axis=1).any() for line in frontiers)
-    if on_frontier and style is None:
+    frontiers = dense_frontiers(study.table, study.runs, panel.x).values()
+    points = {each.name for frontier in frontiers for each in frontier.points}
+    if name in points and style is None:
         style = {"color": MODES["dense"], "marker": "o"}
     if style is None:
         axes.plot(x, y, "o", color=OTHER, markersize=4, zorder=2)
@@ -354,7 +352,9 @@ def notes_on_bars(study: Study) -> list[str]:
     seeds = study.table["n"]
     notes = ["bars: 95 % interval"] * bool((seeds > 2).any())
     notes += ["bars without caps: range of 2 seeds"] * bool((seeds == 2).any())
-    return notes + ["hollow: 1 seed"] * bool((seeds == 1).any())
+    notes += ["hollow: 1 seed"] * bool((seeds == 1).any())
+    void = int((study.table["void"] != "").sum())
+    return notes + [f"times of {void} setting{'s' * (void > 1)} void: see the table"] * bool(void)
 
 
 def draw(study: Study, name: str, legend: bool) -> Figure | None:

@@ -49,6 +49,16 @@ NO_CAUSE = {
 }
 NO_CAUSE |= {"metrics.base_flop_per_sample", "metrics.gpu_tdp_watts", *NOT_SEEN}
 
+# What changes no training step: the schedule, and how far a step goes.
+NO_STEP = {
+    f"training.{key}"
+    for key in (
+        "epochs lr lr_schedule min_lr lr_warmup_epochs lr_decay layer_decay momentum weight_decay "
+        "loss_weight label_smoothing max_minutes max_nonfinite_steps early_stop_patience "
+        "compile_scoring"
+    ).split()
+}
+
 NEEDS = {  # also of keys of earlier days
     **all_needs(),
     "ast.explore_weight_cap": {"ast.scoring": ("history",), "ast.rule": ("pi",)},
@@ -74,7 +84,7 @@ def comparison_group(settings: Mapping[str, str]) -> Group:
     auto` counts as what it stands for. `cache_resolution` counts where crops are cut out of
     pictures of that size. () for a config that is not whole: nothing is known to be shared.
     Seconds and joules need the same GPU and number of processes besides; see
-    `lab.study.analysis.study.dense_frontiers`.
+    `lab.study.analysis.study.dense_trainings`.
     """
     if not is_whole(settings):
         return ()
@@ -131,6 +141,15 @@ def group_titles(firsts: Mapping[Group, ResultsFile]) -> dict[Group, str]:
         if counts[short] > 1
     }
     return dict(zip(firsts, distinct((titles | long).values()), strict=True))
+
+
+def dense_step(settings: Mapping[str, str]) -> Group:
+    """What a dense step costs: the settings that runs must share for its time to be the same."""
+    return tuple(
+        (key, value)
+        for key, value in settings.items()
+        if not key.startswith(("ast.", "metrics.")) and key not in NO_STEP
+    )
 
 
 def acts(settings: Mapping[str, str], key: str) -> bool:

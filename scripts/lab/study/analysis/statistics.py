@@ -1,5 +1,5 @@
 """Intervals, and what a setting is worth against dense training: time to match, and the difference
-at equal time.
+at equal time, both by one frontier.
 
 Accuracies are in percent, differences in points, time is seconds of training. Intervals are at 95
 %.
@@ -7,21 +7,27 @@ Accuracies are in percent, differences in points, time is seconds of training. I
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
+from lab.study.analysis.frontier import Frontier
+
 CONFIDENCE = 0.95
-RESAMPLES = 2000
 # an interval of the time to match whose ends are further apart than this factor resolves nothing
-WIDEST = 1.4
+WIDEST = 2.0
 # a share: a time this close to an end of the dense settings counts as that end, as a twin's does
 SAME_TIME = 0.02
+# dense lengths within this factor are one length: the more accurate of them counts
+SAME_LENGTH = 1.1
+# between dense lengths further apart than this factor the curve is mostly guessed
+WIDE_GAP = 1.7
+CURVE_POINTS = 200
 
 
 def half_width(sd: Any, n: Any) -> Any:
@@ -46,39 +52,35 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def difference_half_width(sd: Any, n: Any, base_sd: Any, base_n: Any) -> Any:
-    """Half the 95 % confidence interval of the difference of two means; NaN where one has a single
-    value.
-
-    The variances need not be equal (Welch 1947).
+def confidence_of_best(count: int) -> float:
+    """The confidence at which each of `count` intervals is taken, so that all of them hold at 95 %
+    and so the one that is picked afterwards (Bonferroni).
     """
+    return 1 - (1 - CONFIDENCE) / max(1, count)
+
+
+def welch_half_width(variances: np.ndarray, freedoms: np.ndarray, extra: Any, count: int) -> Any:
+    """Half the interval of a sum whose parts have these variances and degrees of freedom, both
+    [..., parts]; see `confidence_of_best` for `count`.
+
+    The variances need not be equal (Welch 1947, Satterthwaite 1946). `extra`: [...], a variance
+    that is known. NaN where a part with a weight has a single value.
+    """
+    total = variances.sum(axis=-1) + extra
     with np.errstate(all="ignore"):
-        own = np.square(sd) / n
-        base = np.square(base_sd) / base_n
-        freedom = (own + base) ** 2 / (
-            own**2 / np.subtract(n, 1) + base**2 / np.subtract(base_n, 1)
-        )
-        return np.where(
-            own + base == 0,
-            own + base,
-            stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(own + base),
-        )
+        freedom = total**2 / np.where(variances == 0, 0, variances**2 / freedoms).sum(axis=-1)
+        half = stdtrit(freedom, (1 + confidence_of_best(count)) / 2) * np.sqrt(total)
+    return np.where(total == 0, 0.0, half)
 
 
-def small_sample_factor(n: int) -> float:
-    """By how much the bootstrap interval of a mean of n values is narrower than Student's.
-
-    The resampled means spread too little by sqrt((n - 1) / n), and their percentiles are those of a
-    normal distribution where Student's t is needed (Hesterberg 2015, "What Teachers Should Know
-    About the Bootstrap"). Two values have but three different resamples, so that an interval still
-    covers only 17 times of 20.
+def difference_half_width(sd: Any, n: Any, base_sd: Any, base_n: Any, count: int = 1) -> Any:
+    """Half the 95 % confidence interval of the difference of two means; NaN where one has a single
+    value. `count`: see `confidence_of_best`.
     """
-    normal = stdtrit(np.inf, (1 + CONFIDENCE) / 2)
-    return (
-        float(np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + CONFIDENCE) / 2) / normal)
-        if n > 1
-        else 1.0
+    sds, ns = (
+        np.stack(np.broadcast_arrays(own, base), -1) for own, base in ((sd, base_sd), (n, base_n))
     )
+    return welch_half_width(np.square(sds) / ns, ns - 1.0, 0.0, count)
 
 
 @dataclass(frozen=True)
@@ -102,21 +104,15 @@ class Runs:
     def sd(self) -> float:
         return float(self.accuracy.std(ddof=1)) if self.n > 1 else float("nan")
 
-    @cached_property
-    def draws(self) -> np.ndarray:
-        """The means, and below them those of RESAMPLES draws of n runs with replacement: [1 +
-        RESAMPLES, 2].
-
-        The draws depend on the name and the runs alone, so that an analysis can be repeated. The
-        drawn seconds are spread by `small_sample_factor`.
+    def variance(self, slopes: np.ndarray) -> np.ndarray:
+        """The variance of the mean of accuracy less slope times log seconds, [slopes]: how far the
+        setting scatters about the frontier, in accuracy and in time together; NaN for one run.
         """
-        dice = np.random.default_rng(zlib.crc32(self.name.encode()))
-        picks = dice.integers(0, self.n, (RESAMPLES, self.n))
-        drawn = np.column_stack(
-            [self.seconds[picks].mean(axis=1), self.accuracy[picks].mean(axis=1)]
-        )
-        drawn[:, 0] = self.means[0] + small_sample_factor(self.n) * (drawn[:, 0] - self.means[0])
-        return np.vstack([self.means, np.maximum(drawn, 1e-9)])
+        if self.n < 2:
+            return np.full(len(slopes), np.nan)
+        time = np.log(self.seconds) - np.log(self.seconds).mean()
+        rest = self.accuracy - self.accuracy.mean() - slopes[:, None] * time
+        return np.square(rest).sum(axis=1) / (self.n - 1) / self.n
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class Match:
     `bound`: "<" and ">" where the ratio is only a bound, "not resolved" where the seeds do not say,
     otherwise "". `low_cut`, `high_cut`: whether that end of the interval is itself a bound, for it
     lies beyond the dense settings.
-    `against`: the dense setting whose time it is a ratio of.
+    `dense_seconds`: the dense training time that it is a ratio of.
     """
 
     ratio: float = float("nan")
@@ -135,19 +131,23 @@ class Match:
     bound: str = ""
     low_cut: bool = False
     high_cut: bool = False
-    against: str = ""
+    dense_seconds: float = float("nan")
 
 
 def worthwhile(dense: Sequence[Runs]) -> list[Runs]:
     """The dense settings, shortest first, without those that a shorter one beats significantly
-    (Welch's test).
+    (Welch's test), and of those of one length (SAME_LENGTH) the most accurate.
     """
     kept: list[Runs] = []
     for each in sorted(dense, key=lambda each: each.means[0]):
-        shorter = np.array([(other.means[1], other.sd, other.n) for other in kept]).reshape(-1, 3)
-        half = difference_half_width(shorter[:, 1], shorter[:, 2], each.sd, each.n)
-        if not (shorter[:, 0] - each.means[1] > half).any():
-            kept.append(each)
+        better = [other for other in kept if other.means[1] > each.means[1]]
+        halves = [difference_half_width(other.sd, other.n, each.sd, each.n) for other in better]
+        leads = [other.means[1] - each.means[1] for other in better]
+        if any(lead > half for lead, half in zip(leads, halves, strict=True)):
+            continue
+        if kept and each.means[0] < SAME_LENGTH * kept[-1].means[0]:
+            each = max(kept.pop(), each, key=lambda other: other.means[1])
+        kept.append(each)
     return kept
 
 
@@ -158,94 +158,168 @@ class DenseTraining:
     settings: list[Runs]
 
     @cached_property
-    def every(self) -> list[Runs]:
-        return worthwhile(self.settings)
+    def every(self) -> Measure:
+        return Measure(worthwhile(self.settings), self.settings)
 
     @cached_property
-    def tested(self) -> list[Runs]:
-        """Those with two seeds and more."""
-        return worthwhile([each for each in self.settings if each.n > 1])
-
-    @cached_property
-    def draws(self) -> np.ndarray:
-        """The draws of those with two seeds and more: [1 + RESAMPLES, settings, 2]."""
-        return np.stack([each.draws for each in self.tested], axis=1)
+    def tested(self) -> Measure:
+        """Of those with two seeds and more."""
+        several = [each for each in self.settings if each.n > 1]
+        return Measure(worthwhile(several), several)
 
 
-def time_to_match(own: Runs, dense: DenseTraining) -> Match:
-    """The training seconds of a setting over those of the shortest dense setting that is not
-    significantly worse.
-
-    Below 1 the setting saves time. "Significantly": by Welch's test at 95 %. Two bounds: "<" where
-    every dense setting is significantly worse, the ratio is to the longest one; ">" where the
-    setting is significantly worse than the shortest one. "not resolved" where the setting or all
-    dense ones have fewer than two seeds; where no dense setting is significantly worse or better;
-    where the chosen one is significantly better, so that the setting lies in a gap between two
-    dense ones; and where the interval spans more than a factor of WIDEST: the frontier is flat
-    there.
-
-    The interval is that of the percentile bootstrap (Efron & Tibshirani 1993, "An Introduction to
-    the Bootstrap", chapter 13). Each of RESAMPLES resamples draws the runs of the setting and of
-    every dense setting anew, with replacement, and chooses the dense setting again by the resampled
-    means. The half widths of Welch's tests stay those of the runs as they are, for few seeds drawn
-    again are often one seed several times, without a variance; they allow for few seeds by
-    Student's t. Percentiles do not, and with three seeds cover 3 times of 4 and not 19 of 20: so
-    the resampled seconds are spread by `small_sample_factor`.
+@dataclass(frozen=True)
+class Measure:
+    """A frontier through dense settings, `points`, shortest first; `tried`: those and the ones that
+    are worse than a shorter one.
     """
-    tested = dense.tested
+
+    points: list[Runs]
+    tried: list[Runs]
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        """Over the mean logarithm of the settings' seconds."""
+        times = np.array([np.log(each.seconds).mean() for each in self.points])
+        return Frontier(times, np.array([each.means[1] for each in self.points]))
+
+    @cached_property
+    def scatter(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the settings' means about the frontier: variances and degrees of freedom, [points].
+
+        Dense runs of all lengths scatter much alike. From three lengths on, each variance is
+        moderated by the mean of all, as if that had the degrees of freedom of one length more
+        (Smyth 2004, "Linear models and empirical Bayes methods").
+        """
+        slopes = self.frontier(self.frontier.times).slope
+        pairs = zip(self.points, slopes, strict=True)
+        variances = np.array([each.variance(np.array([slope]))[0] for each, slope in pairs])
+        counts = np.array([each.n for each in self.points])
+        freedoms = counts - 1.0
+        if len(counts) < 3 or not freedoms.all():
+            return variances, freedoms
+        of_a_run = variances * counts
+        typical = (freedoms * of_a_run).sum() / freedoms.sum()
+        more = freedoms.mean()
+        moderated = (freedoms * of_a_run + more * typical) / (freedoms + more)
+        return moderated / counts, freedoms + more
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """Log seconds of the shortest and of the longest dense setting, the useless ones counted:
+        beyond the last point dense training is known to gain nothing.
+        """
+        tried = [np.log(each.seconds).mean() for each in self.tried]
+        return float(self.frontier.times[0]), max(tried)
+
+    @cached_property
+    def grid(self) -> np.ndarray:
+        """Log seconds from the first point to the last, [CURVE_POINTS]; of one point, itself."""
+        times = self.frontier.times
+        return np.linspace(times[0], times[-1], CURVE_POINTS if len(times) > 1 else 1)
+
+    def curve(self) -> np.ndarray:
+        """The frontier as points (seconds, percent), [points, 2]."""
+        return np.column_stack([np.exp(self.grid), self.frontier(self.grid).accuracy])
+
+    def reaches(self, own: Runs) -> bool:
+        """Whether the setting's time is within the dense ones, or SAME_TIME beyond."""
+        if not self.points or not own.n:
+            return False
+        time = np.log(own.seconds).mean()
+        return self.ends[0] - SAME_TIME <= time <= self.ends[1] + SAME_TIME
+
+    def gap(self, own: Runs, at: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The setting's accuracy less that of dense training at log seconds `at` [times], and half
+        its interval; see `confidence_of_best` for `count`.
+
+        Three things are uncertain: the setting, the dense means, and the curve between them. The
+        last is taken as the frontier's distance from straight lines (`Reading.doubt`), as a
+        standard deviation.
+        """
+        read = self.frontier(at)
+        scatter, freedoms = self.scatter
+        variances = np.column_stack([own.variance(read.slope), np.square(read.weights) * scatter])
+        freedoms = np.array([own.n - 1.0, *freedoms])
+        half = welch_half_width(variances, freedoms, np.square(read.doubt), count)
+        return own.means[1] - read.accuracy, half
+
+
+def crossing(at: np.ndarray, values: np.ndarray, index: int) -> float:
+    """Where `values` are 0 between at[index] and at[index + 1], on a straight line."""
+    left, right = values[index : index + 2]
+    return float(at[index] + (at[index + 1] - at[index]) * left / (left - right))
+
+
+def time_to_match(own: Runs, dense: DenseTraining, count: int = 1) -> Match:
+    """The training seconds of a setting over those of dense training of the same accuracy.
+
+    Below 1 the setting saves time. The dense time is where the frontier has the setting's accuracy.
+    The interval holds every time at which the difference to the frontier is not significant
+    (a test inverted, as in Fieller 1954): accuracy and seconds of the setting and of the dense ones
+    have their say, and a setting that saves time is one that is better at equal time. (Percentiles
+    of a bootstrap would be too narrow, for the mean of three seeds 2.7 times: Hesterberg 2015,
+    "What Teachers Should Know About the Bootstrap".) Two bounds: "<" where the
+    setting is significantly better than every dense one, the ratio is to the longest; ">" where it
+    is significantly worse than the shortest. "not resolved" where the setting or all dense ones
+    have fewer than two seeds, where the interval leaves the dense settings at both ends, and where
+    it spans more than a factor of WIDEST: the frontier is flat there. `count`: see
+    `confidence_of_best`.
+    """
+    measure = dense.tested
     if not dense.settings or not own.n:
         return Match()
-    if own.n < 2 or not tested:
+    if own.n < 2 or not measure.points:
         return Match(bound="not resolved")
-    half = difference_half_width(
-        own.sd, own.n, [each.sd for each in tested], [each.n for each in tested]
-    )
-    lead = own.draws[:, 1:] - dense.draws[:, :, 1]  # points, [1 + RESAMPLES, dense settings]
-    enough = lead <= half
-    chosen = np.where(enough.any(axis=1), enough.argmax(axis=1), len(tested) - 1)
-    ratios = own.draws[:, 0] / dense.draws[np.arange(len(chosen)), chosen, 0]
-    above = ~enough.any(axis=1)
-    below = lead[:, 0] < -half[0]
-    against = tested[chosen[0]].name
-    ratio = float(ratios[0])
-    if above[0] or below[0]:
-        return Match(ratio, bound="<" if above[0] else ">", against=against)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(ratios[1:], [tail, 1 - tail]).tolist()
-    in_a_gap = lead[0, chosen[0]] < -half[chosen[0]]
-    if in_a_gap or not (np.abs(lead[0]) > half).any() or high > WIDEST * low:
-        return Match(bound="not resolved", against=against)
-    return Match(
-        ratio, low, high, "", bool(above[1:].mean() > tail), bool(below[1:].mean() > tail), against
-    )
+    time = np.log(own.seconds).mean()
+    at = measure.grid
+    gap, half = measure.gap(own, at, count)
+    if (gap > half).all():
+        longest = measure.ends[1]
+        return Match(np.exp(time - longest), bound="<", dense_seconds=np.exp(longest))
+    if (gap < -half).all():
+        return Match(np.exp(time - at[0]), bound=">", dense_seconds=np.exp(at[0]))
+    reached = np.flatnonzero(gap <= 0)
+    match = at[-1] if not len(reached) else at[0]
+    if len(reached) and reached[0] > 0:
+        match = crossing(at, gap, reached[0] - 1)
+    seconds = float(np.exp(match))
+    inside = np.flatnonzero(np.abs(gap) <= half)
+    if not len(inside):  # nothing scatters, and the grid steps over the one time that fits
+        return Match(*[float(np.exp(time - match))] * 3, dense_seconds=seconds)
+    first, last = inside[[0, -1]]
+    above = half - np.abs(gap)
+    shortest = at[0] if first == 0 else crossing(at, above, first - 1)
+    longest = at[-1] if last == len(at) - 1 else crossing(at, above, last)
+    cut = (last == len(at) - 1, first == 0)
+    elsewhere = not shortest <= match <= longest  # level beyond: other times fit no less
+    if all(cut) or elsewhere or longest - shortest > np.log(WIDEST):
+        return Match(bound="not resolved", dense_seconds=seconds)
+    low, high = (float(np.exp(time - end)) for end in (longest, shortest))
+    return Match(float(np.exp(time - match)), low, high, "", *map(bool, cut), seconds)
 
 
-def at_equal_time(own: Runs, dense: DenseTraining) -> tuple[float, float]:
+def at_equal_time(own: Runs, dense: DenseTraining, count: int = 1) -> tuple[float, float]:
     """A setting's accuracy less what dense training reaches in the same time, in points, and half
-    its 95 % interval.
+    its 95 % interval; see `Measure.gap`.
 
-    Dense training at a time between two dense settings is a straight line between their means; the
-    variances are carried over, with Welch's degrees of freedom (Satterthwaite 1946). That times
-    scatter, by a percent or so, is left out. NaN outside the range of the dense settings, by more
-    than SAME_TIME; an interval needs two seeds of each. Dense settings of one seed are used only
-    where those with more do not reach.
+    NaN outside the range of the dense settings, by more than SAME_TIME; an interval needs two seeds
+    of each. Dense settings of one seed are used only where those with more do not reach.
     """
-    for points in filter(None, (dense.tested, dense.every)):
-        times = np.array([each.means[0] for each in points])
-        if own.n and times[0] * (1 - SAME_TIME) <= own.means[0] <= times[-1] * (1 + SAME_TIME):
-            break
-    else:
+    measure = dense.tested if dense.tested.reaches(own) else dense.every
+    if not measure.reaches(own):
         return float("nan"), float("nan")
-    upper = min(int(np.searchsorted(times, own.means[0])), len(times) - 1)
-    lower = max(upper - 1, 0)
-    span = times[upper] - times[lower]
-    share = min(max((own.means[0] - times[lower]) / span, 0.0), 1.0) if span > 0 else 1.0
-    parts = [(1.0, own), (share, points[upper]), (1 - share, points[lower])]
-    parts = [(weight, each) for weight, each in parts if weight > 0]
-    gap = 2 * own.means[1] - sum(weight * each.means[1] for weight, each in parts)
-    variances = np.array([weight**2 * each.sd**2 / each.n for weight, each in parts])
-    total = variances.sum()
-    if np.isnan(total) or total == 0:
-        return float(gap), float(total)
-    freedom = total**2 / (variances**2 / [each.n - 1 for _, each in parts]).sum()
-    return float(gap), float(stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(total))
+    gap, half = measure.gap(own, np.array([np.log(own.seconds).mean()]), count)
+    return float(gap[0]), float(half[0])
+
+
+def wide_gap(seconds: float, dense: DenseTraining) -> tuple[Runs, Runs] | None:
+    """The two dense settings on either side of a time where they are further apart than WIDE_GAP:
+    too far to know the curve between them.
+    """
+    points = (dense.tested if len(dense.tested.points) > 1 else dense.every).points
+    for left, right in pairwise(points):
+        near = left.means[0] * (1 + SAME_TIME) < seconds < right.means[0] * (1 - SAME_TIME)
+        if near and right.means[0] > WIDE_GAP * left.means[0]:
+            return left, right
+    return None

@@ -16,16 +16,27 @@ import numpy as np
 import pandas as pd
 
 from lab.base.errors import RequestError, one_line
-from lab.study.analysis.settings import comparison_group, group_titles, label_settings
+from lab.study.analysis.settings import (
+    comparison_group,
+    dense_step,
+    group_titles,
+    label_settings,
+)
 from lab.study.analysis.statistics import (
     DenseTraining,
+    Match,
+    Measure,
     Runs,
     at_equal_time,
     difference_half_width,
     half_width,
     time_to_match,
+    wide_gap,
 )
-from lab.study.results import ACTIVATION_BAND, ResultsFile, is_whole, shown
+from lab.study.results import ACTIVATION_BAND, ResultsFile, apart, is_whole, shown
+
+# columns with this before their names hold intervals that allow for picking the best setting
+OF_BEST = "best_of_"
 
 
 @dataclass
@@ -33,8 +44,8 @@ class Study:
     """The runs of one comparison group, compared.
 
     `title`: its data and model. `runs`: a row a run, with its `setting` and `file`. `table`: a row
-    a setting, the most accurate first. `frontiers`: by machine, the points [k, 2] of its dense
-    frontier (seconds, percent).
+    a setting, the most accurate first. `frontiers`: by machine, its dense frontier over seconds.
+    `rivals`: how many sparse settings have an accuracy, so that the best is picked of so many.
     """
 
     title: str
@@ -44,36 +55,41 @@ class Study:
     settings: dict[str, dict[str, str]]  # by setting: its config
     histories: dict[str, list[dict[str, np.ndarray]]]  # by setting: those of its runs
     environments: Counter  # how many runs each was found in
-    frontiers: dict[str, np.ndarray]
+    frontiers: dict[str, Measure]
+    rivals: int
     baseline: str | None
     left_out: dict[str, str]  # by path: why; of all groups together
     newest: dict[str, ResultsFile]  # by setting: its run that was finished last
     warnings: list[str] = field(default_factory=list)
 
 
-def dense_frontier(cost: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """The points [k, 2] of (cost, accuracy), both rising, that no other point reaches at less cost.
+def runs_by_setting(frame: pd.DataFrame, cost: str) -> dict[str, Runs]:
+    """By setting, its runs that have a final accuracy and a `cost`: seconds or joules."""
+    known = frame[frame["final_accuracy"].notna() & (frame[cost] > 0)]
+    return {
+        name: Runs(name, rows[cost].to_numpy(), rows["final_accuracy"].to_numpy())
+        for name, rows in known.groupby("setting")
+    }
 
-    `cost`: seconds or joules of dense runs. Between the points the frontier is a straight line.
-    """
-    points = np.column_stack([cost, accuracy])[np.lexsort((-accuracy, cost))]
-    before = np.concatenate([[-np.inf], np.maximum.accumulate(points[:, 1])[:-1]])
-    return points[points[:, 1] > before]
 
-
-def dense_frontiers(table: pd.DataFrame, cost: str) -> dict[str, np.ndarray]:
-    """By machine, the frontier against a column of the table of the dense settings whose schedule
-    ended.
+def dense_trainings(table: pd.DataFrame, runs: Mapping[str, Runs]) -> dict[str, DenseTraining]:
+    """By machine, its dense settings whose schedule ended, as far as they have runs.
 
     Seconds and joules are comparable on the same GPU and with the same number of processes only.
     """
-    rows = table[
-        table["dense"] & table["decayed"] & table[cost].notna() & table["final_mean"].notna()
-    ]
+    ended = table[table["dense"] & table["decayed"] & table.index.isin(list(runs))]
     return {
-        machine: dense_frontier(own[cost].to_numpy(), own["final_mean"].to_numpy())
-        for machine, own in rows.groupby("machine")
+        machine: DenseTraining([runs[name] for name in rows.index])
+        for machine, rows in ended.groupby("machine")
     }
+
+
+def dense_frontiers(table: pd.DataFrame, frame: pd.DataFrame, cost: str) -> dict[str, Measure]:
+    """By machine, the frontier of its dense settings, those of one seed too, over a column of the
+    frame of runs.
+    """
+    trainings = dense_trainings(table, runs_by_setting(frame, cost))
+    return {machine: dense.every for machine, dense in trainings.items()}
 
 
 def tabulate(frame: pd.DataFrame) -> pd.DataFrame:
@@ -109,48 +125,100 @@ def tabulate(frame: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("final_mean", ascending=False, kind="stable")
 
 
-def add_differences(table: pd.DataFrame, name: str, baseline: str | None) -> None:
+def add_differences(table: pd.DataFrame, name: str, baseline: str | None, rivals: int) -> None:
     """Add each setting's difference to the baseline, in points, and its interval; NaN for the
-    baseline itself.
+    baseline itself. `rivals`: see `Study`; the columns of OF_BEST allow for it.
     """
-    table[[name, f"{name}_ci95"]] = np.nan
+    table[[name, f"{name}_ci95", f"{OF_BEST}{name}_ci95"]] = np.nan
     if baseline is None:
         return
     base = table.loc[baseline]
     others = table.index != baseline
-    half = difference_half_width(table["final_sd"], table["n"], base["final_sd"], base["n"])
     table[name] = np.where(others, table["final_mean"] - base["final_mean"], np.nan)
-    table[f"{name}_ci95"] = np.where(others, half, np.nan)
+    for prefix, count in (("", 1), (OF_BEST, rivals)):
+        half = difference_half_width(
+            table["final_sd"], table["n"], base["final_sd"], base["n"], count
+        )
+        table[f"{prefix}{name}_ci95"] = np.where(others, half, np.nan)
 
 
-def add_matches(table: pd.DataFrame, frame: pd.DataFrame) -> None:
-    """Add what each setting is worth against dense training on the same machine: see
-    `statistics`.
+def unlike_steps(
+    name: str,
+    dense: DenseTraining,
+    settings: Mapping[str, Mapping[str, str]],
+    steps: Mapping[str, Sequence[float]],
+) -> str:
+    """The fastest and the slowest dense step, in ms, of a setting's runs and of the dense runs that
+    it is compared with, where they are too far apart; otherwise "".
+
+    Only dense runs whose steps ought to cost the same are looked at.
     """
-    timed = frame[frame["final_accuracy"].notna() & frame["train_seconds"].notna()]
-    runs = {
-        name: Runs(name, rows["train_seconds"].to_numpy(), rows["final_accuracy"].to_numpy())
-        for name, rows in timed.groupby("setting")
+    own = dense_step(settings[name])
+    alike = [each.name for each in dense.settings if dense_step(settings[each.name]) == own]
+    found = apart([step for each in {name, *alike} for step in steps[each]])
+    return "" if found is None else f"{found[0]:.4g} and {found[1]:.4g} ms"
+
+
+def add_matches(
+    table: pd.DataFrame,
+    frame: pd.DataFrame,
+    settings: Mapping[str, Mapping[str, str]],
+    rivals: int,
+) -> None:
+    """Add what each sparse setting is worth against dense training on the same machine: see
+    `statistics`. `rivals`: see `Study`; the columns of OF_BEST allow for it.
+
+    `void`: the two figures of `unlike_steps`; then nothing is compared by time.
+    """
+    runs = runs_by_setting(frame, "train_seconds")
+    trainings = dense_trainings(table, runs)
+    steps = {name: list(rows) for name, rows in frame.groupby("setting")["dense_step_ms"]}
+    rows = table[~table["dense"] & table.index.isin(list(runs))]
+    pairs = {
+        row.Index: (runs[row.Index], trainings[row.machine])
+        for row in rows.itertuples()
+        if row.machine in trainings
     }
-    ended = table[table["dense"] & table["decayed"]]
-    dense = {
-        machine: DenseTraining([runs[name] for name in rows.index if name in runs])
-        for machine, rows in ended.groupby("machine")
-    }
-    nothing = DenseTraining([])
-    nobody = Runs("", np.array([]), np.array([]))
-    pairs = [
-        (runs.get(row.Index, nobody), dense.get(row.machine, nothing)) for row in table.itertuples()
-    ]
-    matches = [time_to_match(own, others) for own, others in pairs]
-    table["time_to_match"] = [match.ratio for match in matches]
-    for part in ("low", "high", "bound", "low_cut", "high_cut", "against"):
-        table[f"time_to_match_{part}"] = [getattr(match, part) for match in matches]
-    equal = [
-        (np.nan, np.nan) if row.dense else at_equal_time(*pair)
-        for row, pair in zip(table.itertuples(), pairs, strict=True)
-    ]
-    table["equal_time"], table["equal_time_ci95"] = zip(*equal, strict=True)
+    void = {name: unlike_steps(name, dense, settings, steps) for name, (_, dense) in pairs.items()}
+    table["void"] = [void.get(name, "") for name in table.index]
+    for prefix, count in (("", 1), (OF_BEST, rivals)):
+        matches = []
+        equal = []
+        for name in table.index:
+            known = name in pairs and not void[name]
+            matches.append(time_to_match(*pairs[name], count) if known else Match())
+            equal.append(at_equal_time(*pairs[name], count) if known else (np.nan, np.nan))
+        for part in ("low", "high", "bound", "low_cut", "high_cut", "dense_seconds"):
+            table[f"{prefix}time_to_match_{part}"] = [getattr(each, part) for each in matches]
+        table[f"{prefix}time_to_match"] = [each.ratio for each in matches]
+        table[f"{prefix}equal_time"], table[f"{prefix}equal_time_ci95"] = zip(*equal, strict=True)
+
+
+def advice(study: Study) -> list[str]:
+    """Which dense lengths to add: where a setting's time, or the dense time that it matches, lies
+    in a `wide_gap`. One line a gap.
+    """
+    runs = runs_by_setting(study.runs, "train_seconds")
+    trainings = dense_trainings(study.table, runs)
+    found: dict[tuple[str, str], str] = {}
+    for row in study.table.itertuples():
+        if row.dense or row.machine not in trainings or row.void:
+            continue
+        for seconds in (row.train_seconds_mean, row.time_to_match_dense_seconds):
+            gap = wide_gap(seconds, trainings[row.machine])
+            if gap is not None:
+                found.setdefault((gap[0].name, gap[1].name), gap_line(study, row.Index, *gap))
+    return list(found.values())
+
+
+def gap_line(study: Study, name: str, left: Runs, right: Runs) -> str:
+    seconds = np.sqrt(left.means[0] * right.means[0])
+    epochs = np.sqrt(np.prod(study.table.loc[[left.name, right.name], "epochs"]))
+    return (
+        f"{name} lies between {left.name} and {right.name}, which are a factor "
+        f"{right.means[0] / left.means[0]:.1f} apart: too few dense lengths to know the frontier "
+        f"there; add dense runs of about {epochs:.0f} epochs ({seconds:.3g} s)"
+    )
 
 
 def best_dense(table: pd.DataFrame) -> str | None:
@@ -213,17 +281,18 @@ def compare_group(
     frame["mode"] = [run.settings.get("ast.mode", "") if comparable else "" for run in runs]
     frame["machine"] = [run.machine for run in runs]
     table = tabulate(frame)
-    add_matches(table, frame)
+    settings = {label: first[key].settings for key, label in label_of.items()}
+    rivals = int((~table["dense"] & (table["n"] > 0)).sum())
+    add_matches(table, frame, settings, rivals)
     dense = best_dense(table)
     baseline = baseline if baseline in table.index else dense
-    add_differences(table, "difference", baseline)
-    add_differences(table, "best_dense", dense)
+    add_differences(table, "difference", baseline, rivals)
+    add_differences(table, "best_dense", dense, rivals)
     histories: dict[str, list] = {label: [] for label in table.index}
     for run in runs:
         histories[label_of[run.key]].append(run.history)
     environments = Counter(tuple(run.environment.items()) for run in runs)
-    settings = {label: first[key].settings for key, label in label_of.items()}
-    frontiers = dense_frontiers(table, "train_seconds_mean")
+    frontiers = dense_frontiers(table, frame, "train_seconds")
     newest = {label_of[run.key]: run for run in sorted(runs, key=lambda run: run.age)}
     study = Study(
         title,
@@ -234,6 +303,7 @@ def compare_group(
         histories,
         environments,
         frontiers,
+        rivals,
         baseline,
         dict(left_out),
         newest,
@@ -244,7 +314,7 @@ def compare_group(
 
 def find_warnings(study: Study) -> list[str]:
     """What a reader should know before believing the table, one line each."""
-    found = []
+    found = advice(study)
     of_setting = dict(list(study.runs.groupby("setting")))
     for setting in study.table.index:
         rows = of_setting[setting]
@@ -263,6 +333,11 @@ def find_warnings(study: Study) -> list[str]:
                 found.append(
                     f"{setting}: {status} in {count} of {len(rows)} runs: its schedule did not end"
                 )
+        if void := study.table.loc[setting, "void"]:
+            found.append(
+                f"{setting}: its comparison by time is void: dense steps of the compared runs took "
+                f"{void}"
+            )
         if odd := int(rows["non_finite"].sum()):
             found.append(f"{setting}: {odd} NaN or infinite values in its files")
     machines = {

@@ -15,7 +15,7 @@ import pandas as pd
 from lab.base.console import Columns, table_line
 from lab.base.errors import RequestError, one_line
 from lab.outputs.tables import EPOCH_COLUMNS
-from lab.study.analysis.study import Study
+from lab.study.analysis.study import OF_BEST, Study
 from lab.study.results import ACTIVATION_BAND
 
 
@@ -25,26 +25,21 @@ def points(difference: float, half: float) -> str:
     return text if pd.isna(half) else f"{text} ± {half:.2f}"
 
 
-def match_text(row: Any) -> str:
-    """A row's time to match, with its interval; see `statistics.time_to_match`."""
-    if row.time_to_match_bound == "not resolved" or pd.isna(row.time_to_match):
-        return row.time_to_match_bound or "-"
-    text = f"{row.time_to_match_bound} {row.time_to_match:.2f}".strip()
-    low, high = (f"{value:.2f}" for value in (row.time_to_match_low, row.time_to_match_high))
-    if row.time_to_match_bound or low == high == text:
-        return text
-    return (
-        f"{text} ({'< ' * row.time_to_match_low_cut}{low} to "
-        f"{'> ' * row.time_to_match_high_cut}{high})"
+def match_text(row: Any, prefix: str = "") -> str:
+    """A row's time to match, with its interval; see `statistics.time_to_match`. `prefix`: "" or
+    OF_BEST.
+    """
+    ratio, bound, low, high, low_cut, high_cut = (
+        getattr(row, f"{prefix}time_to_match{part}")
+        for part in ("", "_bound", "_low", "_high", "_low_cut", "_high_cut")
     )
-
-
-def interval_text(study: Study, row: Any) -> str:
-    """Half the 95 % interval of a row's mean accuracy; of two seeds their range."""
-    if row.n == 2:
-        own = study.runs.loc[study.runs["setting"] == row.Index, "final_accuracy"]
-        return f"{own.min():.2f} to {own.max():.2f}"
-    return "-" if pd.isna(row.final_ci95) else f"{row.final_ci95:.2f}"
+    if row.void:
+        return f"void: {row.void}"
+    if bound == "not resolved" or pd.isna(ratio):
+        return bound or "-"
+    text = f"{bound} {ratio:.2f}".strip()
+    ends = f"{'< ' * low_cut}{low:.2f}", f"{'> ' * high_cut}{high:.2f}"
+    return text if bound or set(ends) == {text} else f"{text} ({ends[0]} to {ends[1]})"
 
 
 def text_table(study: Study) -> pd.DataFrame:
@@ -59,15 +54,20 @@ def text_table(study: Study) -> pd.DataFrame:
     def gaps(column: str) -> list[str]:
         return [points(*pair) for pair in zip(table[column], table[f"{column}_ci95"], strict=True)]
 
+    equal = [
+        "void" if void else text
+        for void, text in zip(table["void"], gaps("equal_time"), strict=True)
+    ]
+
     columns = {
         "setting": list(table.index),
         "n": show("n", "d"),
         "final %": show("final_mean", ".2f"),
         "sd": show("final_sd", ".2f"),
-        "± 95 %": [interval_text(study, row) for row in table.itertuples()],
+        "± 95 %": show("final_ci95", ".2f"),
         "best %": show("best_mean", ".2f"),
         "difference": gaps("difference"),
-        "at equal time": gaps("equal_time"),
+        "at equal time": equal,
         "time to match": [match_text(row) for row in table.itertuples()],
         "to best dense": gaps("best_dense"),
         "train s": show("train_seconds_mean", ".1f"),
@@ -105,29 +105,29 @@ def gap_sentence(name: str, other: str, difference: float, half: float) -> Sente
 
 
 def match_sentence(study: Study, name: str) -> Sentence:
-    """A setting's time to match, in words."""
+    """A setting's time to match, in words; its interval allows for picking the best setting."""
     row = next(study.table.loc[[name]].itertuples())
-    text = match_text(row)
-    dense = study.table[study.table["dense"]]
-    if row.time_to_match_bound == "not resolved":
+    text = match_text(row, OF_BEST)
+    bound = getattr(row, f"{OF_BEST}time_to_match_bound")
+    if row.void:
+        return (
+            name,
+            f"is not compared by time: that is void, for the dense steps of its runs and of the "
+            f"dense ones took {row.void}.",
+        )
+    if bound == "not resolved":
         return (
             f"Whether {name}",
             "saves training time is not resolved: it needs more seeds or dense lengths.",
         )
-    if row.time_to_match_bound == "<":
+    if bound == "<":
         return name, f"beats dense training of every length: its time to match is {text}."
-    if row.time_to_match_bound == ">":
+    if bound == ">":
         return (
             name,
             f"is less accurate than the shortest dense setting: its time to match is {text}.",
         )
-    epochs = dense.loc[row.time_to_match_against, "epochs"]
-    whose = row.time_to_match_against
-    its = "its"
-    if (dense["epochs"] == epochs).sum() == 1 and epochs.is_integer():
-        whose = f"{epochs:.0f} dense epochs"
-        its = "their"
-    return name, f"reaches the accuracy of {whose} in {text} of {its} time."
+    return name, f"takes {text} of the time of dense training that is as accurate."
 
 
 def against_dense(study: Study, sparse: Sequence[str]) -> list[Sentence]:
@@ -137,16 +137,19 @@ def against_dense(study: Study, sparse: Sequence[str]) -> list[Sentence]:
     table = study.table
     name = sparse[0]
     found = []
-    equal = table.loc[name, ["equal_time", "equal_time_ci95"]]
+    equal = table.loc[name, ["equal_time", f"{OF_BEST}equal_time_ci95"]]
     if pd.notna(equal.iloc[0]):
         found.append(gap_sentence(name, "dense training of the same time", *equal))
     rows = table.loc[list(sparse)]
-    matched = (rows["time_to_match_bound"] != "") | rows["time_to_match"].notna()
-    if matched[name]:
+    bounds = rows[f"{OF_BEST}time_to_match_bound"]
+    if rows.loc[name, "void"] or bounds[name] or pd.notna(rows.loc[name, "time_to_match"]):
         found.append(match_sentence(study, name))
-    known = rows[rows["time_to_match_bound"].isin(["", "<"]) & rows["time_to_match"].notna()]
+    known = rows[bounds.isin(["", "<"]) & rows[f"{OF_BEST}time_to_match"].notna()]
     if len(known) and (least := known["time_to_match"].idxmin()) != name:
         found.append(match_sentence(study, least))
+    if study.rivals > 1 and table.loc[name, "n"] > 1 and table["dense"].any():
+        rest = f"allow for the choice of the best of {study.rivals} settings (Bonferroni)."
+        found.append(("The intervals against dense training", rest))
     return found
 
 
@@ -184,19 +187,17 @@ def verdict_sentences(study: Study) -> list[str]:
     base = study.baseline
     spread = figures[best].get("± 95 %", "-")
     count = int(table.loc[best, "n"])
-    half, ends = (
-        ("", f", {spread}") if count == 2 else (f" ± {spread}" if spread != "-" else "", "")
-    )
-    accuracy = f"{figures[best]['final %']}{half} % ({count} seed{'s' * (count > 1)}{ends})"
+    half = f" ± {spread}" if spread != "-" else ""
+    accuracy = f"{figures[best]['final %']}{half} % ({count} seed{'s' * (count > 1)})"
     sentences: list[Sentence] = [(best, f"has the highest final accuracy: {accuracy}.")]
     sparse = [name for name in ranked if not table.loc[name, "dense"]]
     other = (
         best if base != best else next((name for name in [*sparse, *ranked] if name != base), None)
     )
     if base in ranked and other is not None:
-        sentences.append(
-            gap_sentence(other, base, *table.loc[other, ["difference", "difference_ci95"]])
-        )
+        prefix = OF_BEST * (other in sparse)
+        difference = table.loc[other, ["difference", f"{prefix}difference_ci95"]]
+        sentences.append(gap_sentence(other, base, *difference))
     sentences += against_dense(study, sparse) if sparse else []
     if not study.frontiers:
         sentences.append(
@@ -219,7 +220,9 @@ def frontier_lines(study: Study) -> list[str]:
     lines = []
     for machine, frontier in study.frontiers.items():
         where = f" ({machine})" if len(study.frontiers) > 1 else ""
-        ends = ", ".join(f"{percent:.2f} % in {seconds:.1f} s" for seconds, percent in frontier)
+        ends = ", ".join(
+            f"{each.means[1]:.2f} % in {each.means[0]:.1f} s" for each in frontier.points
+        )
         lines.append(one_line(f"dense frontier{where}: {ends}"))
     return lines
 
@@ -280,7 +283,6 @@ FOLLOWED: Columns = {
         for title in "loss|train %|val %|active|threshold|loaded|trained".split("|")
     },
     "train s": ("train_seconds", "10.1f"),
-    "est kJ": ("est_energy_kj", "10.3f"),
     "kJ": ("energy_kj", "10.3f"),
     "ms/step": EPOCH_COLUMNS["ms/step"],
 }

@@ -8,6 +8,7 @@ import pytest
 from helpers import study_of, write_run, write_sweep
 from lab.study.analysis.figures import MODES, OTHER, choose_styles, draw, draw_file, mean_curve
 from lab.study.analysis.report import render
+from lab.study.analysis.tables import text_table
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,37 @@ def test_a_figure_says_what_was_not_recorded(folder):
     study = study_of(folder)
     (axes,) = draw(study, "threshold", legend=False).axes
     assert axes.get_xlabel() == "epoch   (1 setting without it)"  # dense
-    (axes,) = draw(study, "energy", legend=False).axes  # nothing measured on this CPU: one panel
-    assert axes.get_ylabel() == "estimated, time x TDP (kJ)"
+    assert draw(study, "energy", legend=False) is None  # of this CPU nothing is known
     (axes,) = draw(study, "frontier_time", legend=False).axes
-    assert axes.lines[0].get_xydata().tolist() == [[31.0, pytest.approx(73 + 1 / 9)]]
+    assert axes.lines[0].get_xydata().tolist() == [pytest.approx([31.0, 73 + 1 / 9], rel=1e-3)]
+
+
+def test_energy_is_drawn_where_there_is_a_gpu_or_the_watts_are_given(tmp_path):
+    gpu = {"environment": {"gpu": "NVIDIA H200", "platform": "Linux"}}
+    write_run(tmp_path / "gpu", "1", extra=gpu)
+    write_run(tmp_path / "given", "1", metrics__gpu_tdp_watts=65.0)
+    write_run(tmp_path / "cpu", "1")
+    for name in ("gpu", "given"):
+        study = study_of(tmp_path / name)
+        (axes,) = draw(study, "energy", legend=False).axes  # nothing was measured: one panel
+        assert axes.get_ylabel() == "estimated, time x TDP (kJ)"
+        assert text_table(study)["kJ (estimate)"].tolist() == ["30"]
+    study = study_of(tmp_path / "cpu")
+    assert draw(study, "energy", legend=False) is draw(study, "frontier_energy", False) is None
+    assert not [column for column in text_table(study) if "kJ" in column]
+    assert np.isnan(study.table["est_energy_kj_mean"]).all()
+
+
+def test_the_dense_frontier_is_drawn_as_the_curve_that_settings_are_compared_with(tmp_path):
+    for seed, noise in enumerate((-0.1, 0.0, 0.1)):
+        for epochs, percent in ((10, 88.0), (20, 89.5), (40, 90.5)):
+            config = {"ast__mode": "dense", "training__epochs": epochs, "training__seed": seed}
+            write_run(tmp_path, f"{epochs}{seed}", (1.0, percent + noise), float(epochs), **config)
+        write_run(tmp_path, f"s{seed}", (1.0, 90.0 + noise), 26.0, training__seed=seed)
+    study = study_of(tmp_path)
+    (axes,) = draw(study, "frontier_time", legend=False).axes
+    curve = next(line.get_xydata() for line in axes.lines if len(line.get_xydata()) > 10)
+    at_26 = np.interp(26.0, *curve.T)
+    row = study.table.loc["ast epochs=3"]
+    assert row["equal_time"] == pytest.approx(90.0 - at_26, abs=0.002)
+    assert np.interp(row["time_to_match_dense_seconds"], *curve.T) == pytest.approx(90.0, abs=0.002)

@@ -7,9 +7,16 @@ import pytest
 
 from conftest import MINIMAL
 from helpers import studies_of, study_of, write_run
+from lab.study.analysis.figures import notes_on_bars
+from lab.study.analysis.report import render
 from lab.study.analysis.settings import UNKNOWN
-from lab.study.analysis.study import dense_frontier
-from lab.study.analysis.tables import frontier_lines
+from lab.study.analysis.tables import (
+    frontier_lines,
+    text_table,
+    to_latex,
+    to_markdown,
+    verdict,
+)
 
 # ----------------------------------------------------------------------------------------- Grouping
 
@@ -83,13 +90,6 @@ def test_dense_twins_of_one_sparse_setting_are_one_setting_for_all_their_budgets
 # ----------------------------------------------------------------------------------------- Frontier
 
 
-def test_frontier_keeps_what_no_other_reaches_in_less_time():
-    seconds = np.array([30.0, 10.0, 20.0, 20.0, 40.0])
-    percent = np.array([88.0, 80.0, 90.0, 85.0, 91.0])
-    assert dense_frontier(seconds, percent).tolist() == [[10, 80], [20, 90], [40, 91]]
-    assert dense_frontier(np.array([]), np.array([])).shape == (0, 2)
-
-
 def test_frontier_is_of_finished_dense_runs_on_the_same_data_model_and_machine(tmp_path):
     for number, (epochs, seconds, accuracy) in enumerate([(3, 10.0, 80.0), (6, 20.0, 90.0)]):
         for seed in range(2):
@@ -120,16 +120,123 @@ def test_frontier_is_of_finished_dense_runs_on_the_same_data_model_and_machine(t
     assert list(other.table.index) == ["dense"]
     row = study.table.loc["ast epochs=3 gpu=null"]
     assert row["machine"] == "null"
-    assert {machine: len(frontier) for machine, frontier in study.frontiers.items()} == {
+    assert {machine: len(each.points) for machine, each in study.frontiers.items()} == {
         "null": 2,
         "H200": 1,
     }
     assert "dense frontier (null): 80.00 % in 10.0 s, 90.00 % in 20.0 s" in frontier_lines(study)
-    assert row["equal_time"] == pytest.approx(
-        85 - 82
-    )  # at 12 s, between 80 % at 10 s and 90 % at 20 s
+    # at 12 s, between 80 % at 10 s and 90 % at 20 s: half way from log time to 1 / time
+    share = (np.log2(1.2) + (1 - 10 / 12) / (1 - 10 / 20)) / 2
+    assert row["equal_time"] == pytest.approx(85 - 80 - 10 * share, abs=0.05)
     assert any("the runs come from 2 machines" in text for text in study.warnings)
     assert any("time_capped in 1 of 1 runs" in text for text in study.warnings)
+
+
+# ----------------------------------------------------------------------------------- Dense training
+
+LENGTHS = ((10, 88.0), (20, 89.5), (40, 90.5))
+
+
+def write_study(folder, dense_steps=10.0, own_steps=10.0, settings=1, **keys):
+    """Three dense lengths of a second an epoch and sparse settings of 30 s, three seeds each."""
+
+    def steps(dense):
+        return {"step_time_ms": [3 * dense, dense, dense, 1.1 * dense]}
+
+    for seed, noise in enumerate((-0.1, 0.0, 0.1)):
+        for epochs, percent in LENGTHS:
+            name = f"d{epochs}{seed}"
+            config = {"ast__mode": "dense", "training__epochs": epochs, "training__seed": seed}
+            write_run(
+                folder,
+                name,
+                (1.0, 2.0, 3.0, percent + noise),
+                float(epochs),
+                history=steps(dense_steps),
+                **config,
+                **keys,
+            )
+        for number in range(settings):
+            write_run(
+                folder,
+                f"s{number}{seed}",
+                (1.0, 2.0, 3.0, 90.9 + noise - number),
+                30.0,
+                history=steps(own_steps),
+                ast__warmup_epochs=2,
+                ast__kp=1.0 + number,
+                training__epochs=4,
+                training__seed=seed,
+                **keys,
+            )
+    return study_of(folder)
+
+
+def test_runs_whose_dense_steps_differ_are_not_compared_by_time(tmp_path):
+    """Identical steps of 10 and of 26 ms: the machine was busy. In the table, the verdict and the
+    warnings.
+    """
+    alike = write_study(tmp_path / "alike", own_steps=10.9)
+    own = next(name for name in alike.table.index if name.startswith("ast"))
+    assert alike.table.loc[own, "equal_time"] > 0
+    assert alike.table.loc[own, "void"] == ""
+    apart = write_study(tmp_path / "apart", own_steps=26.0)
+    row = apart.table.loc[own]
+    assert row["void"] == "10 and 26 ms"
+    assert np.isnan([row["equal_time"], row["time_to_match"], row["time_to_match_high"]]).all()
+    cells = text_table(apart).set_index("setting").loc[own]
+    assert (cells["at equal time"], cells["time to match"]) == ("void", "void: 10 and 26 ms")
+    assert "not compared by time: that is void, for the dense steps" in verdict(apart)
+    assert "took 10 and 26 ms." in verdict(apart)
+    assert "of the same time" not in verdict(apart)
+    assert any("comparison by time is void" in text for text in apart.warnings)
+    for text in (to_markdown([apart]), to_latex([apart]), render([apart])):
+        assert "void: 10 and 26 ms" in text
+    assert notes_on_bars(apart)[-1] == "times of 1 setting void: see the table"
+
+
+def test_steps_that_cost_more_by_their_settings_are_not_held_against_a_run(tmp_path):
+    """A dense run with twice the batch has slower steps on the same machine."""
+    write_study(tmp_path)
+    for seed in range(2):
+        write_run(
+            tmp_path,
+            f"big{seed}",
+            (1.0, 2.0, 3.0, 80.0 + seed),
+            80.0,
+            history={"step_time_ms": [20.0] * 4},
+            ast__mode="dense",
+            training__epochs=80,
+            training__batch_size=64,
+            training__seed=seed,
+        )
+    assert set(study_of(tmp_path).table["void"]) == {""}
+
+
+def test_lengths_a_factor_two_apart_are_called_too_few(tmp_path):
+    study = write_study(tmp_path)
+    (text,) = (text for text in study.warnings if "apart" in text)
+    assert "dense epochs=20 batch" not in text
+    assert "a factor 2.0 apart: too few dense lengths" in text
+    assert text.endswith("add dense runs of about 4 epochs (28.3 s)")  # their files hold 4 epochs
+    between = {"ast__mode": "dense", "training__epochs": 28}
+    for seed, noise in enumerate((-0.1, 0.0, 0.1)):
+        write_run(tmp_path, f"m{seed}", (1.0, 90.1 + noise), 28.3, training__seed=seed, **between)
+    assert not any("apart" in text for text in study_of(tmp_path).warnings)
+
+
+def test_the_best_of_several_settings_is_judged_by_wider_intervals(tmp_path):
+    one = write_study(tmp_path / "one")
+    four = write_study(tmp_path / "four", settings=4)
+    best = four.table.index[0]
+    assert (one.rivals, four.rivals) == (1, 4)
+    row = four.table.loc[best]
+    assert row["equal_time_ci95"] == one.table["equal_time_ci95"].dropna().iloc[0]
+    assert row["best_of_equal_time_ci95"] > 1.3 * row["equal_time_ci95"]
+    assert row["best_of_difference_ci95"] > row["difference_ci95"]
+    assert f"by 0.40 ± {row['best_of_difference_ci95']:.2f} points" in verdict(four)
+    assert "the best of 4 settings (Bonferroni)" in verdict(four)
+    assert "Bonferroni" not in verdict(one)
 
 
 # ----------------------------------------------------------------------------------------- Warnings
