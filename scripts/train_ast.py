@@ -1261,6 +1261,13 @@ def train_step(batch: DeviceBatch, run: Run, count_correct: bool = True) -> int:
     return len(batch.labels)
 
 
+def dense_step(batch: DeviceBatch, run: Run) -> int:
+    """Train on a whole batch. Before the sparse epochs, what will score learns from it too."""
+    if run.metrics.epoch < run.schedule.shares.span.start:
+        observe(batch, run)
+    return train_step(batch, run) or int(run.dist.world > 1)  # another rank has some
+
+
 # --------------------------------------------------------------------------------------------- Data
 
 
@@ -1802,7 +1809,6 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
     label = f"epoch {metrics.epoch + 1}{of_all(run.config)}"
     batches = () if clock.out_of_time() else batches
     scoring = not run.selection.scores.before_loading and run.is_sparse()
-    learning = metrics.epoch < run.schedule.shares.span.start
     with step_bar(label, steps) as heartbeat:
         for batch, scores in run.ahead.pairs(batches, scoring):
             metrics.ledger.loaded += len(batch.labels)
@@ -1810,9 +1816,7 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
                 sparse_epochs = run.schedule.sparse_epochs(metrics.epoch, metrics.step / steps)
                 trained = ast_forward(batch, scores, run, sparse_epochs)
             else:
-                if learning:
-                    observe(batch, run)
-                trained = train_step(batch, run) or int(run.dist.world > 1)  # another rank has some
+                trained = dense_step(batch, run)
             metrics.step += 1
             run.schedule.advance()
             if trained is not None:

@@ -36,6 +36,8 @@ AST_VALUES = {
     "score_statistics": "batch",
     "proxy_model": "test_resnet",
     "pack": True,
+    "candidates": 0.8,
+    "reuse_forward": True,
 }
 BASE = {
     "model": {"name": "small_conv"},
@@ -102,6 +104,8 @@ CELLS = [
     for cell in CELLS
     if cell[1:] != ("infobatch", "entropy_weight")
     and cell != ("history", "infobatch", "min_active")
+    # refused elsewhere, from a file too: what it replaces would be idle there
+    and (cell[2] != "reuse_forward" or cell[:2] in (("batch", "pi"), ("batch", "topk")))
 ]
 
 
