@@ -902,7 +902,8 @@ class Selection(Stateful):
         if self.candidates < 1:
             edges = self.dist.shard_edges(len(scores))
             local = scores[edges[self.dist.rank] : edges[self.dist.rank + 1]]
-            self.store.record_scores(indices, to_device(local, self.device), epoch)
+            local = local if local.is_cuda else to_device(local, self.device)
+            self.store.record_scores(indices, local, epoch)
 
     def choose(self, indices: Tensor, scores: Tensor, sparse_epochs: float) -> Choice:
         """Whom to train on of a batch. indices: int64, of this process's part of it.
@@ -1217,7 +1218,7 @@ def backward_rows(batch: DeviceBatch, local: Tensor, run: Run) -> None:
         return
     metrics = run.metrics
     selection = run.selection
-    rows = local if local.device == run.device else to_device(local, run.device)
+    rows = local if local.is_cuda else to_device(local, run.device)
     active = DeviceBatch(batch.images[:0], batch.labels[rows], batch.indices[rows])
     active = active._replace(weights=selection.loss_weights(active))
     forward = selection.scores.reuse
