@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import runs
 from conftest import REPO
@@ -114,7 +115,9 @@ def test_command_works(command, clone, image_folder):
             path.is_file() for path in (image_folder / "val").rglob("*")
         )
     if "--plot" in command:
-        assert len(list((clone / "results" / "plots").glob("*.png"))) == 8
+        # of energy nothing is known without a GPU
+        figures = 8 if torch.cuda.is_available() else 6
+        assert len(list((clone / "results" / "plots").glob("*.png"))) == figures
         assert (clone / "results" / "report.html").stat().st_size > 0
     if "--frontier" in command:
         assert (

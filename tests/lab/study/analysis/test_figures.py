@@ -162,3 +162,12 @@ def test_the_dense_frontier_is_drawn_as_the_curve_that_settings_are_compared_wit
     row = study.table.loc["ast epochs=3"]
     assert row["equal_time"] == pytest.approx(90.0 - at_26, abs=0.002)
     assert np.interp(row["time_to_match_dense_seconds"], *curve.T) == pytest.approx(90.0, abs=0.002)
+
+
+def test_a_target_that_moves_has_no_line_of_its_own(tmp_path):
+    for target in (0.5, "auto", "unseen"):
+        write_run(tmp_path, str(target), ast__target_activation=target)
+    study = study_of(tmp_path)
+    (axes,) = draw(study, "activation", legend=False).axes
+    level = [line for line in axes.lines if len(set(line.get_ydata())) == 1]
+    assert [line.get_ydata()[0] for line in level if line.get_color() == OTHER] == [0.5]
