@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from conftest import (
+    REPO,
     BatchNormNet,
     LayerNormNet,
     make_batch,
@@ -220,3 +225,29 @@ def test_a_score_doubles_with_every_epoch_that_leaves_its_sample_out():
     assert store.scores(order).tolist() == [3.0, 1.0, 0.0, math.inf]
     aged = store.scores(order, 5)  # epochs 2, 3 and 4 left the first two out
     assert aged.tolist() == pytest.approx([24.0, 8.0, 1e-6, math.inf])
+
+
+@pytest.mark.parametrize("rule", ["pi", pytest.param("topk", marks=pytest.mark.long)])
+def test_two_processes_train_as_one(rule, tmp_path):
+    """Started afresh: a forked process cannot trace once its parent has."""
+    keys = ["model.name=test_vit", "dataset.image_size=32", "training.batch_size=32"]
+    keys += ["dataset.max_train_samples=256", "dataset.max_val_samples=64", "training.lr=0.01"]
+    keys += ["training.epochs=3", "training.num_workers=0", f"ast.rule={rule}", *REUSE[:2]]
+    keys += ["ast.candidates=0.75"]
+
+    def config(name):
+        return make_config(*keys, "ast.warmup_epochs=1", f"logging.output_dir={tmp_path / name}")
+
+    one, _ = train(config("one"))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.dump(config("two").model_dump()))
+    script = [sys.executable, "scripts/run_experiment.py", "--config", str(path), "--nproc", "2"]
+    subprocess.run(script, cwd=REPO, check=True, capture_output=True)
+    (found,) = (tmp_path / "two").glob("final_results_*.json")
+    two = json.loads(found.read_text())
+    for name in ("loaded", "scored", "trained", "reused", "steps"):
+        assert two["ledger"][name] == one["ledger"][name], name
+    assert one["ledger"]["reused"] > 0
+    weights = [final_state(config(name))["model"] for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-4), name

@@ -237,6 +237,41 @@ def take_rows(tensor: Tensor, dim: int, outer: int, total: int, rows: Tensor) ->
     return taken.permute([order.index(d) for d in range(split.ndim)]).flatten(dim, dim + 2)
 
 
+def batch_norm_backward(
+    gradient: Tensor,
+    images: Tensor,
+    weight: Tensor | None,
+    _running_mean: Tensor | None,
+    _running_variance: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    _training: bool,
+    eps: float,
+    _mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of BatchNorm over some rows of a batch that it normalised by the statistics of
+    all: (gradients of the images, the weight, the bias).
+
+    images, gradient: [rows, channels, ...]; mean, inverse_std: [channels], of all rows. The
+    gradient of the images has no part along these rows' mean and deviations, as that of a batch of
+    their own. So a step does not change the norm of the weights before, which BatchNorm takes out.
+    """
+    dims = [0, *range(2, images.ndim)]
+    shape = [1, -1] + [1] * (images.ndim - 2)
+    given = gradient.float()
+    normal = (images.float() - mean.view(shape)) * inverse_std.view(shape)
+    of_bias = given.sum(dims)
+    of_weight = (given * normal).sum(dims)
+    count = images.numel() // images.shape[1]
+    centre = normal.mean(dims)
+    variance = normal.square().mean(dims) - centre.square() + eps * inverse_std.square()
+    average = of_bias / count
+    slope = (of_weight / count - average * centre) / variance
+    scale = inverse_std if weight is None else inverse_std * weight
+    left = given - average.view(shape) - (normal - centre.view(shape)) * slope.view(shape)
+    return (left * scale.view(shape)).to(images.dtype), of_weight, of_bias
+
+
 def find_layouts(
     full: Joint, part: Joint, total: int, rows: int
 ) -> dict[Node, Layout | str | None]:
@@ -674,6 +709,12 @@ class ForwardOnce:
             with graph.inserting_before(min(place.users, key=order.__getitem__)):
                 taken = graph.call_function(take_rows, (place, *layout, rows))
             place.replace_all_uses_with(taken, lambda user, taken=taken: user is not taken)
+        for node in list(graph.nodes):
+            if node.target is aten.native_batch_norm_backward.default and node.args[7]:
+                import os
+
+                if os.environ.get("AST_BN") != "plain":
+                    node.target = batch_norm_backward
         module.recompile()
         return module
 
