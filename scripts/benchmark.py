@@ -27,6 +27,12 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+from lab.study.benchmark.options import parse
+from lab.study.cli import refuse_early, run_cli
+
+if __name__ == "__main__":
+    refuse_early(partial(parse, __doc__))  # before the import of torch, which takes seconds
+
 import numpy as np
 import torch
 
@@ -38,7 +44,6 @@ from lab.machine.devices import configure_backends, environment, resolve_device
 from lab.method.sample_store import Visit
 from lab.models.building import get_model
 from lab.study.benchmark import epochs, inputs, timing
-from lab.study.benchmark.options import parse
 from lab.study.benchmark.peers import (
     forward_once_steps,
     hand_written_steps,
@@ -47,7 +52,6 @@ from lab.study.benchmark.peers import (
 )
 from lab.study.benchmark.scaling import benchmark_scaling, break_even, show_scaling
 from lab.study.benchmark.timing import Loop, StepRow, TimedDist, Workload
-from lab.study.cli import run_cli
 from train_ast import (
     Data,
     Pool,

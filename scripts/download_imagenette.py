@@ -19,8 +19,6 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torchvision
-
 from lab.base.errors import RequestError, one_line
 from lab.base.files import locked, user_path
 from lab.base.hub import no_endless_wait
@@ -39,6 +37,8 @@ def download(size: str, dest: Path) -> Path:
     if folder.is_dir():
         print_progress(f"{folder}: already there")
         return folder
+    import torchvision  # here, because it takes seconds
+
     try:
         with scratch_folder(dest / f".{folder.name}.part") as scratch, no_endless_wait():
             torchvision.datasets.Imagenette(scratch, split="train", size=size, download=True)

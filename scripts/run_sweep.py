@@ -48,7 +48,6 @@ from lab.study.sweep import (
     work_off,
     work_off_here,
 )
-from train_ast import check_config
 
 RUNNER = Path(__file__).with_name("run_experiment.py")
 
@@ -110,9 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     forget_launch()
     points = cross(args.grid, args.variants, args.seeds, args.overrides)
-    plans = plan_runs(
-        args.configs, args.overrides, points, args.dense_twin, args.resume, check_config
-    )
+    check = run_experiment.check_config
+    plans = plan_runs(args.configs, args.overrides, points, args.dense_twin, args.resume, check)
     slots = slots_of(args.gpus, args.runs_per_gpu)
     output_dir = Path(next(plan.config for plan in plans if plan.config).logging.output_dir)
     finished = as_written(output_dir, finished_runs(plans))
