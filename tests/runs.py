@@ -124,6 +124,7 @@ WAYS = {
     "accumulated": [
         "training.grad_accum_steps=4",
         "training.grad_clip_norm=1.0",
+        "dataset.image_size=16",
         "ast.score_resolution=8",
     ],
     "annealed, dropout": ["ast.anneal_epochs=1", "model.name=test_vit", "dataset.image_size=32"],
@@ -180,7 +181,12 @@ WAYS = {
         ),
         *("model.name=small_conv", "training.lr=0.2"),
     ],
-    "proxy": ["ast.scoring=proxy", "ast.pack=true", "ast.score_resolution=12"],
+    "proxy": [
+        "ast.scoring=proxy",
+        "ast.pack=true",
+        "dataset.image_size=16",
+        "ast.score_resolution=12",
+    ],
     "mixed, averaged, LAMB": [
         *(
             "training.mixup=0.2",

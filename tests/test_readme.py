@@ -36,7 +36,7 @@ ADDED = {
     f"{RUN}/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3": f"{FOLDER} --epochs 3",
     "scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,dense,random "
     "--seeds 0 1 2 --output-dir results/sweep": "--grid ast.mode=ast,dense --seeds 0 --one-process "
-    "training.epochs=4 dataset.max_train_samples=256",
+    "training.epochs=4 dataset.max_train_samples=64",
     "scripts/analyze_results.py --results-dir results/sweep --plot --save-dir results/plots "
     "--report results/report.html": "",
     "scripts/analyze_results.py --results-dir results/published/cifar10_erasing_h200/full "
@@ -44,7 +44,8 @@ ADDED = {
     # finds the folder there; the download has a test of its own
     "scripts/download_imagenette.py": "",
     "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model "
-    "test_resnet --classes 10 --image-size 32 --batch-size 16 --steps 1 --repeats 1 --no-compile",
+    "test_resnet --classes 10 --image-size 16 --batch-size 8 --steps 1 --repeats 1 --no-compile "
+    "--only dense random",
 }
 FIRST = {
     command.split()[0]: command for command in reversed(ADDED)
