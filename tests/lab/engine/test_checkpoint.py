@@ -60,6 +60,9 @@ OVERLAP = [
     "layers, Adam",
     "resident",
     "accumulated",
+    "packed",
+    "top-k",
+    "history, two workers",
 ]  # others hold what is in them
 
 
