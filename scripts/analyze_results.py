@@ -1,19 +1,22 @@
-"""Compare finished runs: a table with seeds as replicates, plots and a report; or follow a run
-while it goes on.
+"""Compare finished runs: a table with seeds as replicates, plots and a report; or
+follow a run while it goes on.
 
     python scripts/analyze_results.py --results-dir results
-    python scripts/analyze_results.py --results-dir results --plot --save-dir results/plots
-    python scripts/analyze_results.py --results-dir monday tuesday --baseline dense \\
-        --report results/report.html
-    python scripts/analyze_results.py --results-dir results --frontier results/frontier.png
+    python scripts/analyze_results.py --results-dir results --plot \\
+        --save-dir results/plots
+    python scripts/analyze_results.py --results-dir monday tuesday \\
+        --baseline dense --report results/report.html
+    python scripts/analyze_results.py --results-dir results \\
+        --frontier results/frontier.png
     python scripts/analyze_results.py --follow results/run.jsonl
 
-Reads every final_results_*.json of the folders, also those that hold only the documented keys. Runs
-that differ in nothing but their seed are one setting. Only runs on the same data with the same
-model are compared: where there are others, each such group has its own table, baseline, verdict and
-figures. Accuracies are in percent, activation a share of 0 to 1, time in seconds of training,
-energy in kJ: measured by NVML, or estimated as time x TDP. Exit codes: 0 done; 2 the request was
-wrong.
+Reads every final_results_*.json of the folders, also those that hold only the
+documented keys. Runs that differ in nothing but their seed are one setting.
+Only runs on the same data with the same model are compared: where there are
+others, each such group has its own table, baseline, verdict and figures.
+Accuracies are in percent, activation a share of 0 to 1, time in seconds of
+training, energy in kJ: measured by NVML, or estimated as time x TDP. Exit
+codes: 0 done; 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pathlib import Path
 import pandas as pd
 
 from lab.base.errors import one_line
-from lab.base.files import no_formula, user_path, write_outputs
+from lab.base.files import no_formula, output_path, user_path, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.plotting import import_matplotlib
 from lab.base.streams import print_progress
@@ -61,13 +64,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="compare with it; default: the most accurate dense one",
     )
     parser.add_argument(
-        "--csv", type=user_path, metavar="FILE", help="write the table with all digits and columns"
+        "--csv",
+        type=output_path,
+        metavar="FILE",
+        help="write the table with all digits and columns",
     )
     parser.add_argument(
-        "--markdown", type=user_path, metavar="FILE", help="write the table as Markdown"
+        "--markdown",
+        type=output_path,
+        metavar="FILE",
+        help="write the table as Markdown; -: to standard output, as with --csv and --latex",
     )
     parser.add_argument(
-        "--latex", type=user_path, metavar="FILE", help="write the table as LaTeX (booktabs)"
+        "--latex", type=output_path, metavar="FILE", help="write the table as LaTeX (booktabs)"
     )
     parser.add_argument("--plot", action="store_true", help="write each figure as PNG and SVG")
     parser.add_argument(

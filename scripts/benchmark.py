@@ -1,19 +1,26 @@
 """Measure what a training step and the input cost, all in one run on one machine.
 
-    python scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256
-    python scripts/benchmark.py steps --model resnet18 --small-stem --image-size 32 \\
-        --compile reduce-overhead
-    python scripts/benchmark.py steps --model test_resnet --image-size 32 --batch-size 32 --steps 4
-    python scripts/benchmark.py steps --model resnet50 --nproc 2 --batch-size 512
+    python scripts/benchmark.py steps --model resnet50 --image-size 224 \\
+        --batch-size 256
+    python scripts/benchmark.py steps --model resnet18 --small-stem \\
+        --image-size 32 --compile reduce-overhead
+    python scripts/benchmark.py steps --model test_resnet --image-size 32 \\
+        --batch-size 32 --steps 4
+    python scripts/benchmark.py steps --model resnet50 --nproc 2 \\
+        --batch-size 512
     python scripts/benchmark.py scaling --steps steps.json --gpus 8 64 512
-    python scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128
-    python scripts/benchmark.py epoch --folder data/imagenet/train --stream-steps 60
+    python scripts/benchmark.py input --folder data/imagenette2-160/train \\
+        --image-size 128
+    python scripts/benchmark.py epoch --folder data/imagenet/train \\
+        --stream-steps 60
 
-steps    training loops over one resident batch: the lab's own, and what others write by hand
-scaling  on paper: what those steps would take on more GPUs with as many samples each
+steps    training loops over one resident batch: the lab's own, and what others
+         write by hand
+scaling  on paper: what those steps would take on more GPUs with as many samples
+         each
 input    images per second of each pipeline over a folder of classes
-epoch    wall time of whole epochs of a folder of classes, by kind of cache, and how long the GPU
-         waited in them
+epoch    wall time of whole epochs of a folder of classes, by kind of cache, and
+         how long the GPU waited in them
 """
 
 from __future__ import annotations

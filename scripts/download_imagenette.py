@@ -1,10 +1,12 @@
-"""Download Imagenette (10 ImageNet classes, 9,469 + 3,925 images) in ImageFolder layout.
+"""Download Imagenette (10 ImageNet classes, 9,469 + 3,925 images) in ImageFolder
+layout.
 
     python scripts/download_imagenette.py
     python scripts/download_imagenette.py --size 320px --dest data
 
-Leaves <dest>/imagenette2-160/{train,val}/<class>/*.JPEG (imagenette2-320, imagenette2 for the other
-sizes), the archive's checksum verified; does nothing where that folder is there already.
+Leaves <dest>/imagenette2-160/{train,val}/<class>/*.JPEG (imagenette2-320,
+imagenette2 for the other sizes), the archive's checksum verified; does nothing
+where that folder is there already.
 """
 
 from __future__ import annotations

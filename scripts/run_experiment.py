@@ -1,12 +1,15 @@
 """Run one experiment from a config, with overrides.
 
-    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml \\
-        --epochs 50 --target-activation 0.3
-    python scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin
-    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml \\
-        --nproc 8 --resume auto
+    python scripts/run_experiment.py \\
+        --config configs/imagenet_resnet50_ast.yaml --epochs 50 \\
+        --target-activation 0.3
+    python scripts/run_experiment.py --config configs/digits_smoke.yaml \\
+        --dense-twin
+    python scripts/run_experiment.py \\
+        --config configs/imagenet_resnet50_ast.yaml --nproc 8 --resume auto
 
-Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interrupted.
+Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143
+interrupted.
 """
 
 from __future__ import annotations

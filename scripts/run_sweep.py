@@ -2,18 +2,22 @@
 
     python scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml \\
         configs/imagenet_vitb16_ast.yaml
-    python scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,random \\
-        ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 --output-dir results/sweep
-    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --gpus 0 1 \\
-        --runs-per-gpu 2 --resume
-    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --one-process \\
-        --seeds 0 1 2 \\
-        --variants "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
+    python scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid \\
+        ast.mode=ast,random ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 \\
+        --output-dir results/sweep
+    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
+        --gpus 0 1 --runs-per-gpu 2 --resume
+    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
+        --one-process --seeds 0 1 2 --variants \\
+        "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
 
-A run that fails is listed with its reason, and the others go on. When a run ends, one line about it
-is added to <output_dir>/sweep_summary_<timestamp>.jsonl. What it printed is in <output_dir>/logs/.
-Ctrl-C and SIGTERM are passed on to the runs, which save what they have; a second one kills them.
-Exit codes: 0 all done; 1 a run failed; 2 the request was wrong; 130 or 143 interrupted.
+A run that fails is listed with its reason, and the others go on. When a run
+ends, one line about it is added to
+<output_dir>/sweep_summary_<timestamp>.jsonl. What it printed is in
+<output_dir>/logs/. Ctrl-C and SIGTERM are passed on to the runs, which save
+what they have; a second one kills them.
+Exit codes: 0 all done; 1 a run failed; 2 the request was wrong; 130 or 143
+interrupted.
 """
 
 from __future__ import annotations

@@ -213,6 +213,7 @@ def test_help_and_a_wrong_request_need_no_torch():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80  # a terminal's width
     wrong = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(wrong) == sum(code == 2 for code, *_ in TORCHLESS)
 

@@ -118,7 +118,7 @@ def _reports(code: int, why: str) -> bool:
     return claim_failure(code, why)
 
 
-HELP_WIDTH = 110  # characters
+HELP_WIDTH = 80  # characters: a terminal's
 OVERRIDES_HELP = (
     "any config key, as ast.pack=true. Text is taken verbatim, quotes included; null is no value"
 )
@@ -173,9 +173,9 @@ def training_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def options_help() -> str:
     """Every config key with its default, what it needs and its meaning, for --help-config."""
     lines = [
-        "Config keys: by section in a YAML or JSON file, as section.key=value on the command line.",
-        "There text is taken verbatim and null is no value; the word null itself goes into a file,",
-        'as "null".',
+        "Config keys: by section in a YAML or JSON file, as section.key=value on the",
+        "command line. There text is taken verbatim and null is no value; the word null",
+        'itself goes into a file, as "null".',
     ]
     needs = all_needs()
     section = ""
