@@ -60,8 +60,10 @@ OVERLAP = [
     "layers, Adam",
     "resident",
     "accumulated",
+    "dense",
     "packed",
     "top-k",
+    "history",
     "history, two workers",
 ]  # others hold what is in them
 
