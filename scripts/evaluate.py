@@ -1,33 +1,24 @@
-"""Evaluate the weights of a run on a validation set, or ask them about single
-pictures.
+"""Evaluate the weights of a run on a validation set, or ask them about single pictures.
 
-    python scripts/evaluate.py --weights FOLDER \\
-        --config configs/digits_smoke.yaml
-    python scripts/evaluate.py --weights FOLDER \\
-        --config CONFIG dataset.val_dir=other
+    python scripts/evaluate.py --weights FOLDER --config configs/digits_smoke.yaml
+    python scripts/evaluate.py --weights FOLDER --config CONFIG dataset.val_dir=other
     python scripts/evaluate.py --weights FOLDER --images photo.jpg pictures/
 
-The first two print accuracy, top-5 accuracy, the accuracy of each class, the
-confusion matrix and the calibration error (expected calibration error, 15 bins,
-Guo et al. 2017). With --output-dir they also write evaluation.json and
-evaluation.png. The validation set is that of the config, prepared as while
-training; the network and its normalisation are those of the folder. --images
-prints the likeliest classes of every picture, prepared as the folder says, or
-as --config or overrides do; with --output-dir it also writes predictions.json.
-What one would not expect is said on stderr.
+The first two print accuracy, top-5 accuracy, the accuracy of each class, the confusion matrix and
+the calibration error (expected calibration error, 15 bins, Guo et al. 2017). With --output-dir they
+also write evaluation.json and evaluation.png. The validation set is that of the config, prepared as
+while training; the network and its normalisation are those of the folder. --images prints the
+likeliest classes of every picture, prepared as the folder says, or as --config or overrides do;
+with --output-dir it also writes predictions.json. What one would not expect is said on stderr.
 
-FOLDER may also be of timm's save_for_hf. A weights folder is timm's local-dir
-form. For every model of timm, and for a resnet18 or resnet50 without small
-stem:
+FOLDER may also be of timm's save_for_hf. A weights folder is timm's local-dir form. For every model
+of timm, and for a resnet18 or resnet50 without small stem:
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
-For torchvision's resnet18, resnet50 and vit_b_16, and (timm has none)
-model.small_stem:
+For torchvision's resnet18, resnet50 and vit_b_16, and (timm has none) model.small_stem:
     facts = json.load(open("FOLDER/config.json"))
     weights = safetensors.torch.load_file("FOLDER/model.safetensors")
     model = torchvision.models.get_model(
-        facts["architecture"],
-        num_classes=facts["num_classes"],
-        **facts["model_args"],
+        facts["architecture"], num_classes=facts["num_classes"], **facts["model_args"]
     )
     if facts["small_stem"]:
         model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -171,7 +162,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--config",
         type=user_text,
         metavar="FILE",
-        help="YAML or JSON config; with --images it may be left out",
+        help="YAML or JSON; with --images it may be left out",
     )
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="pictures, and folders of pictures"
@@ -183,7 +174,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output-dir",
         type=user_path,
         metavar="DIR",
-        help="write evaluation.json and evaluation.png there; with --images predictions.json",
+        help="write what was found there as files",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)

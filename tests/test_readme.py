@@ -97,9 +97,9 @@ def test_command_works(command, clone, image_folder):
         )
     line = [sys.executable, *shlex.split(command), *shlex.split(added)]
     if command in FIRST:
-        done = subprocess.run(line, cwd=clone, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(line, cwd=clone, capture_output=True, text=True, timeout=300)
     else:
-        done = runs.command(line[1:], cwd=clone, timeout=180)
+        done = runs.command(line[1:], cwd=clone, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     if command == "scripts/run_experiment.py --config configs/digits_smoke.yaml":
         accuracy = float(re.search(r"final (\d+\.\d+) %", done.stdout)[1])
