@@ -1,19 +1,22 @@
-"""Compare finished runs: a table with seeds as replicates, plots and a report; or follow a run
-while it goes on.
+"""Compare finished runs: a table with seeds as replicates, plots and a report; or
+follow a run while it goes on.
 
     python scripts/analyze_results.py --results-dir results
-    python scripts/analyze_results.py --results-dir results --plot --save-dir results/plots
-    python scripts/analyze_results.py --results-dir monday tuesday --baseline dense \\
-        --report results/report.html
-    python scripts/analyze_results.py --results-dir results --frontier results/frontier.png
+    python scripts/analyze_results.py --results-dir results --plot \\
+        --save-dir results/plots
+    python scripts/analyze_results.py --results-dir monday tuesday \\
+        --baseline dense --report results/report.html
+    python scripts/analyze_results.py --results-dir results \\
+        --frontier results/frontier.png
     python scripts/analyze_results.py --follow results/run.jsonl
 
-Reads every final_results_*.json of the folders, also those that hold only the documented keys. Runs
-that differ in nothing but their seed are one setting. Only runs on the same data with the same
-model are compared: where there are others, each such group has its own table, baseline, verdict and
-figures. Accuracies are in percent, activation a share of 0 to 1, time in seconds of training,
-energy in kJ: measured by NVML, or estimated as time x TDP. Exit codes: 0 done; 2 the request was
-wrong.
+Reads every final_results_*.json of the folders, also those that hold only the
+documented keys. Runs that differ in nothing but their seed are one setting.
+Only runs on the same data with the same model are compared: where there are
+others, each such group has its own table, baseline, verdict and figures.
+Accuracies are in percent, activation a share of 0 to 1, time in seconds of
+training, energy in kJ: measured by NVML, or estimated as time x TDP. Exit
+codes: 0 done; 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -22,26 +25,19 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from lab.base.errors import one_line
-from lab.base.files import no_formula, user_path, write_outputs
+from lab.base.files import no_formula, output_path, user_path, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.plotting import import_matplotlib
 from lab.base.streams import print_progress
-from lab.study.analysis.study import Study, compare
-from lab.study.analysis.tables import (
-    follow,
-    frontier_lines,
-    several,
-    text_table,
-    to_latex,
-    to_markdown,
-    verdict,
-)
 from lab.study.cli import command_parser, run_cli
-from lab.study.results import load_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lab.study.analysis.study import Study
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,13 +57,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="compare with it; default: the most accurate dense one",
     )
     parser.add_argument(
-        "--csv", type=user_path, metavar="FILE", help="write the table with all digits and columns"
+        "--csv",
+        type=output_path,
+        metavar="FILE",
+        help="write the table with all digits and columns",
     )
     parser.add_argument(
-        "--markdown", type=user_path, metavar="FILE", help="write the table as Markdown"
+        "--markdown",
+        type=output_path,
+        metavar="FILE",
+        help="write the table as Markdown; -: to standard output, as with --csv and --latex",
     )
     parser.add_argument(
-        "--latex", type=user_path, metavar="FILE", help="write the table as LaTeX (booktabs)"
+        "--latex", type=output_path, metavar="FILE", help="write the table as LaTeX (booktabs)"
     )
     parser.add_argument("--plot", action="store_true", help="write each figure as PNG and SVG")
     parser.add_argument(
@@ -100,6 +102,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def print_study(study: Study, show: Callable[..., None]) -> None:
+    from lab.study.analysis.tables import frontier_lines, text_table, verdict
+
     show(text_table(study).to_string(index=False))
     if study.baseline is not None:
         show(f"difference: in points, against {study.baseline}")
@@ -110,6 +114,8 @@ def print_study(study: Study, show: Callable[..., None]) -> None:
 
 def print_studies(studies: Sequence[Study], show: Callable[..., None]) -> None:
     """show: prints a line, as `print` does."""
+    from lab.study.analysis.tables import several
+
     if line := several(studies):
         show(line)
     for study in studies:
@@ -122,6 +128,8 @@ def print_studies(studies: Sequence[Study], show: Callable[..., None]) -> None:
 
 def all_digits(studies: Sequence[Study]) -> str:
     """The tables as one CSV, with all digits and columns, and the group in a column."""
+    import pandas as pd
+
     tables = [study.table.assign(group=study.title, baseline=study.baseline) for study in studies]
     return to_csv(pd.concat([table.astype(object) for table in tables]).rename_axis("setting"))
 
@@ -135,6 +143,8 @@ def requested_outputs(
     args: argparse.Namespace, studies: Sequence[Study]
 ) -> dict[Path, tuple[str, bytes]]:
     """By path, the option that asks for a file and the file's content."""
+    from lab.study.analysis.tables import to_latex, to_markdown
+
     outputs: dict[Path, tuple[str, bytes]] = {}
 
     def add(option: str, path: Path, text: str) -> None:
@@ -171,6 +181,11 @@ def requested_outputs(
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     forget_launch()
+    # here, because pandas takes a second, which neither help nor a wrong option needs
+    from lab.study.analysis.study import compare
+    from lab.study.analysis.tables import follow
+    from lab.study.results import load_runs
+
     if args.follow is not None:
         follow(args.follow)
     studies = compare(*load_runs(args.results_dir, args.dataset), args.baseline)

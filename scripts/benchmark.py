@@ -1,19 +1,26 @@
 """Measure what a training step and the input cost, all in one run on one machine.
 
-    python scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256
-    python scripts/benchmark.py steps --model resnet18 --small-stem --image-size 32 \\
-        --compile reduce-overhead
-    python scripts/benchmark.py steps --model test_resnet --image-size 32 --batch-size 32 --steps 4
-    python scripts/benchmark.py steps --model resnet50 --nproc 2 --batch-size 512
+    python scripts/benchmark.py steps --model resnet50 --image-size 224 \\
+        --batch-size 256
+    python scripts/benchmark.py steps --model resnet18 --small-stem \\
+        --image-size 32 --compile reduce-overhead
+    python scripts/benchmark.py steps --model test_resnet --image-size 32 \\
+        --batch-size 32 --steps 4
+    python scripts/benchmark.py steps --model resnet50 --nproc 2 \\
+        --batch-size 512
     python scripts/benchmark.py scaling --steps steps.json --gpus 8 64 512
-    python scripts/benchmark.py input --folder data/imagenette2-160/train --image-size 128
-    python scripts/benchmark.py epoch --folder data/imagenet/train --stream-steps 60
+    python scripts/benchmark.py input --folder data/imagenette2-160/train \\
+        --image-size 128
+    python scripts/benchmark.py epoch --folder data/imagenet/train \\
+        --stream-steps 60
 
-steps    training loops over one resident batch: the lab's own, and what others write by hand
-scaling  on paper: what those steps would take on more GPUs with as many samples each
+steps    training loops over one resident batch: the lab's own, and what others
+         write by hand
+scaling  on paper: what those steps would take on more GPUs with as many samples
+         each
 input    images per second of each pipeline over a folder of classes
-epoch    wall time of whole epochs of a folder of classes, by kind of cache, and how long the GPU
-         waited in them
+epoch    wall time of whole epochs of a folder of classes, by kind of cache, and
+         how long the GPU waited in them
 """
 
 from __future__ import annotations
@@ -27,6 +34,12 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+from lab.study.benchmark.options import parse
+from lab.study.cli import refuse_early, run_cli
+
+if __name__ == "__main__":
+    refuse_early(partial(parse, __doc__))  # before the import of torch, which takes seconds
+
 import numpy as np
 import torch
 
@@ -38,7 +51,6 @@ from lab.machine.devices import configure_backends, environment, resolve_device
 from lab.method.sample_store import Visit
 from lab.models.building import get_model
 from lab.study.benchmark import epochs, inputs, timing
-from lab.study.benchmark.options import parse
 from lab.study.benchmark.peers import (
     hand_written_steps,
     masked_loss_steps,
@@ -46,7 +58,6 @@ from lab.study.benchmark.peers import (
 )
 from lab.study.benchmark.scaling import benchmark_scaling, break_even, show_scaling
 from lab.study.benchmark.timing import Loop, StepRow, TimedDist, Workload
-from lab.study.cli import run_cli
 from train_ast import (
     Data,
     Pool,

@@ -1,10 +1,12 @@
-"""Download Imagenette (10 ImageNet classes, 9,469 + 3,925 images) in ImageFolder layout.
+"""Download Imagenette (10 ImageNet classes, 9,469 + 3,925 images) in ImageFolder
+layout.
 
     python scripts/download_imagenette.py
     python scripts/download_imagenette.py --size 320px --dest data
 
-Leaves <dest>/imagenette2-160/{train,val}/<class>/*.JPEG (imagenette2-320, imagenette2 for the other
-sizes), the archive's checksum verified; does nothing where that folder is there already.
+Leaves <dest>/imagenette2-160/{train,val}/<class>/*.JPEG (imagenette2-320,
+imagenette2 for the other sizes), the archive's checksum verified; does nothing
+where that folder is there already.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torchvision
 
 from lab.base.errors import RequestError, one_line
 from lab.base.files import locked, user_path
@@ -39,6 +39,8 @@ def download(size: str, dest: Path) -> Path:
     if folder.is_dir():
         print_progress(f"{folder}: already there")
         return folder
+    import torchvision  # here, because it takes seconds
+
     try:
         with scratch_folder(dest / f".{folder.name}.part") as scratch, no_endless_wait():
             torchvision.datasets.Imagenette(scratch, split="train", size=size, download=True)

@@ -34,7 +34,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lab.base.errors import RequestError
 from lab.base.files import user_path, user_text, write_outputs
@@ -42,25 +42,11 @@ from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
 from lab.config.grid import is_override
 from lab.config.loading import Config, load_config
-from lab.data.datasets import ReadErrors
-from lab.data.loading import device_batches
-from lab.machine.devices import configure_backends, resolve_device
-from lab.machine.distributed import Dist
-from lab.machine.workers import ending_workers
-from lab.outputs.evaluation import (
-    Trained,
-    class_numbers,
-    draw,
-    find_pictures,
-    folder_settings,
-    guesses,
-    load_trained,
-    measure,
-    predict,
-    table,
-)
 from lab.study.cli import OVERRIDES_HELP, command_parser, run_cli
-from train_ast import build_val_loader, build_validation, check_config
+from run_experiment import check_config
+
+if TYPE_CHECKING:
+    from lab.outputs.evaluation import Trained
 
 TOP = 3  # classes of a picture that are printed
 
@@ -69,6 +55,13 @@ def evaluate(trained: Trained, config: Config) -> dict[str, Any]:
     """Every figure of the weights on the validation set of `config`: see
     `lab.outputs.evaluation.measure`; and the pictures that could not be read.
     """
+    from lab.data.datasets import ReadErrors
+    from lab.data.loading import device_batches
+    from lab.machine.distributed import Dist
+    from lab.machine.workers import ending_workers
+    from lab.outputs.evaluation import class_numbers, measure, predict
+    from train_ast import build_val_loader, build_validation
+
     device = trained.network.device
     val = build_validation(config.dataset)
     numbers = class_numbers(trained, val.dataset.classes)
@@ -87,6 +80,8 @@ def ask(trained: Trained, args: argparse.Namespace, allowed: int) -> int:
 
     allowed: how many may be unreadable. Raises RequestError naming the first one beyond.
     """
+    from lab.outputs.evaluation import find_pictures, guesses
+
     paths, remarks = find_pictures(args.images)
     say(remarks)
     found = guesses(trained, paths, args.top or TOP)
@@ -120,6 +115,8 @@ def load(args: argparse.Namespace) -> tuple[Config, bool]:
     say(f"{key} is not used: the network is the one of --weights" for key in own)
     if args.config is not None:
         return load_config(args.config, args.overrides, check=check_evaluation), False
+    from lab.outputs.evaluation import folder_settings
+
     text = json.dumps(folder_settings(args.weights))
     config = load_config(None, args.overrides, text, check_evaluation)
     return config, not keys & {"dataset.image_size", "dataset.augment", "dataset.type"}
@@ -165,7 +162,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--config",
         type=user_text,
         metavar="FILE",
-        help="YAML or JSON config; with --images it may be left out",
+        help="YAML or JSON; with --images it may be left out",
     )
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="pictures, and folders of pictures"
@@ -177,7 +174,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output-dir",
         type=user_path,
         metavar="DIR",
-        help="write evaluation.json and evaluation.png there; with --images predictions.json",
+        help="write what was found there as files",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
@@ -199,6 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     forget_launch()
     config, by_folder = load(args)
+    from lab.machine.devices import configure_backends, resolve_device
+    from lab.outputs.evaluation import draw, load_trained, table
+
     device = resolve_device(config.training)
     configure_backends(True, device)
     trained = load_trained(args.weights, config, device, by_folder)

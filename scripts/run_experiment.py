@@ -1,12 +1,15 @@
 """Run one experiment from a config, with overrides.
 
-    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml \\
-        --epochs 50 --target-activation 0.3
-    python scripts/run_experiment.py --config configs/digits_smoke.yaml --dense-twin
-    python scripts/run_experiment.py --config configs/imagenet_resnet50_ast.yaml \\
-        --nproc 8 --resume auto
+    python scripts/run_experiment.py \\
+        --config configs/imagenet_resnet50_ast.yaml --epochs 50 \\
+        --target-activation 0.3
+    python scripts/run_experiment.py --config configs/digits_smoke.yaml \\
+        --dense-twin
+    python scripts/run_experiment.py \\
+        --config configs/imagenet_resnet50_ast.yaml --nproc 8 --resume auto
 
-Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143 interrupted.
+Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143
+interrupted.
 """
 
 from __future__ import annotations
@@ -22,11 +25,9 @@ from lab.base.errors import RequestError
 from lab.base.files import sibling, user_text, write_result
 from lab.base.launch import forget_launch, launch, launched
 from lab.config.grid import as_overrides
-from lab.config.loading import Config, dump_config
-from lab.machine.clock import Stop
+from lab.config.loading import Config, dump_config, load_config
 from lab.study.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
 from lab.study.results import apart, dense_step_ms, read_history, settings_of
-from train_ast import execute, load_config, shares_of, train
 
 FLAGS = {
     "--epochs": "training.epochs",
@@ -42,10 +43,21 @@ FLAGS = {
 EPOCHS_FACTOR = 100
 
 
+def check_config(config: Config, given: Sequence[str] = ()) -> None:
+    """`train_ast.check_config`; its import of torch takes seconds, and a config that is unsound by
+    itself is refused before.
+    """
+    from train_ast import check_config as check_parts
+
+    check_parts(config, given)
+
+
 def time_matched_baseline(config: Config, train_seconds: float) -> Config:
     """The dense twin of `config`: the same but dense, its schedule decayed over exactly
     `train_seconds` of training.
     """
+    from train_ast import shares_of
+
     epochs = EPOCHS_FACTOR * config.training.epochs
     warmup = shares_of(config).until(config.training.lr_warmup_epochs, of_loaded=True)
     training = config.training.model_copy(
@@ -71,6 +83,9 @@ def execute_with_baseline(config: Config, resume: str | None = None) -> int:
     `resume`: the checkpoint of `config`; the baseline then goes on from its own, if it has one.
     Returns the exit code. Raises RequestError for a config that is dense itself.
     """
+    from lab.machine.clock import Stop
+    from train_ast import train
+
     if config.ast.mode == "dense":
         raise RequestError("--dense-twin: ast.mode is dense; a twin is of a sparse or random run")
     stop = Stop()
@@ -175,13 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run or args.nproc > 1 or args.max_restarts:
         forget_launch()
     flags = as_overrides({key: getattr(args, key) for key in FLAGS.values()}, args.overrides)
-    config = load_config(args.config, [*args.overrides, *flags])
+    config = load_config(args.config, [*args.overrides, *flags], check=check_config)
     if args.dry_run:
         print(dump_config(config), end="")
         return 0
     if args.nproc < 1 or args.max_restarts < 0:
         raise RequestError("--nproc: at least 1, and --max-restarts: at least 0")
     if args.nproc == 1 and not args.max_restarts:
+        from train_ast import execute
+
         return (execute_with_baseline if args.dense_twin else execute)(config, args.resume)
     resume = args.resume or ("auto" if args.max_restarts else None)
     resuming = [] if resume is None else option("--resume", resume)

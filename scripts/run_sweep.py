@@ -2,18 +2,19 @@
 
     python scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml \\
         configs/imagenet_vitb16_ast.yaml
-    python scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,random \\
-        ast.target_activation=0.1,0.25,0.5 --seeds 0 1 2 --output-dir results/sweep
-    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --gpus 0 1 \\
-        --runs-per-gpu 2 --resume
-    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml --one-process \\
-        --seeds 0 1 2 \\
-        --variants "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
+    python scripts/run_sweep.py --configs configs/digits_smoke.yaml --seeds 0 \\
+        --grid ast.mode=ast,random ast.target_activation=0.1,0.25,0.5
+    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
+        --gpus 0 1 --runs-per-gpu 2 --resume
+    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
+        --one-process --seeds 0 1 2 --variants \\
+        "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
 
-A run that fails is listed with its reason, and the others go on. When a run ends, one line about it
-is added to <output_dir>/sweep_summary_<timestamp>.jsonl. What it printed is in <output_dir>/logs/.
-Ctrl-C and SIGTERM are passed on to the runs, which save what they have; a second one kills them.
-Exit codes: 0 all done; 1 a run failed; 2 the request was wrong; 130 or 143 interrupted.
+A run that fails is listed with its reason, and the others go on. A run that
+ends adds a line to <output_dir>/sweep_summary_<timestamp>.jsonl; what it
+printed is in <output_dir>/logs/. Ctrl-C and SIGTERM are passed on to the runs,
+which save what they have; a second one kills them.
+Exit codes: 0 all done; 1 a run failed; 2 a wrong request; 130, 143 interrupted.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ from lab.study.sweep import (
     work_off,
     work_off_here,
 )
-from train_ast import check_config
 
 RUNNER = Path(__file__).with_name("run_experiment.py")
 
@@ -71,12 +71,12 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
     "--runs-per-gpu": {"type": int, "metavar": "N", "help": "runs at a time on each (default 1)"},
     "--one-process": {
         "action": "store_true",
-        "help": "run one after the other in this process, which keeps packages, pictures and "
-        "compiled code; if a run takes the process down, --resume runs the others",
+        "help": "run one after the other in this process, which keeps what is decoded and "
+        "compiled; if a run takes it down, --resume runs the others",
     },
     "--dense-twin": {
         "action": "store_true",
-        "help": "after each sparse run, its time-matched baseline: a dense run of the same time",
+        "help": "after each sparse run a dense one of the same time",
     },
     "--resume": {"action": "store_true", "help": "skip finished runs, go on with interrupted ones"},
     "--dry-run": {"action": "store_true", "help": "print the plan and its time, and stop"},
@@ -110,9 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     forget_launch()
     points = cross(args.grid, args.variants, args.seeds, args.overrides)
-    plans = plan_runs(
-        args.configs, args.overrides, points, args.dense_twin, args.resume, check_config
-    )
+    check = run_experiment.check_config
+    plans = plan_runs(args.configs, args.overrides, points, args.dense_twin, args.resume, check)
     slots = slots_of(args.gpus, args.runs_per_gpu)
     output_dir = Path(next(plan.config for plan in plans if plan.config).logging.output_dir)
     finished = as_written(output_dir, finished_runs(plans))

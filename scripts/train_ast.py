@@ -37,6 +37,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from lab.study.cli import refuse_early, run_cli, training_options
+
+if __name__ == "__main__":
+    refuse_early(training_options)  # before the import of torch, which takes seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,7 +50,6 @@ from torch import Tensor, nn
 import lab.config.loading
 from lab.base.console import print_rank0, step_bar
 from lab.base.errors import RequestError, TrainingFailed, one_line
-from lab.base.files import user_text
 from lab.base.reading import spell
 from lab.config.keys import RULE_KEYS, RULE_REPLACES, SCORING_KEYS, all_needs, idle_keys, spelled
 from lab.config.loading import Config, checkpoint_folder, first_complaint, require_known
@@ -106,7 +110,6 @@ from lab.outputs.log import Outputs, open_tensorboard, prepare_outputs
 from lab.outputs.result import build_result, count_diet
 from lab.outputs.suspects import Suspects
 from lab.outputs.tables import epoch_line, of_all
-from lab.study.cli import RESUME_HELP, command_parser, run_cli
 
 # ------------------------------------------------------------------------------------ PI controller
 
@@ -2167,20 +2170,7 @@ def prepare(config: Config) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = command_parser(
-        "Train one config. run_experiment.py does the same and has more flags.", config_help=True
-    )
-    parser.add_argument(
-        "--config", required=True, type=user_text, metavar="FILE", help="YAML or JSON config"
-    )
-    parser.add_argument("--resume", type=user_text, metavar="PATH|auto", help=RESUME_HELP)
-    parser.add_argument(
-        "--prepare-only", action="store_true", help="build or check the files of dataset.cache=disk"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example training.lr=0.05"
-    )
-    args = parser.parse_intermixed_args(argv)
+    args = training_options(argv)
     config = load_config(args.config, args.overrides)
     return prepare(config) if args.prepare_only else execute(config, args.resume)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -222,14 +220,3 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "final_results_20200101_000001.json").write_text(json.dumps(MINIMAL)[:100])
     (folder / "final_results_20200101_000002.json").write_text('{"best_accuracy": 3}')
     return folder
-
-
-@pytest.fixture
-def script() -> Callable[..., subprocess.CompletedProcess]:
-    """Run scripts/<name>.py as a user does, from the repository's root."""
-
-    def run(name: str, *args: str, timeout: float = 120) -> subprocess.CompletedProcess:
-        command = [sys.executable, f"scripts/{name}.py", *map(str, args)]
-        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout)
-
-    return run

@@ -124,6 +124,7 @@ WAYS = {
     "accumulated": [
         "training.grad_accum_steps=4",
         "training.grad_clip_norm=1.0",
+        "dataset.image_size=16",
         "ast.score_resolution=8",
     ],
     "forward once": [
@@ -192,7 +193,12 @@ WAYS = {
         "ast.rule=topk",
         "training.mixup=0.2",
     ],
-    "proxy": ["ast.scoring=proxy", "ast.pack=true", "ast.score_resolution=12"],
+    "proxy": [
+        "ast.scoring=proxy",
+        "ast.pack=true",
+        "dataset.image_size=16",
+        "ast.score_resolution=12",
+    ],
     "mixed, averaged, LAMB": [
         *(
             "training.mixup=0.2",

@@ -12,13 +12,13 @@ from lab.study.benchmark.timing import Loop, StepRow, show_steps
 from lab.study.cli import run_cli
 from runs import command
 
-SMALL = ["--model", "test_resnet", "--classes", "10", "--image-size", "32", "--batch-size", "32"]
+SMALL = ["--model", "test_resnet", "--classes", "10", "--image-size", "16", "--batch-size", "16"]
 SMALL += ["--steps", "2", "--repeats", "2"]
 LOOPS = [
     "hand-written dense loop",
     "dense loop",
     "batch-scored loop, a=0.25",
-    "  scored at 16 px",
+    "  scored at 8 px",
     "proxy-scored loop, a=0.25",
 ]
 LOOPS += ["random loop, a=0.25", "stored scores, a=0.25", "forward once, a=0.25"]
@@ -38,18 +38,16 @@ def test_every_step_is_measured(tmp_path, capsys):
         "--plot",
         str(tmp_path / "out" / "steps.png"),
     ]
-    assert (
-        benchmark.main(["steps", *SMALL, "--no-compile", "--score-resolution", "16", *files]) == 0
-    )
+    assert benchmark.main(["steps", *SMALL, "--no-compile", "--score-resolution", "8", *files]) == 0
     saved = json.loads((tmp_path / "out" / "steps.json").read_text())
     assert list(saved["rows"]) == [*LOOPS, *PEERS]
     best = min(saved["rows"][name]["ms"] for name in LOOPS[:2])
     for row in saved["rows"].values():
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
         assert row["ratio"] == pytest.approx(row["ms"] / best)
-        assert row["images_per_second"] == pytest.approx(32_000 / row["ms"])
+        assert row["images_per_second"] == pytest.approx(16_000 / row["ms"])
     assert 0 <= saved["rows"][LOOPS[2]]["activation"] <= 1
-    assert set(saved["break_even"]) == {"batch-scored loop, a=0.25", "scored at 16 px"}
+    assert set(saved["break_even"]) == {"batch-scored loop, a=0.25", "scored at 8 px"}
     shown = capsys.readouterr().out
     assert all(
         name in shown for name in [*saved["rows"], "faster than dense below an activation of"]
@@ -72,17 +70,17 @@ def test_a_new_row_is_one_entry(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(benchmark, "STEP_ROWS", [*benchmark.STEP_ROWS, row])
     only = ["--only", "^hand-written dense loop$", "idle", "--json", str(tmp_path / "steps.json")]
-    assert benchmark.main(["steps", *SMALL, "--no-compile", "--score-resolution", "16", *only]) == 0
+    assert benchmark.main(["steps", *SMALL, "--no-compile", "--score-resolution", "8", *only]) == 0
     assert (built, considered) == (["off"], [4, 2, 2])  # once to warm up, and both repeats
     assert (
-        json.loads((tmp_path / "steps.json").read_text())["rows"]["idle at 16 px, a=0.25"][
+        json.loads((tmp_path / "steps.json").read_text())["rows"]["idle at 8 px, a=0.25"][
             "activation"
         ]
         == 0.5
     )
     _, dense, line = capsys.readouterr().out.splitlines()
     assert dense.startswith("hand-written dense loop ")
-    assert line.startswith("idle at 16 px, a=0.25 ")
+    assert line.startswith("idle at 8 px, a=0.25 ")
     assert line.split()[-3] == "0.500"
 
 
@@ -98,19 +96,19 @@ def one_process(tmp_path_factory) -> Path:
 @pytest.mark.long
 def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_process):
     path = tmp_path / "steps.json"
-    options = ["--no-compile", "--device", "cpu", "--score-resolution", "16"]
+    options = ["--no-compile", "--device", "cpu", "--score-resolution", "8"]
     files = ["--json", path, "--plot", tmp_path / "steps.png", "--single", one_process]
     done = command(
         ["scripts/benchmark.py", "steps", *SMALL, *options, "--steps", "4", "--nproc", "2", *files]
     )
     assert done.returncode == 0, done.stderr
     saved, single = (json.loads(each.read_text()) for each in (path, one_process))
-    assert (saved["processes"], saved["batch_size"], single["processes"]) == (2, 32, 1)
+    assert (saved["processes"], saved["batch_size"], single["processes"]) == (2, 16, 1)
     assert list(saved["rows"]) == LOOPS[:6]  # the peers of one process are left out
     assert set(single["rows"]) == set(LOOPS[:2])
     for name, row in saved["rows"].items():
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
-        assert row["images_per_second"] == pytest.approx(32_000 / row["ms"])  # of the whole batch
+        assert row["images_per_second"] == pytest.approx(16_000 / row["ms"])  # of the whole batch
         assert ("speed_up" in row) == (name in single["rows"])
         assert ("collectives" in row) == (name != "hand-written dense loop")
         kinds = row.get("collectives", {})
@@ -123,7 +121,7 @@ def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_
         speed_up = saved["rows"][name]["images_per_second"] / row["images_per_second"]
         assert saved["rows"][name]["speed_up"] == pytest.approx(speed_up)
     config = Config(model={"name": "test_resnet"})
-    weights = sum(p.numel() for p in get_model(config.model, 10, 32).parameters())
+    weights = sum(p.numel() for p in get_model(config.model, 10, 16).parameters())
     dense, scored, smaller, _, drawn = [saved["rows"][name]["collectives"] for name in LOOPS[1:6]]
     assert set(dense) == {"gradients", "agreement"}
     assert dense["gradients"]["calls"] == 1
@@ -133,9 +131,7 @@ def test_two_processes_share_the_batch_and_time_their_collectives(tmp_path, one_
     assert {"scores", "agreement"} <= set(scored)
     for each in (scored, smaller):
         assert each["scores"]["calls"] == 1
-        assert (
-            each["scores"]["bytes"] == 2 * 4 * 16
-        )  # significance and hit of a process's 16 samples
+        assert each["scores"]["bytes"] == 2 * 4 * 8  # significance and hit of a process's 8 samples
     header, *lines = done.stdout.splitlines()
     assert header.split()[-2:] == ["collectives", "speed-up"]
     assert [line[:44].rstrip() for line in lines[:6]] == LOOPS[:6]

@@ -168,7 +168,7 @@ def try_folders(times: int, tmp_path: Path, capsys, report_each: int, plot_each:
 
 
 def test_damaged_folders_of_results_are_read_right_or_refused(tmp_path, capsys):
-    met = try_folders(8, tmp_path, capsys, report_each=8, plot_each=8)
+    met = try_folders(4, tmp_path, capsys, report_each=4, plot_each=4)
     assert met["exit code 0"] > 0
     assert met["files accepted"] > 0
     assert met["files left out"] > 0

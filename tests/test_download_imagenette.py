@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import os
 import signal
 import socket
 import subprocess
@@ -15,9 +16,10 @@ import pytest
 from torchvision.datasets import Imagenette
 
 import download_imagenette
-from conftest import REPO, save_picture
+from conftest import save_picture
 from lab.base import hub
 from lab.study.cli import run_cli
+from runs import exit_code, running
 
 
 @pytest.fixture
@@ -103,32 +105,26 @@ def test_a_server_that_says_nothing_is_not_waited_for(
     assert socket.getdefaulttimeout() is None
 
 
-PROGRAM = """
-import sys
-sys.path.insert(0, {scripts!r})
-from torchvision.datasets import Imagenette
-Imagenette._ARCHIVES["160px"] = ({address!r}, "0")
-import download_imagenette
-from lab.study.cli import run_cli
-sys.exit(run_cli(lambda: download_imagenette.main(["--dest", {dest!r}])))
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_leaves_nothing_for_good(number, archive, silent, tmp_path):
     """It goes at once; what a killed process leaves goes with the next download."""
-    text = PROGRAM.format(
-        scripts=str(REPO / "scripts"), address=address_of(silent), dest=str(tmp_path / "d")
-    )
-    process = subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.DEVNULL)
-    silent.settimeout(120)
-    connection, _ = silent.accept()
-    left = tmp_path / "d" / ".imagenette2-160.part"
-    assert left.is_dir()
-    (left / "part").mkdir()
-    (left / "part" / "of.tgz").write_bytes(b"some")
-    process.send_signal(number)
-    assert process.wait(60) in (128 + number, -number)
+
+    def download() -> int:
+        Imagenette._ARCHIVES["160px"] = (address_of(silent), "0")
+        try:
+            return run_cli(lambda: download_imagenette.main(["--dest", str(tmp_path / "d")]))
+        except SystemExit as left:
+            return left.code
+
+    with running(download, tmp_path / "output") as child:
+        silent.settimeout(120)
+        connection, _ = silent.accept()
+        left = tmp_path / "d" / ".imagenette2-160.part"
+        assert left.is_dir()
+        (left / "part").mkdir()
+        (left / "part" / "of.tgz").write_bytes(b"some")
+        os.kill(child, number)
+        assert exit_code(child) in (128 + number, -number)
     connection.close()
     assert left.exists() == (number == signal.SIGKILL)
     assert download_imagenette.main(["--dest", str(tmp_path / "d")]) == 0

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from lab.config.loading import checkpoint_folder
 from lab.models.building import get_model
 from lab.outputs.evaluation import calibration
 from lab.study.cli import run_cli
+from runs import command, exit_code, forked, program
 from train_ast import train
 
 DIGITS = ["--config", "configs/digits_smoke.yaml"]
@@ -56,14 +58,13 @@ def digits(tmp_path_factory):
     return folder, result, folder / result["weights"]
 
 
-def test_the_commands_work_on_what_a_run_has_left(digits, tmp_path, script):
+def test_the_commands_work_on_what_a_run_has_left(digits, tmp_path):
     """Evaluated as the run validated, by class too; then another run starts from it, with fewer
     classes to know.
     """
     _, result, weights = digits
-    done = script(
-        "evaluate", "--weights", weights, *DIGITS, *QUICK, "--output-dir", tmp_path / "found"
-    )
+    place = ["--output-dir", tmp_path / "found"]
+    done = command(["scripts/evaluate.py", "--weights", weights, *DIGITS, *QUICK, *place])
     assert (done.returncode, done.stderr) == (0, "")
     figures = json.loads((tmp_path / "found" / "evaluation.json").read_text())
     assert figures["accuracy"] == result["best_accuracy"]
@@ -85,7 +86,7 @@ def test_the_commands_work_on_what_a_run_has_left(digits, tmp_path, script):
         "training.lr=1e-6",
     ]
     tuned += ["dataset.max_train_samples=64"]
-    done = script("run_experiment", *DIGITS, *QUICK, *tuned)
+    done = command(["scripts/run_experiment.py", *DIGITS, *QUICK, *tuned])
     assert done.returncode == 0, done.stderr
     assert f"model.weights: {92} tensors of {weights}/model.safetensors\n" in done.stdout
     (path,) = (tmp_path / "tuned").glob("final_results_*.json")
@@ -337,8 +338,8 @@ def test_pictures_of_another_size_than_the_weights_are_named(digits, capsys):
 @pytest.mark.parametrize(
     ("kind", "redirection"),
     [
-        ("evaluation", "| true"),
-        ("predictions", ">/dev/full"),
+        pytest.param("evaluation", "| true", marks=pytest.mark.long),
+        pytest.param("predictions", ">/dev/full", marks=pytest.mark.long),
         pytest.param("evaluation", ">/dev/full", marks=pytest.mark.long),
         pytest.param("evaluation", ">&-", marks=pytest.mark.long),
         pytest.param("predictions", "| true", marks=pytest.mark.long),
@@ -359,6 +360,17 @@ def test_files_come_before_a_table_that_nobody_takes(kind, redirection, digits, 
     )
     assert (tmp_path / f"{kind}.json").exists(), done.stderr
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "predictions"])
+def test_files_come_before_a_table_that_a_full_disk_does_not_take(kind, digits, drawn, tmp_path):
+    """As the test before, in a fork; there are the other streams."""
+    rest = SMOKE if kind == "evaluation" else ["--images", drawn]
+    request = ["scripts/evaluate.py", "--weights", digits[2], *rest, "--output-dir", tmp_path]
+    errors = tmp_path / "errors"
+    code = exit_code(forked(program(request), Path("/dev/full"), errors))
+    assert (tmp_path / f"{kind}.json").exists(), errors.read_text()
+    assert (code, errors.read_text()) == (0, "")
 
 
 def test_predictions_are_written_where_that_is_asked_for(digits, drawn, tmp_path, capsys):

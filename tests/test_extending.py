@@ -11,7 +11,7 @@ from lab.data.datasets import ImageDataset
 from lab.method.doubt import LabelDoubt
 from train_ast import DOUBTS, RULES, SCORINGS, TARGETS, Choice, Rule, Scores, Target, train
 
-TINY = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32"]
+TINY = ["model.name=small_conv", "dataset.image_size=8", "training.batch_size=32"]
 TINY += ["training.epochs=2", "dataset.max_train_samples=256", "dataset.max_val_samples=64"]
 TINY += ["ast.warmup_epochs=1"]
 
@@ -148,7 +148,8 @@ def test_a_doubt_is_one_class_and_one_line(scoring, rule, tmp_path, monkeypatch)
 
 def test_a_data_set_is_one_class_and_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(train_ast.DATASETS, "stripes", Stripes)
-    keys = ["dataset.type=stripes", "dataset.augment=none", "ast.mode=dense", "training.epochs=8"]
+    keys = ["dataset.type=stripes", "dataset.image_size=16", "model.name=test_resnet"]
+    keys += ["dataset.augment=none", "ast.mode=dense", "training.epochs=8"]
     # 128 steps: after 16 the running statistics lag behind
     keys += ["training.batch_size=4", "training.lr=0.02"]
     result, _ = train(make_config(*TINY, *keys, f"logging.output_dir={tmp_path}"))

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,20 +266,15 @@ def test_a_full_disk_under_the_printed_lines_ends_no_run(small_disk, tmp_path, w
     """As with `run_experiment.py ... > disk/output`: what it computes is kept all the same."""
     disk = small_disk("printed")
     config = configured(tmp_path / "out", "training.num_workers=2")
-    logging = f"logging.output_dir={config.logging.output_dir}"
-    args = [sys.executable, "scripts/run_experiment.py", "--config", str(SMOKE), *KEYS, logging]
-    args.append("training.num_workers=2")
-    with (disk / "output").open("a") as output:
-        process = subprocess.Popen(args, cwd=REPO, stdout=output, stderr=subprocess.PIPE, text=True)
-        try:
-            wait_until(last(config).exists)
-            fill(disk)
-            with contextlib.suppress(OSError):  # the next line needs another page
-                os.write(output.fileno(), b" " * (-os.fstat(output.fileno()).st_size % 4096))
-            _, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert (process.returncode, err) == (0, "")
+    errors = tmp_path / "errors"
+    with running(command(config), disk / "output", errors) as child:
+        wait_until(last(config).exists)
+        fill(disk)
+        with (disk / "output").open("ab", buffering=0) as output, contextlib.suppress(OSError):
+            # the next line needs another page
+            output.write(b" " * (-os.fstat(output.fileno()).st_size % 4096))
+        code = exit_code(child)
+    assert (code, errors.read_text()) == (0, "")
     assert (disk / "output").stat().st_size % 4096 == 0  # nothing came through
     assert same(final_state(config), whole)
     (path,) = (tmp_path / "out").glob("final_results_*.json")

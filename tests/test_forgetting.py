@@ -22,8 +22,8 @@ from train_ast import Run, train
 CPU = torch.device("cpu")
 AUTO = ["ast.scoring=history", "ast.target_activation=1", "ast.explore=0", "ast.forget_rate=auto"]
 DIGITS = [
-    "model.name=test_resnet",
-    "dataset.image_size=16",
+    "model.name=small_conv",
+    "dataset.image_size=8",
     "training.batch_size=32",
     "training.optimizer=adamw",
 ]

@@ -2,6 +2,9 @@
 CPU.
 """
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -217,7 +220,7 @@ def test_draws_and_crops_are_the_cpus():
         ["ast.scoring=history", "ast.target_activation=0.5", "dataset.cache=device"],
     ],
 )
-def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, script, monkeypatch):
+def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, monkeypatch):
     """Digits in float32, 2 dense and 2 further epochs: BatchNorm's weights and statistics move as
     on one GPU.
 
@@ -246,9 +249,9 @@ def test_two_gpus_with_synchronised_batchnorm_train_as_one_does(way, tmp_path, s
             "training.num_workers=0",
             f"logging.output_dir={tmp_path}/{processes}",
         ]
-        done = script(
-            "run_experiment", "--config", preset, "--nproc", processes, *overrides, timeout=300
-        )
+        request = ["--config", preset, "--nproc", str(processes), *overrides]
+        line = [sys.executable, "scripts/run_experiment.py", *map(str, request)]
+        done = subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         config = load_config(preset, overrides)
         ended[processes] = load_checkpoint(checkpoint_folder(config) / "last.pt", config)

@@ -32,7 +32,7 @@ from train_ast import (
 
 CPU = torch.device("cpu")
 TINY = [
-    "model.name=test_resnet",
+    "model.name=small_conv",
     "dataset.max_train_samples=640",
     "dataset.max_val_samples=32",
     "training.lr=0.02",
@@ -155,6 +155,7 @@ def test_infobatch_is_dense_in_its_last_eighth(tmp_path):
         *INFOBATCH,
         "ast.warmup_epochs=1",
         *TINY,
+        "dataset.max_train_samples=160",
         "training.epochs=16",
         f"logging.output_dir={tmp_path}",
     )

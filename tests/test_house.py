@@ -4,6 +4,7 @@ needs no torch.
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -23,7 +24,10 @@ LIGHT = [f"lab.config.{name}" for name in ("grid", "keys", "loading")]
 LIGHT += ["lab.outputs.tables", "lab.study.analysis.report"]
 LIGHT += [f"lab.base.{name}" for name in ("console", "errors", "files", "launch", "reading")]
 LIGHT += [f"lab.study.{name}" for name in ("cli", "results", "sweep")]
-LIGHT += ["analyze_results"]
+LIGHT += ["lab.study.benchmark.options", "analyze_results", "download_imagenette", "evaluate"]
+LIGHT += ["run_experiment", "run_sweep"]
+HEAVY = ["torch", "torchvision", "timm", "datasets", "sklearn"]
+SLOW = [*HEAVY, "pandas", "scipy", "matplotlib"]
 
 
 def imports(name: str) -> set[str]:
@@ -159,7 +163,7 @@ def test_a_table_needs_no_torch():
     code = (
         f"import importlib, sys\nfor name in {sorted(LIGHT)}:\n    importlib.import_module(name)\n"
     )
-    code += "    assert not {'torch', 'torchvision', 'datasets'} & sys.modules.keys(), name"
+    code += f"    assert not {set(HEAVY)} & sys.modules.keys(), name"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(SCRIPTS)},
@@ -167,6 +171,51 @@ def test_a_table_needs_no_torch():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+SMOKE = ["--config", "configs/digits_smoke.yaml"]
+TORCHLESS = [  # the exit code of a command line that is answered before torch is imported
+    *((0, path.stem, "--help") for path in sorted(SCRIPTS.glob("*.py"))),
+    *((0, name, "--help-config") for name in ("train_ast", "run_experiment", "evaluate")),
+    *((2, name, "--config", "nothing.yaml") for name in ("train_ast", "run_experiment")),
+    *((2, name, *SMOKE, "training.lerning_rate=1") for name in ("train_ast", "run_experiment")),
+    *((2, name, *SMOKE, "training.epochs=two") for name in ("train_ast", "run_experiment")),
+    (2, "run_experiment", *SMOKE, "training.min_lr=9"),
+    (2, "run_sweep", "--configs", "nothing.yaml"),
+    (2, "run_sweep", "--configs", SMOKE[1], "--grid", "training.lerning_rate=1,2"),
+    (2, "evaluate", "--weights", "nowhere", "--config", "nothing.yaml"),
+    (2, "evaluate", "--weights", "nowhere", *SMOKE, "training.lerning_rate=1"),
+    (2, "benchmark", "steps", "--steps", "0"),
+    (2, "analyze_results", "--results-dir"),
+    (2, "download_imagenette", "--size", "3px"),
+]
+ANSWERS = """
+import json, runpy, sys
+asked, heavy = json.loads(sys.argv[1])
+for code, name, *arguments in asked:
+    sys.argv = [f"scripts/{name}.py", *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as left:
+        assert (left.code or 0) == code, sys.argv
+    else:
+        raise AssertionError(sys.argv)
+    assert not set(heavy) & sys.modules.keys(), sys.argv
+"""
+
+
+def test_help_and_a_wrong_request_need_no_torch():
+    """One process, one command line after the other: torch, once imported, would be seen in all."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERS, json.dumps([TORCHLESS, SLOW])],
+        cwd=REPO,
+        env={"PYTHONPATH": str(SCRIPTS)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    wrong = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(wrong) == sum(code == 2 for code, *_ in TORCHLESS)
 
 
 def test_the_top_level_holds_what_the_user_listed():

@@ -154,7 +154,7 @@ def test_a_key_outside_the_selection_acts_where_the_table_says_so(
 ):
     section, _, leaf = key.partition(".")
     change = {section: {leaf: value}}
-    dense = {"ast": {"mode": "dense"}}
+    dense = {"ast": {"mode": "dense"}, "training": {"epochs": 2}}
     for number, where in enumerate(each for each in (idle, acting) if each is not None):
         config = laid_over(dense, where)
         settings = spelled(load_config(None, text=yaml.dump(config)).model_dump())

@@ -191,7 +191,7 @@ def kill_test(
 
 @pytest.mark.parametrize(
     ("processes", "ways", "runs"),
-    [(1, ["packed, accumulated", "two workers", "resident crops"], 6), (2, PAIRED[1:2], 1)],
+    [(1, ["packed, accumulated", "two workers", "resident crops"], 3), (2, PAIRED[1:2], 1)],
 )
 def test_killed_runs_end_as_the_uninterrupted_one(processes, ways, runs, tmp_path):
     kill_test(tmp_path, ways, range(runs), kills=2, processes=processes)

@@ -2,14 +2,10 @@
 nothing trains.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from conftest import REPO
 from helpers import write_run
+from lab.machine import distributed
 from runs import command
 
 QUICK = (
@@ -71,22 +67,10 @@ def test_the_runs_of_a_sweep_are_alone(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.long)])
-def test_a_run_that_waits_for_others_says_so_and_ends_in_a_line(rank, tmp_path):
-    program = (
-        "import sys; sys.path.insert(0, 'scripts'); from lab.study.cli import run_cli; import "
-        "run_experiment; "
-    )
-    program += (
-        "from lab.machine import distributed; distributed.CONTACT_SECONDS, "
-        "distributed.WORTH_A_LINE = 4, 1; "
-    )
-    program += "sys.exit(run_cli(lambda: run_experiment.main(sys.argv[1:])))"
-    arguments = ["-c", program, *RUN[1:], "--output-dir", tmp_path]
-    environment = os.environ | ALONE | {"RANK": rank}
-    line = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(
-        line, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60
-    )
+def test_a_run_that_waits_for_others_says_so_and_ends_in_a_line(rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "CONTACT_SECONDS", 4)
+    monkeypatch.setattr(distributed, "WORTH_A_LINE", 1)
+    done = command([*RUN, "--output-dir", tmp_path], variables=ALONE | {"RANK": rank}, timeout=60)
     assert done.returncode == 1
     said, *_, error = done.stderr.splitlines()
     assert said.startswith(

@@ -117,6 +117,12 @@ def test_a_table_may_go_to_a_device(tmp_path):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
+def test_a_dash_is_the_standard_output(tmp_path, capfd):
+    write_run(tmp_path, "1")
+    assert analyze(["--results-dir", str(tmp_path), "--markdown", "-"]) == 0
+    assert capfd.readouterr().out.startswith("| setting |")
+
+
 def finished(folder, name, utc, **more):
     config = load_config(DIGITS, [f"logging.output_dir={folder}"]).model_dump()
     environment = {"python": "3.12"} | ({} if utc is None else {"finished_utc": utc})

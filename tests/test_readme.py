@@ -37,7 +37,7 @@ ADDED = {
     f"{RUN}/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3": f"{FOLDER} --epochs 3",
     "scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,dense,random "
     "--seeds 0 1 2 --output-dir results/sweep": "--grid ast.mode=ast,dense --seeds 0 --one-process "
-    "training.epochs=4 dataset.max_train_samples=256",
+    "training.epochs=4 dataset.max_train_samples=64",
     "scripts/analyze_results.py --results-dir results/sweep --plot --save-dir results/plots "
     "--report results/report.html": "",
     "scripts/analyze_results.py --results-dir results/published/cifar10_erasing_h200/full "
@@ -45,7 +45,8 @@ ADDED = {
     # finds the folder there; the download has a test of its own
     "scripts/download_imagenette.py": "",
     "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model "
-    "test_resnet --classes 10 --image-size 32 --batch-size 16 --steps 1 --repeats 1 --no-compile",
+    "test_resnet --classes 10 --image-size 16 --batch-size 8 --steps 1 --repeats 1 --no-compile "
+    "--only dense random",
 }
 FIRST = {
     command.split()[0]: command for command in reversed(ADDED)
@@ -97,9 +98,9 @@ def test_command_works(command, clone, image_folder):
         )
     line = [sys.executable, *shlex.split(command), *shlex.split(added)]
     if command in FIRST:
-        done = subprocess.run(line, cwd=clone, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(line, cwd=clone, capture_output=True, text=True, timeout=300)
     else:
-        done = runs.command(line[1:], cwd=clone, timeout=180)
+        done = runs.command(line[1:], cwd=clone, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     if command == "scripts/run_experiment.py --config configs/digits_smoke.yaml":
         accuracy = float(re.search(r"final (\d+\.\d+) %", done.stdout)[1])

@@ -19,7 +19,7 @@ from lab.base.errors import RequestError
 from lab.data.cache import loaders as cache
 from lab.study.cli import run_cli
 from run_sweep import main
-from runs import command, wait_until
+from runs import command, program, running, wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = [
@@ -95,25 +95,21 @@ def test_failed_and_killed_runs_are_listed_and_the_others_complete(tmp_path, cap
 
 def test_a_sweep_killed_in_the_middle_resumes_without_repeating_a_finished_run(tmp_path):
     grid = ["--configs", DIGITS, "--seeds", "0", "1", "--output-dir", str(tmp_path), *QUICK]
-    sweep = subprocess.Popen(
-        [sys.executable, "scripts/run_sweep.py", *grid],
-        cwd=REPO,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    wait_until(
-        lambda: (
-            len(list(tmp_path.glob("final_results_*.json"))) == 1 and processes("training.seed=1")
+    sweep = program(["scripts/run_sweep.py", *grid])
+    with running(sweep, tmp_path / "output") as child:
+        wait_until(
+            lambda: (
+                len(list(tmp_path.glob("final_results_*.json"))) == 1
+                and processes("training.seed=1")
+            )
         )
-    )
-    sweep.kill()
-    sweep.communicate()
+        os.kill(child, signal.SIGKILL)
     wait_until(lambda: not processes("training.seed=1"), 10)  # it takes its runs with it
     (first,) = tmp_path.glob("final_results_*.json")
     (tmp_path / "final_results_20200101_000000.json").write_text("{")  # what another writer left
     with next(tmp_path.glob("sweep_summary_*.jsonl")).open("a") as file:
         file.write('{"id": "cut sho')
-    assert run_cli(lambda: main([*grid, "--resume"])) == 0
+    assert run_cli(lambda: main([*grid, "--resume", "--one-process"])) == 0
     rows = rows_of(tmp_path)
     assert [(row["seed"], row["status"], row["exit_code"]) for row in rows] == [
         (0, "completed", 0),

@@ -39,10 +39,9 @@ def shell(command, redirection, folder):
 
 BOTH_CLOSED = ">&- 2>&-"
 BOTH_FULL = ">/dev/full 2>/dev/full"
-BAD = [">&-", "2>&-", BOTH_CLOSED, ">/dev/full", "2>/dev/full", BOTH_FULL, "| true"]
-
-
 LONG = pytest.mark.long  # one more process a case
+BAD = [BOTH_CLOSED, BOTH_FULL, "| true"]
+BAD += [pytest.param(each, marks=LONG) for each in (">&-", "2>&-", ">/dev/full", "2>/dev/full")]
 
 
 @pytest.mark.parametrize(
@@ -109,10 +108,10 @@ def test_a_table_that_cannot_be_printed_is_a_failure(tmp_path):
 @pytest.mark.parametrize(
     ("redirection", "arguments"),
     [
-        ("2>&-", "--results-dir /nowhere"),
+        pytest.param("2>&-", "--results-dir /nowhere", marks=LONG),
         ("2>/dev/full", "--no-such-option"),
         (BOTH_CLOSED, "--results-dir /nowhere"),
-        (BOTH_CLOSED, "--no-such-option"),
+        pytest.param(BOTH_CLOSED, "--no-such-option", marks=LONG),
     ],
 )
 def test_a_wrong_request_keeps_its_exit_code(redirection, arguments, tmp_path):

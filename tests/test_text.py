@@ -261,11 +261,33 @@ def test_an_error_of_an_override_names_it_and_not_the_file(tmp_path, capsys):
         ("training.warmup_epochs", "training.lr_warmup_epochs"),
         ("dataset.resolution", "dataset.cache_resolution"),
         ("ast.batch_size", "training.batch_size"),
+        ("training.lerning_rate", "training.lr"),
+        ("training.learning_rate", "training.lr"),
+        ("training.bs", "training.batch_size"),
+        ("training.num_epochs", "training.epochs"),
+        ("training.weight-decay", "training.weight_decay"),
+        ("learning_rate", "training.lr"),
     ],
 )
 def test_a_suggestion_comes_from_the_same_section_first(key, near, capsys):
     line = refused(capsys, "--config", DIGITS, f"{key}=3")
-    assert line.endswith(f"{key}: unknown key; did you mean {near}?")
+    said = f"{key}: unknown key" if "." in key else "expected section.key=value"
+    assert line.endswith(f"{said}; did you mean {near}?")
+
+
+def test_all_errors_are_shown_at_once(tmp_path, capsys):
+    """Each after the file or the override that it is of; of many, the first ones and how many."""
+    path = tmp_path / "a.yaml"
+    path.write_text("training: {lr: -1, epochs: two}\nmodel: {nam: x}\n")
+    assert refused(capsys, "--config", path, "ast.mode=sparse", "training.seed=x") == (
+        f"{path}: model.nam: unknown key; did you mean model.name?; also override "
+        "'ast.mode=sparse': ast.mode: expected 'ast', 'dense' or 'random', got 'sparse'; also "
+        f"{path}: training.epochs: expected a valid integer, got 'two'; also training.lr: expected "
+        "greater than 0, got -1; also override 'training.seed=x': training.seed: expected a valid "
+        "integer, got 'x'"
+    )
+    path.write_text(json.dumps({"ast": {f"no{i}": i for i in range(9)}}))
+    assert refused(capsys, "--config", path).endswith("; also 4 more")
 
 
 # ------------------------------------------------------------------------------------------ Random

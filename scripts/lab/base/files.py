@@ -202,6 +202,11 @@ def replace_text(path: Path, text: str) -> None:
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def output_path(text: str) -> Path:
+    """`user_path`; `-` is the standard output."""
+    return Path("/dev/stdout") if text == "-" else user_path(text)
+
+
 def write_outputs(outputs: Mapping[Path, tuple[str, bytes]]) -> None:
     """Write what a command was asked for, each file whole and all of them or none. Folders are
     made.

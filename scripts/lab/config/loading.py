@@ -10,7 +10,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -236,7 +236,7 @@ def load_config(
     text: the file's text, where it has been read before. check: raises ValueError for what the
     lab's tables do not know (`train_ast.check_config`). Raises RequestError, one line naming the
     file or the override and the key, for a file that is missing, empty or no mapping, an unknown
-    key (with the nearest known one) and a value of the wrong type or range.
+    key (with the nearest known one) and a value of the wrong type or range: all of them at once.
     """
     if text is None:
         text = read_config(path) if path else "{}"
@@ -251,12 +251,27 @@ def load_config(
         if check is not None:
             check(config, [override.partition("=")[0] for override in overrides])
     except ValidationError as error:
-        complaint = _explain(error)
+        complaints = _explain(error)
     except ValueError as error:
-        complaint = one_line(error)
+        complaints = [one_line(error)]
     else:
         return config
-    raise RequestError(f"{_blamed(complaint, overrides) or path or 'config'}: {complaint}")
+    raise RequestError(_all_of(complaints, overrides, path or "config"))
+
+
+MOST_SHOWN = 5  # complaints about one config
+
+
+def _all_of(complaints: Sequence[str], overrides: Sequence[str], path: str | Path) -> str:
+    """Complaints as one line, each after the override or the file that it is about."""
+    texts = []
+    source = None
+    for complaint in complaints[:MOST_SHOWN]:
+        found = _blamed(complaint, overrides) or path
+        texts.append(complaint if found == source else f"{found}: {complaint}")
+        source = found
+    more = len(complaints) - MOST_SHOWN
+    return "; also ".join([*texts, *([f"{more} more"] if more > 0 else [])])
 
 
 def _blamed(complaint: str, overrides: Sequence[str]) -> str | None:
@@ -275,9 +290,17 @@ def _blamed(complaint: str, overrides: Sequence[str]) -> str | None:
     return f"override {one_line(repr(found[-1]), 200)}" if found else None
 
 
-def _explain(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one line: key, what was expected, nearest key."""
-    first = error.errors()[0]
+def _explain(error: ValidationError) -> list[str]:
+    """Pydantic's complaints, a line for each key: what was expected, or the nearest key."""
+    by_key: dict[tuple, list] = {}
+    for each in error.errors():
+        by_key.setdefault(each["loc"][:2], []).append(each)
+    return [_explain_key(found) for found in by_key.values()]
+
+
+def _explain_key(wrong: Sequence[Mapping[str, Any]]) -> str:
+    """wrong: pydantic's complaints about one key."""
+    first = wrong[0]
     if first["type"] == "value_error":
         return one_line(first["ctx"]["error"])
     key = ".".join(str(part)[:100] for part in first["loc"][:2])
@@ -285,7 +308,6 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: {GONE[key]}"
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key)}"
-    wrong = [e for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
     hint = (
         "; in quotes it is text"
         if first["type"] == "string_type" and not isinstance(first["input"], dict | list)
@@ -300,17 +322,30 @@ def _explain(error: ValidationError) -> str:
     )
 
 
+USUAL_NAMES = {  # what others call a key of ours
+    "arch": "name",
+    "bs": "batch_size",
+    "learning_rate": "lr",
+    "num_epochs": "epochs",
+    "scheduler": "lr_schedule",
+    "wd": "weight_decay",
+    "workers": "num_workers",
+}
+
+
+def _leaves(keys: Iterable[str]) -> dict[str, str]:
+    """Keys by their last part, and by its usual other names."""
+    leaves = {key.rpartition(".")[2]: key for key in keys}
+    return {n: leaves[own] for n, own in USUAL_NAMES.items() if own in leaves} | leaves
+
+
 def _nearest(key: str) -> str:
     """A hint at the known key that `key` is close to; one of the same section comes first."""
-    key = key[:100]
+    key = key[:100].replace("-", "_")
     section, _, leaf = key.rpartition(".")
     known = [*config_keys(), *Config.model_fields]
-    leaves = {name.rpartition(".")[2]: name for name in known}
-    own = {
-        name.rpartition(".")[2]: name
-        for name in config_keys()
-        if section and name.startswith(f"{section}.")
-    }
+    leaves = _leaves(known)
+    own = _leaves(name for name in config_keys() if name.startswith(f"{section}."))
     near = [own[name] for name in difflib.get_close_matches(leaf, own, 1, 0.6)]
     near = near or difflib.get_close_matches(key, known, 1, 0.75)
     near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.6)]

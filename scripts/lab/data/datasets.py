@@ -335,6 +335,12 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
 
     A fifth of them, the same in every run and stratified by class, is for validation.
     """
+    return DigitsDataset(list(_digits()[part]), [str(digit) for digit in range(10)])
+
+
+@functools.cache
+def _digits() -> dict[str, list[tuple[Tensor, int]]]:
+    """The samples of both parts, read once."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -345,10 +351,10 @@ def digits_dataset(part: Literal["train", "val"]) -> ImageDataset:
         .view(-1, 1, 8, 8)
         .expand(-1, 3, -1, -1)
     )
-    chosen = parts[0 if part == "train" else 1]
-    return DigitsDataset(
-        [(grey[i], int(labels[i])) for i in chosen], [str(digit) for digit in range(10)]
-    )
+    return {
+        name: [(grey[i], int(labels[i])) for i in chosen]
+        for name, chosen in zip(("train", "val"), parts, strict=True)
+    }
 
 
 class DigitsDataset(ImageDataset):

@@ -23,6 +23,11 @@ from lab.models.weights import find_weights, load_weights
 TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
 
 
+# Networks that this process has built and tried: a tenth of a second for each of the short runs of
+# a sweep in one process.
+FITTING: set[tuple[str, int, str]] = set()
+
+
 def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     """Build the network with a head for `num_classes`, with the weights that it starts from.
 
@@ -60,10 +65,14 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         raise
     except Exception as error:  # a network may raise anything on what it was not written for
         raise RequestError(_misfit(config, image_size, error)) from None
+    tried = config.model_dump_json(), image_size, repr(arguments)
+    if tried in FITTING:
+        return model
     try:
         forward_shapes(model, image_size)
     except Exception as error:  # a layer may raise anything on a size that it was not written for
         raise RequestError(_misfit(config, image_size, error)) from None
+    FITTING.add(tried)
     return model
 
 

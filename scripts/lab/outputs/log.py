@@ -124,7 +124,9 @@ class Outputs:
             of = f"of epoch {result['best_epoch']}, {result['best_accuracy']:.2f} %"
             print_rank0(f"weights: {weights_folder(self.folder)} ({of})")
         if eaten is not None and result["status"] not in ("failed", "interrupted"):
-            eaten.write(path, {name: result["times_trained"][name] for name in diet.SHEETS})
+            chose = result["config"]["ast"]["mode"] == "ast"  # or chance alone says who is most
+            sheets = diet.SHEETS if chose else ()
+            eaten.write(path, {name: result["times_trained"][name] for name in sheets})
         return path
 
 

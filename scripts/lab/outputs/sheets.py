@@ -54,7 +54,7 @@ def contact_sheet(path: Path, samples: Sequence[tuple[Tensor | None, str]]) -> N
             draw.text(
                 (left, top + SIDE + line * LINE), _fitting(one_line(text, 80), font), "black", font
             )
-    replace_file(path, lambda part: sheet.save(part, "PNG", optimize=True))
+    replace_file(path, lambda part: sheet.save(part, "PNG"))
 
 
 def thumbnail(picture: Tensor) -> Image.Image:

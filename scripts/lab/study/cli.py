@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from dotenv import find_dotenv, load_dotenv
 
 from lab.base.errors import NobodyThere, RequestError, TrainingFailed, one_line
+from lab.base.files import user_text
 from lab.base.launch import launched
 from lab.base.streams import standard_streams
 from lab.config.keys import all_needs
-from lab.config.loading import config_keys
+from lab.config.loading import config_keys, load_config
 
 
 def run_cli(main: Callable[[], int]) -> int:
@@ -27,6 +29,24 @@ def run_cli(main: Callable[[], int]) -> int:
     """
     with standard_streams():
         return _run(main)
+
+
+def refuse_early(parse: Callable[[], argparse.Namespace]) -> None:
+    """End the process where its request is wrong, as far as that shows without torch.
+
+    A script calls it before it imports torch, which takes seconds. A config that is a pipe is left
+    for later: it cannot be read twice.
+    """
+
+    def request() -> int:
+        args = parse()
+        path = getattr(args, "config", None)
+        if path is not None and (os.path.isfile(path) or not os.path.exists(path)):
+            load_config(path, args.overrides)
+        return 0
+
+    if code := run_cli(request):
+        sys.exit(code)
 
 
 def _run(main: Callable[[], int]) -> int:
@@ -98,7 +118,7 @@ def _reports(code: int, why: str) -> bool:
     return claim_failure(code, why)
 
 
-HELP_WIDTH = 110  # characters
+HELP_WIDTH = 80  # characters: a terminal's
 OVERRIDES_HELP = (
     "any config key, as ast.pack=true. Text is taken verbatim, quotes included; null is no value"
 )
@@ -132,12 +152,30 @@ def command_parser(description: str | None, config_help: bool = False) -> argpar
     return parser
 
 
+def training_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of `train_ast.py`."""
+    parser = command_parser(
+        "Train one config. run_experiment.py does the same and has more flags.", config_help=True
+    )
+    parser.add_argument(
+        "--config", required=True, type=user_text, metavar="FILE", help="YAML or JSON config"
+    )
+    parser.add_argument("--resume", type=user_text, metavar="PATH|auto", help=RESUME_HELP)
+    parser.add_argument(
+        "--prepare-only", action="store_true", help="build or check the files of dataset.cache=disk"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example training.lr=0.05"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
 def options_help() -> str:
     """Every config key with its default, what it needs and its meaning, for --help-config."""
     lines = [
-        "Config keys: by section in a YAML or JSON file, as section.key=value on the command line.",
-        "There text is taken verbatim and null is no value; the word null itself goes into a file,",
-        'as "null".',
+        "Config keys: by section in a YAML or JSON file, as section.key=value on the",
+        "command line. There text is taken verbatim and null is no value; the word null",
+        'itself goes into a file, as "null".',
     ]
     needs = all_needs()
     section = ""

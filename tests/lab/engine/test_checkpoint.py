@@ -35,13 +35,13 @@ from train_ast import close_epoch, execute, train
 
 SMALL = [
     "model.name=test_resnet",
-    "dataset.image_size=16",
-    "training.batch_size=32",
+    "dataset.image_size=8",
+    "training.batch_size=16",
     "training.lr=0.05",
 ]
 SMALL += [
-    "dataset.max_train_samples=200",
-    "dataset.max_val_samples=64",
+    "dataset.max_train_samples=100",
+    "dataset.max_val_samples=32",
     "training.epochs=3",
     "ast.warmup_epochs=1",
 ]
@@ -60,6 +60,11 @@ OVERLAP = [
     "layers, Adam",
     "resident",
     "accumulated",
+    "dense",
+    "packed",
+    "top-k",
+    "history",
+    "history, two workers",
 ]  # others hold what is in them
 
 

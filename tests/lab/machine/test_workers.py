@@ -121,10 +121,12 @@ def test_a_picture_that_cannot_be_read_ends_a_run_with_workers(
     assert_ended(ended, 2, f"{part}/green/1.jpg: not a readable image")
 
 
-def test_the_command_itself_ends_and_so_do_two_processes(image_folder, tmp_path):
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.long)])
+def test_the_command_itself_ends_and_so_do_two_processes(processes, image_folder, tmp_path):
     """A fork has the exit hooks of this process; a command has its own."""
     spoil(image_folder, "val")
-    ended = real_run([*arguments(image_folder, tmp_path / "1"), "--nproc", "2"], tmp_path / "1")
+    request = [*arguments(image_folder, tmp_path / "1"), "--nproc", processes]
+    ended = real_run(request, tmp_path / "1")
     assert_ended(ended, 2, "val/green/1.jpg: not a readable image")
 
 

@@ -64,6 +64,7 @@ def test_the_counts_are_what_was_trained(way, tmp_path):
     )
     assert most == sorted(times, reverse=True)[:24]
     assert least == sorted(times)[:24]
+    assert len(list((tmp_path / "whole").glob("*_trained.png"))) == 2
     cut = make_config(*SMALL, *way, f"logging.output_dir={tmp_path}/cut")
     assert train(cut, StopAfter(9))[0]["status"] == "interrupted"
     assert not list((tmp_path / "cut").glob("*.npz"))
@@ -99,6 +100,7 @@ def test_two_processes_count_together_and_write_one_folder(tmp_path):
 def test_dense_training_counts_every_epoch(tmp_path):
     result, path = train(make_config(*SMALL, "ast.mode=dense", f"logging.output_dir={tmp_path}"))
     assert result["ledger"]["trained"] == 3 * 192 == arrays(path)[0].sum()
+    assert not list(tmp_path.glob("*_trained.png"))  # all were trained on alike
     accuracies = result["classes"]["val_acc"]
     samples = result["classes"]["val_samples"]
     hits = sum(share * n / 100 for share, n in zip(accuracies, samples, strict=True) if n)

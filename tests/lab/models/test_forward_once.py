@@ -187,7 +187,12 @@ def check_architecture(make, side: int) -> None:
     assert distance(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", SMALL)
+KIN = ["mobilenet", "regnet", "mixer"]  # of others, by what they are built of
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in KIN)) for name in SMALL]
+)
 def test_gradients_of_an_architecture_are_autograds(name):
     check_architecture(*SMALL[name])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lab.base.console import print_rank0, progress_bar
 from lab.base.errors import RequestError
 from lab.config.loading import Config
+from lab.data.cache import MOST_READERS
 from lab.data.cache.device import CachedLoader
 from lab.data.cache.disk import (
     CacheFile,
@@ -52,11 +53,6 @@ class Pictures(NamedTuple):
 # default: nothing is shared, and pictures live as long as their run.
 SHARED_PICTURES: dict[tuple, Pictures] | None = None
 MOST_SHARED = 4  # entries of SHARED_PICTURES: training and validation pictures of two data sets
-
-# Threads that read raw pixels from a file; JPEGs, which they also decode, may have more. On an
-# H200's host with 16 cores 4, 8 and 16 gave 31,271, 29,642 and 23,960 pictures of 400 px a second,
-# and ResNet-50 trains on some 7,000.
-MOST_READERS = 8
 
 
 @contextlib.contextmanager

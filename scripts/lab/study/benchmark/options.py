@@ -11,12 +11,11 @@ from typing import Any
 from lab.base.errors import RequestError
 from lab.base.files import user_path, user_text
 from lab.base.launch import launched
-from lab.data.cache.loaders import MOST_READERS
-from lab.study.benchmark.scaling import read_single
+from lab.data.cache import MOST_READERS
 from lab.study.cli import command_parser
 
 
-def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options. Raises RequestError where they do not fit together."""
     parser = command_parser(description)
     kinds = parser.add_subparsers(dest="what", required=True)
@@ -246,9 +245,11 @@ def check_steps(args: argparse.Namespace) -> None:
         raise RequestError(
             f"--batch-size: {args.batch_size} is no multiple of {processes} processes"
         )
-    args.speeds = (
-        {} if args.single is None else read_single(args.single, args.model, args.image_size)
-    )
+    args.speeds = {}
+    if args.single is not None:
+        from lab.study.benchmark.scaling import read_single  # imports torch
+
+        args.speeds = read_single(args.single, args.model, args.image_size)
 
 
 def check_scaling(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ class Bench:
     """What a hand-written script sets up: model, optimizer and scaler.
 
     `ours`: in the lab's settings (bfloat16, channels_last, fused optimizer). Otherwise float16,
-    contiguous memory and an optimizer that is not fused.
+    contiguous memory and an optimizer that is not fused. On a CPU both compute in float32.
 
     With several processes the model is in DistributedDataParallel, which sends gradients while the
     backward goes on. Gradients are views of its buckets, and each process keeps its own running
@@ -49,16 +49,17 @@ class Bench:
             self.model = DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True, **options
             )
-        self.dtype = torch.bfloat16 if ours or self.kind == "cpu" else torch.float16
+        self.dtype = torch.bfloat16 if ours else torch.float16
+        self.mixed = self.kind != "cpu"  # as the lab
         fused = True if ours and self.kind == "cuda" else None
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=fused
         )
-        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.mixed and not ours)
         self.normalise = Normalise(**IMAGENET_MOMENTS, device=device, layout=layout, dtype=None)
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.kind, self.dtype):
+        with torch.autocast(self.kind, self.dtype, enabled=self.mixed):
             return self.model(self.normalise(images))
 
     def step(self, loss: Tensor) -> None:
