@@ -71,6 +71,8 @@ from lab.data.loading import (
 )
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
+from lab.data.splitting import both_parts, validation_part
+from lab.data.tables import CSVDataset
 from lab.engine.checkpoint import FORMAT, claimed, find_checkpoint, load_checkpoint
 from lab.engine.checks import check_start
 from lab.engine.optimizer import copies_of_weights
@@ -976,6 +978,7 @@ DATASETS: dict[str, type[ImageDataset]] = {
     "digits": DigitsDataset,
     "folder": FolderDataset,
     "hf": HFDataset,
+    "csv": CSVDataset,
 }
 
 
@@ -985,7 +988,7 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
 
     Raises RequestError naming the key where data is missing or does not fit.
     """
-    train, val = DATASETS[config.type].splits(config)
+    train, val = both_parts(DATASETS[config.type], config)
     if config.num_classes not in (None, len(train.classes)):
         raise RequestError(
             f"dataset.num_classes: {config.num_classes}, but the data has "
@@ -1008,7 +1011,7 @@ def build_validation(config: DatasetConfig) -> Split:
 
     Raises RequestError naming the key where data is missing.
     """
-    val = DATASETS[config.type].validation(config)
+    val = validation_part(DATASETS[config.type], config)
     if not len(val):
         raise RequestError("dataset: 0 validation samples")
     val.augmentation = Augmentation(config, train=False)
@@ -1752,6 +1755,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
             **diet_figures(diet, metrics.by_class),
             "base_flop_per_sample": run.network.base_flop,
             "idle_keys": sorted(unread_keys(run.config)),
+            "val_split": data.val.dataset.split,
         }
         environment = run.outputs.environment
         result = build_result(run.config, outcome, metrics.result(), run.clock, facts, environment)

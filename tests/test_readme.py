@@ -25,11 +25,12 @@ TINY += (
     "training.batch_size=8 training.lr_warmup_epochs=0 dataset.num_classes=3 training.compile=off"
 )
 FOLDER = f"{TINY} dataset.train_dir=IMAGES/train dataset.val_dir=IMAGES/val"
+PICTURES = f"{TINY} dataset.train_dir=IMAGES/train"
 RUN = "scripts/run_experiment.py --config configs"
 ADDED = {
     f"{RUN}/digits_smoke.yaml": "",
-    f"{RUN}/pictures_ast.yaml": f"{FOLDER} --output-dir results/pictures",
-    f"{RUN}/pictures_ast.yaml --dense-twin": f"{FOLDER} --output-dir results/twin",
+    f"{RUN}/pictures_ast.yaml": f"{PICTURES} --output-dir results/pictures",
+    f"{RUN}/pictures_ast.yaml --dense-twin": f"{PICTURES} --output-dir results/twin",
     "scripts/evaluate.py --weights results/checkpoints/RUN/weights --images photo.jpg": "--weights "
     "WEIGHTS "
     "--images IMAGES/val",

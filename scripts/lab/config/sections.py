@@ -66,22 +66,38 @@ class DatasetConfig(Section):
     PATHS = ("train_dir", "val_dir", "name", "cache_folder")
 
     type: str = Field(
-        "digits", description="digits (embedded), folder (ImageFolder), hf (Hugging Face datasets)"
+        "digits",
+        description="digits (embedded), folder (ImageFolder), hf (Hugging Face datasets), csv (a "
+        "table of files and labels)",
     )
     train_dir: str | None = Field(None, description="folder: one sub-folder of images a class")
     val_dir: str | None = Field(None, description="folder: the same classes, for validation")
-    name: str | None = Field(None, description="hf: hub id, or a local folder of parquet files")
+    val_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="folder, hf, csv: validate on this share of each class of the training "
+        "pictures, at least one, which are then not trained on; chosen by the pictures' bytes, so "
+        "the same in every run, and equal pictures are on one side",
+    )
+    name: str | None = Field(
+        None,
+        description="hf: hub id, or a local folder of parquet files; csv: the file, in UTF-8, with "
+        "the columns file (seen from the folder that it is in), label and perhaps split",
+    )
     subset: str | None = Field(
         None, description="hf: configuration of the dataset, where it has several"
     )
     revision: str | None = Field(None, description="hf: branch, tag or commit on the hub")
-    split_train: str = Field("train", description="hf: split to train on")
-    split_val: str = Field("validation", description="hf: split to validate on")
+    split_train: str = Field("train", description="hf, csv: split to train on")
+    split_val: str = Field("validation", description="hf, csv: split to validate on")
     image_key: str | None = Field(
-        None, description="hf: image column; null: the only column of images"
+        None,
+        description="image column; null: hf: the only column of images; csv: file",
     )
     label_key: str | None = Field(
-        None, description="hf: label column; null: the only class label column"
+        None,
+        description="label column; null: hf: the only class label column; csv: label",
     )
     num_classes: int | None = Field(
         None, ge=2, description="checked against the data; null: taken from it"
