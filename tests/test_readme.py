@@ -35,6 +35,8 @@ ADDED = {
     f"{RUN}/pictures_ast.yaml --dense-twin": f"{PICTURES} --output-dir results/twin",
     EVALUATE: NEWEST,
     f"{EVALUATE} --images photo.jpg": f"{NEWEST} --images IMAGES/val",
+    # the packages that a .onnx file needs are optional; tests/test_export.py makes one
+    "scripts/export.py --weights results/latest --output model.onnx": f"{NEWEST} --output m.pt2",
     f"{EVALUATE} --images photos --predictions predictions.csv": f"{NEWEST} --images IMAGES/val",
     f"{RUN}/imagenet_resnet50_ast.yaml --epochs 50 --target-activation 0.3": f"{FOLDER} --epochs 3",
     "scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,dense,random "
