@@ -71,7 +71,7 @@ from lab.data.loading import (
 )
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
-from lab.data.splitting import both_parts, validation_part
+from lab.data.splitting import both_parts, repeated, validation_part
 from lab.data.tables import CSVDataset
 from lab.engine.checkpoint import FORMAT, claimed, find_checkpoint, load_checkpoint
 from lab.engine.checks import check_start
@@ -1024,9 +1024,8 @@ def build_splits(dataset: DatasetConfig) -> dict[str, Split]:
     """
     train, val = build_datasets(dataset)
     indices = random_subset(len(train), dataset.max_train_samples)
-    indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
     return {
-        "train": Split(train, indices),
+        "train": Split(train, repeated(train, indices, dataset.repeat)),
         "val": Split(val, random_subset(len(val), dataset.max_val_samples)),
     }
 
@@ -1704,9 +1703,20 @@ def build_run(config: Config, model: nn.Module, data: Data, session: Session) ->
     run = Run.build(config, model, device, planned, samples, dist, stop, started, data.classes)
     if config.dataset.normalise == "measured":
         run.network.normalise_by(measure_moments(data.train.dataset, data.plan.indices))
+    if config.training.class_weights == "balanced":
+        run.network.loss.weigh_classes(class_counts(data.train.dataset, data.plan.indices), device)
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)
     return run
+
+
+def class_counts(dataset: ImageDataset, indices: np.ndarray) -> np.ndarray:
+    """How many of the samples int64 [n] each class has, int64 [classes], with label noise."""
+    indices = indices % len(dataset)
+    labels = np.fromiter(dataset.labels(), np.int64, len(dataset))[indices]
+    known = labels >= 0
+    noisy = dataset.noisy_labels(labels[known], indices[known])
+    return np.bincount(noisy, minlength=len(dataset.classes))
 
 
 def introduce(run: Run, data: Data) -> None:

@@ -59,6 +59,7 @@ OTHER_NEEDS: dict[str, Needs] = {
     "training.momentum": {"training.optimizer": ("sgd", "muon")},
     "training.nesterov": {"training.optimizer": ("sgd", "muon")},
     "training.min_lr": {"training.lr_schedule": ("cosine", "linear", "step")},
+    "training.layer_decay": {"model.freeze": ("false",)},
     "training.label_smoothing": {"training.loss": ("cross_entropy", "early_learning")},
 }
 

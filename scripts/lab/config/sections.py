@@ -46,7 +46,8 @@ class ModelConfig(Section):
 
     name: str = Field(
         "resnet18",
-        description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model",
+        description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model; "
+        "with pretrained=true also hf-hub:NAME/REPOSITORY or local-dir:FOLDER, in timm's form",
     )
     pretrained: bool = Field(
         False, description="start from published ImageNet weights (downloads them)"
@@ -56,6 +57,11 @@ class ModelConfig(Section):
         description=(
             "start from these: the weights folder of a run, a .safetensors or a state_dict file"
         ),
+    )
+    freeze: bool = Field(
+        False,
+        description="train the head alone, on the features of trained weights (a linear probe); "
+        "the rest stays as it is, its BatchNorm and dropout as in validation",
     )
     small_stem: bool = Field(
         False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool"
@@ -161,10 +167,10 @@ class DatasetConfig(Section):
     max_train_samples: int | None = Field(
         None, ge=1, description="train on a fixed random subset of this size"
     )
-    repeat: int = Field(
+    repeat: Annotated[int, Field(ge=1)] | Literal["balanced"] = Field(
         1,
-        ge=1,
-        description="every training image so many times in the set: redundant data, to study",
+        description="every training image so many times in the set: redundant data, to study; "
+        "balanced: those of each class as often as it takes to have as many as the largest has",
     )
     label_noise: float = Field(
         0.0,
@@ -336,6 +342,11 @@ class TrainingConfig(Section):
         description="that is minimised; the other two are made for wrong labels: on CIFAR-10 "
         "with 17 % of them early_learning helped, most in 80 epochs, and "
         "generalised_cross_entropy did not",
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="weights of the training loss, not of the significance; balanced: the inverse "
+        "of each class's share of the training samples",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="of the training loss, not of the significance"

@@ -62,6 +62,24 @@ def split_off(dataset: ImageDataset, fraction: float) -> tuple[ImageDataset, Ima
     return train, val
 
 
+def repeated(dataset: ImageDataset, indices: np.ndarray, repeat: int | str) -> np.ndarray:
+    """The samples int64 [n] as often as `dataset.repeat` says; copy c of sample i is
+    i + c * len(dataset). balanced: each class as often as the largest, by whole copies and a random
+    part of one.
+    """
+    if isinstance(repeat, int):
+        return np.concatenate([indices + copy * len(dataset) for copy in range(repeat)])
+    labels = np.fromiter(dataset.labels(), np.int64, len(dataset))[indices]
+    counts = np.bincount(labels[labels >= 0])
+    generator = np.random.default_rng(0)
+    parts = [indices]
+    for label in np.flatnonzero(counts):
+        own = generator.permutation(indices[labels == label])
+        places = np.arange(len(own), counts.max())
+        parts.append(own[places % len(own)] + places // len(own) * len(dataset))
+    return np.sort(np.concatenate(parts))  # as a cache expects
+
+
 def digests(dataset: ImageDataset) -> list[bytes]:
     """A keyed hash of each picture's bytes; of its name, where it cannot be read."""
     with ThreadPoolExecutor(THREADS) as pool:

@@ -11,7 +11,7 @@ from conftest import COLOURS, make_config, save_picture
 from helpers import hf_config
 from lab.base.errors import RequestError
 from lab.study.results import read_run
-from train_ast import build_datasets, train
+from train_ast import build_datasets, build_splits, train
 
 
 def flat_config(folder, *overrides):
@@ -125,6 +125,30 @@ def test_a_bad_picture_is_split_by_its_name_and_named_when_read(flat):
     (flat / "red" / "gone.jpg").symlink_to(flat / "nowhere.jpg")
     train_set, val = build_datasets(flat_config(flat).dataset)
     assert len(train_set) + len(val) == 46
+
+
+def test_a_balanced_set_has_as_many_of_each_class(flat):
+    splits = build_splits(flat_config(flat, "dataset.repeat=balanced").dataset)
+    train_set, indices = splits["train"]
+    labels = np.array(list(train_set.labels()))
+    assert np.bincount(labels).tolist() == [3, 8, 25]
+    assert np.bincount(labels[indices % len(train_set)]).tolist() == [25, 25, 25]
+    assert len(set(indices.tolist())) == 75  # every copy with an augmentation of its own
+    times = np.bincount(indices % len(train_set))
+    for label in range(3):
+        assert np.ptp(times[labels == label]) <= 1
+    again, _ = build_splits(flat_config(flat, "dataset.repeat=balanced").dataset)["train"][::-1]
+    assert (again == indices).all()
+    assert len(splits["val"].indices) == 9
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_a_run_on_a_balanced_set_trains_on_each_class_alike(cache, flat, tmp_path):
+    small = ["model.name=test_resnet", "training.epochs=2", "ast.mode=dense"]
+    small += ["training.num_workers=0", f"dataset.cache={cache}", "training.batch_size=15"]
+    more = ["dataset.repeat=balanced", "training.class_weights=balanced"]
+    result, _ = train(flat_config(flat, *small, *more, f"logging.output_dir={tmp_path}/out"))
+    assert result["classes"]["times_trained"] == [50, 50, 50]
 
 
 @pytest.mark.parametrize("cache", ["none", "device"])
