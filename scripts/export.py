@@ -1,7 +1,8 @@
-"""Make a file of a trained network that other programs run.
+"""Make a file of a trained network that other programs run, or give it to the Hugging Face hub.
 
     python scripts/export.py --weights results/latest --output model.onnx
     python scripts/export.py --weights RUN --output model.pt2 --images photos/
+    python scripts/export.py --weights RUN --push NAME/REPOSITORY
 
 RUN is a weights folder, the folder of a run above it, a results file, or `latest` in a results
 folder. A .onnx file needs the packages onnx and onnxscript; a .pt2 file is for torch.export.load.
@@ -9,6 +10,9 @@ Both take any number of pictures, float32 [batch, 3, size, size], RGB from 0 to 
 them themselves. Class names and the preparation of pictures are in their metadata. Before the file
 is written, its logits are compared with the network's on real pictures: those of --images, or some
 of the run's validation set; a .onnx file by onnxruntime, where that is installed.
+
+--push uploads weights, config.json and model card with the token HF_TOKEN (.env), to a repository
+that is private where it is new. The card, README.md beside the weights, leaves the licence open.
 
 Exit codes: 0 done; 1 the file does not compute what the network does; 2 the request was wrong.
 """
@@ -33,6 +37,7 @@ from lab.config.loading import load_config
 from lab.data.datasets import ImageDataset
 from lab.outputs.export import FORMS
 from lab.outputs.predictions import find_pictures, read_pictures
+from lab.outputs.push import push
 from lab.outputs.trained import Trained, folder_settings, load_trained
 from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, command_parser, run_cli
 from lab.study.finding import Found, config_of, find_run
@@ -92,18 +97,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", required=True, type=user_text, metavar="RUN", help=WEIGHTS_HELP)
     add(
         "--output",
-        required=True,
         type=user_path,
         metavar="FILE",
         help=f"its name ends in {' or '.join(FORMS)}",
     )
     add("--images", nargs="+", metavar="PATH", help="pictures, and folders, to compare on")
+    add("--push", type=user_text, metavar="REPO", help="name of a repository on the hub")
     add("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
     if args.images is not None:  # which takes the overrides after it too
         args.overrides += [text for text in args.images if is_override(text)]
         args.images = [user_path(text) for text in args.images if not is_override(text)]
-    if args.output.suffix.lower() not in FORMS:
+    if args.output is None and args.push is None:
+        raise RequestError("--output: a file to write, or --push: a repository")
+    if args.output is not None and args.output.suffix.lower() not in FORMS:
         path = one_line(args.output)
         raise RequestError(f"--output: {path}: its name ends in none of {', '.join(FORMS)}")
     return args
@@ -113,9 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     forget_launch()
     found = find_run(args.weights)
-    trained = load(found)
-    say(trained.remarks)
-    export(args, found, trained)
+    if args.output is not None:
+        trained = load(found)
+        say(trained.remarks)
+        export(args, found, trained)
+    if args.push is not None:
+        print(f"pushed     {push(found.weights, args.push)}")
     return 0
 
 
