@@ -74,7 +74,8 @@ def evaluate(trained: Trained, config: Config) -> tuple[dict[str, Any], list[Row
     found = found._replace(labels=numbers[found.labels])
     figures = measure(found, trained.classes)
     rows = rows_of(found, val, errors.found, trained.classes)
-    return {**figures, "bad_images": errors.found}, rows
+    facts = {"bad_images": errors.found, "val_split": val.dataset.split}
+    return {**figures, **facts}, rows
 
 
 def rows_of(
@@ -161,6 +162,12 @@ def load(args: argparse.Namespace, found: Found) -> tuple[Config, bool]:
     text = json.dumps(folder_settings(args.weights))
     config = load_config(None, args.overrides, text, check_evaluation)
     return config, not keys & {"dataset.image_size", "dataset.augment", "dataset.type"}
+
+
+def other_split(split: dict[str, Any] | None, found: Found) -> bool:
+    """Whether `dataset.val_fraction` has now chosen other pictures than in the run."""
+    own = found.result.get("val_split")
+    return isinstance(own, dict) and split is not None and split["digest"] != own.get("digest")
 
 
 def check_evaluation(config: Config, given: Sequence[str] = ()) -> None:
@@ -260,6 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.predictions is not None:  # which holds what cannot be read
         whole.dataset.max_bad_images = sys.maxsize
     figures, rows = evaluate(trained, whole)
+    if args.config is None and other_split(figures["val_split"], found):
+        say(
+            ["dataset.val_fraction: pictures have changed since the run, and it may have seen some"]
+        )
     show = print
     if args.output_dir is not None or args.predictions is not None:
         show = print_progress

@@ -269,6 +269,22 @@ def test_unreadable_validation_pictures_are_rows_too(cache, tmp_path, image_fold
     assert asked(capsys, *place)[0] == 0
 
 
+def test_a_split_that_is_no_longer_the_runs_is_said(tmp_path, image_folder, capsys):
+    more = ["model.name=test_resnet", "training.epochs=1", "ast.mode=dense"]
+    more += ["training.num_workers=0", "training.batch_size=8", "dataset.image_size=32"]
+    more += ["dataset.type=folder", f"dataset.train_dir={image_folder}/train"]
+    train(make_config(*more, "dataset.val_fraction=0.2", f"logging.output_dir={tmp_path}/out"))
+    place = ["--weights", tmp_path / "out" / "latest", "--output-dir", tmp_path]
+    code, _, err = asked(capsys, *place)
+    assert (code, err.count("note: ")) == (0, 1)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["val_split"]["pictures"] == 6
+    for path in sorted((image_folder / "train" / "red").iterdir())[:4]:
+        path.unlink()
+    code, _, err = asked(capsys, *place)
+    assert (code, err.count("note: ")) == (0, 2)
+    assert "pictures have changed since the run, and it may have seen some" in err
+
+
 def test_wrong_options_of_predictions_are_one_line(digits, drawn, tmp_path, capsys):
     images = ["--weights", digits[2], "--images", drawn]
     for options, complaint in (
