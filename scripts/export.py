@@ -86,8 +86,9 @@ def export(args: argparse.Namespace, found: Found, trained: Trained) -> None:
         f"input      images, float32 [batch, 3, {view.size}, {view.size}], RGB from 0 to 1; "
         f"pictures as {view}\n"
         f"output     logits, float32 [batch, {len(trained.classes)}]\n"
-        f"checked    on {len(images)} pictures, one by one and together: the logits differ by "
-        f"{checked.difference:.1e} at most ({checked.by})"
+        f"checked    on {len(images)} pictures, one by one and together: logits of up to "
+        f"{checked.difference.of:.3g} differ by {checked.difference.largest:.1e} at most "
+        f"({checked.by})"
     )
 
 

@@ -22,7 +22,7 @@ from lab.outputs.trained import Trained
 
 INPUT = "images"
 OUTPUT = "logits"
-TOLERANCE = 1e-3  # of the largest logit, or of 1: float32 in another order differs by far less
+TOLERANCE = 1e-3  # of the largest logit: float32 in another order differs by far less
 
 
 class WithNormalisation(nn.Module):
@@ -39,12 +39,19 @@ class WithNormalisation(nn.Module):
         return self.model((images - self.mean) / self.std)
 
 
+class Difference(NamedTuple):
+    """How far the logits of an exported network are from those of the network itself."""
+
+    largest: float
+    of: float  # the largest logit
+
+
 class Checked(NamedTuple):
     """An exported file, compared with its network."""
 
     data: bytes
-    difference: float  # the largest of the logits
-    by: str  # what computed them
+    difference: Difference
+    by: str  # what computed it
 
 
 def metadata(trained: Trained) -> dict[str, str]:
@@ -151,7 +158,7 @@ FORMS: Mapping[str, Callable[[Trained, Tensor], Checked]] = {".onnx": as_onnx, "
 
 
 @torch.no_grad()
-def compared(trained: Trained, images: Tensor, forward: Callable[[Tensor], Tensor]) -> float:
+def compared(trained: Trained, images: Tensor, forward: Callable[[Tensor], Tensor]) -> Difference:
     """The largest difference of the logits of real pictures, one by one and together, from those of
     the network itself.
 
@@ -162,9 +169,10 @@ def compared(trained: Trained, images: Tensor, forward: Callable[[Tensor], Tenso
     together = forward(pixels).numpy()
     alone = np.concatenate([forward(each[None]).numpy() for each in pixels])
     difference = float(max(np.abs(found - expected).max() for found in (together, alone)))
-    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+    largest = float(np.abs(expected).max())
+    if not difference <= TOLERANCE * largest:
         raise TrainingFailed(
-            f"the exported network differs from the trained one: logits by {difference:.3g}; "
-            f"nothing is written"
+            f"the exported network differs from the trained one: logits of up to {largest:.3g} by "
+            f"{difference:.3g}; nothing is written"
         )
-    return difference
+    return Difference(difference, largest)
