@@ -13,7 +13,7 @@ from helpers import folder_config
 from lab.base.errors import TrainingFailed
 from lab.config.loading import checkpoint_folder
 from lab.models.building import build_model, building_arguments
-from lab.models.weights import WeightsFolder, describe
+from lab.models.weights import WeightsFolder, describe, head_names
 from lab.outputs import export as exporting
 from lab.outputs.predictions import guesses
 from lab.outputs.trained import folder_settings, load_trained
@@ -183,12 +183,16 @@ FAMILIES = {  # by name, the side of the pictures, pixels
 
 
 def weights_of(name, side, folder):
-    """A weights folder of a network that starts at random, its BatchNorm's averages moved."""
+    """A weights folder of a network that starts at random, its BatchNorm's averages moved and its
+    head large enough to tell pictures apart.
+    """
     config = load_config(None, [f"model.name={name}", f"dataset.image_size={side}"])
     torch.manual_seed(0)
     model = build_model(config.model, 5, side)
     with torch.no_grad():
         model.train()(torch.rand(4, 3, side, side))
+        for key in head_names(model):
+            model.get_parameter(key).normal_(std=0.5)
     moments = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
     arguments = building_arguments(config.model, side)
     names = ["a", "b", "c", "d", "e"]
