@@ -11,16 +11,19 @@
     python scripts/benchmark.py scaling --steps steps.json --gpus 8 64 512
     python scripts/benchmark.py input --folder data/imagenette2-160/train \\
         --image-size 128
+    python scripts/benchmark.py inference --model resnet50 --image-size 224
     python scripts/benchmark.py epoch --folder data/imagenet/train \\
         --stream-steps 60
 
-steps    training loops over one resident batch: the lab's own, and what others
-         write by hand
-scaling  on paper: what those steps would take on more GPUs with as many samples
-         each
-input    images per second of each pipeline over a folder of classes
-epoch    wall time of whole epochs of a folder of classes, by kind of cache, and
-         how long the GPU waited in them
+steps      training loops over one resident batch: the lab's own, and what
+           others write by hand
+scaling    on paper: what those steps would take on more GPUs with as many
+           samples each
+input      images per second of each pipeline over a folder of classes
+inference  latency of one picture, and pictures a second in the largest batch
+           that fits
+epoch      wall time of whole epochs of a folder of classes, by kind of cache,
+           and how long the GPU waited in them
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ from lab.data.loading import DeviceBatch, EpochPlan
 from lab.machine.devices import configure_backends, environment, resolve_device
 from lab.method.sample_store import Visit
 from lab.models.building import get_model
-from lab.study.benchmark import epochs, inputs, timing
+from lab.study.benchmark import epochs, inference, inputs, timing
 from lab.study.benchmark.peers import (
     hand_written_steps,
     masked_loss_steps,
@@ -229,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": (benchmark_steps, timing.show_steps),
         "input": (inputs.benchmark_input, inputs.show_input),
         "epoch": (partial(epochs.benchmark_epoch, lab=lab), epochs.show_epoch),
+        "inference": (inference.benchmark_inference, inference.show_inference),
         "scaling": (partial(benchmark_scaling, choose=choose_active), show_scaling),
     }[args.what]
     result = work(args)

@@ -1,31 +1,22 @@
 """Evaluate the weights of a run on a validation set, or ask them about single pictures.
 
-    python scripts/evaluate.py --weights FOLDER --config configs/digits_smoke.yaml
-    python scripts/evaluate.py --weights FOLDER --config CONFIG dataset.val_dir=other
-    python scripts/evaluate.py --weights FOLDER --images photo.jpg pictures/
+    python scripts/evaluate.py --weights results/latest
+    python scripts/evaluate.py --weights RUN dataset.val_dir=other --predictions wrong.csv
+    python scripts/evaluate.py --weights RUN --images photo.jpg pictures/
 
-The first two print accuracy, top-5 accuracy, the accuracy of each class, the confusion matrix and
-the calibration error (expected calibration error, 15 bins, Guo et al. 2017). With --output-dir they
-also write evaluation.json and evaluation.png. The validation set is that of the config, prepared as
-while training; the network and its normalisation are those of the folder. --images prints the
-likeliest classes of every picture, prepared as the folder says, or as --config or overrides do;
-with --output-dir it also writes predictions.json. What one would not expect is said on stderr.
+RUN is a weights folder (the lab's, or of timm's save_for_hf), the folder of a run above it, a
+results file, or `latest` in a results folder. The first two print accuracy, the accuracy,
+precision and F1 of each class, the confusion matrix, the loss and the calibration error (expected
+calibration error, 15 bins, Guo et al. 2017), shares with their 95 % intervals (Wilson). With
+--output-dir they also write evaluation.json and evaluation.png. The validation set is that of
+--config, without it that of the run, prepared as while training. --images prints the likeliest
+classes of every picture, prepared as the folder says, or as --config or overrides do; with
+--output-dir it also writes predictions.json. What one would not expect is said on stderr.
 
-FOLDER may also be of timm's save_for_hf. A weights folder is timm's local-dir form. For every model
-of timm, and for a resnet18 or resnet50 without small stem:
-    model = timm.create_model("local-dir:FOLDER", pretrained=True)
-For torchvision's resnet18, resnet50 and vit_b_16, and (timm has none) model.small_stem:
-    facts = json.load(open("FOLDER/config.json"))
-    weights = safetensors.torch.load_file("FOLDER/model.safetensors")
-    model = torchvision.models.get_model(
-        facts["architecture"], num_classes=facts["num_classes"], **facts["model_args"]
-    )
-    if facts["small_stem"]:
-        model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        model.maxpool = torch.nn.Identity()
-    model.load_state_dict(weights)
+--predictions writes a row a picture: path, label where it is known, the likeliest classes with
+their probabilities, why it could not be read. export.py makes other programs' files of a network.
 
-Exit codes: 0 done; 2 the request was wrong.
+Exit codes: 0 done; 1 pictures that could not be read, with --predictions; 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -36,30 +27,37 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lab.base.errors import RequestError
+from lab.base.errors import RequestError, one_line
 from lab.base.files import user_path, user_text, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
 from lab.config.grid import is_override
 from lab.config.loading import Config, load_config
-from lab.study.cli import OVERRIDES_HELP, command_parser, run_cli
+from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, command_parser, run_cli
+from lab.study.finding import Found, config_of, find_run
 from run_experiment import check_config
 
 if TYPE_CHECKING:
-    from lab.outputs.evaluation import Trained
+    from lab.data.cache.loaders import Split
+    from lab.outputs.evaluation import Predictions
+    from lab.outputs.predictions import Guess, Row
+    from lab.outputs.trained import Trained
 
 TOP = 3  # classes of a picture that are printed
+FORMS = (".csv", ".jsonl", ".parquet")  # of --predictions, see `lab.outputs.predictions.encoded`
 
 
-def evaluate(trained: Trained, config: Config) -> dict[str, Any]:
-    """Every figure of the weights on the validation set of `config`: see
-    `lab.outputs.evaluation.measure`; and the pictures that could not be read.
+def evaluate(trained: Trained, config: Config) -> tuple[dict[str, Any], list[Row]]:
+    """(every figure of the weights on the validation set of `config`, see
+    `lab.outputs.evaluation.measure`, and the pictures that could not be read; a row of
+    --predictions a picture).
     """
     from lab.data.datasets import ReadErrors
     from lab.data.loading import device_batches
     from lab.machine.distributed import Dist
     from lab.machine.workers import ending_workers
-    from lab.outputs.evaluation import class_numbers, measure, predict
+    from lab.outputs.evaluation import measure, predict
+    from lab.outputs.trained import class_numbers
     from train_ast import build_val_loader, build_validation
 
     device = trained.network.device
@@ -71,26 +69,50 @@ def evaluate(trained: Trained, config: Config) -> dict[str, Any]:
             trained.network,
             device_batches(build_val_loader(val, config, device, Dist()), device, errors),
         )
-    figures = measure(found._replace(labels=numbers[found.labels]), trained.classes)
-    return {**figures, "bad_images": errors.found}
+    found = found._replace(labels=numbers[found.labels])
+    figures = measure(found, trained.classes)
+    rows = rows_of(found, val, errors.found, trained.classes)
+    facts = {"bad_images": errors.found, "val_split": val.dataset.split}
+    return {**figures, **facts}, rows
+
+
+def rows_of(
+    found: Predictions, val: Split, unreadable: Sequence[str], classes: Sequence[str]
+) -> list[Row]:
+    """A row of --predictions for each sample, in order. unreadable: "<name>: <reason>" each."""
+    from lab.outputs.predictions import Row
+
+    places = {index: place for place, index in enumerate(found.indices.tolist())}
+    rows = []
+    for index in val.indices.tolist():
+        name = val.dataset.name_of(index)
+        place = places.get(index)
+        if place is None:
+            begins = f"{name if name.isprintable() else one_line(name)}: "
+            reasons = [text.removeprefix(begins) for text in unreadable if text.startswith(begins)]
+            rows.append(Row(name, None, None, (reasons or ["cannot be read"])[0]))
+        else:
+            rows.append(Row(name, classes[found.labels[place]], found.logits[place], None))
+    return rows
 
 
 def ask(trained: Trained, args: argparse.Namespace, allowed: int) -> int:
     """Print what the network says of pictures, and write it where that is asked for.
 
-    allowed: how many may be unreadable. Raises RequestError naming the first one beyond.
+    allowed: how many may be unreadable. Raises RequestError naming the first one beyond, unless
+    they are in a file of --predictions.
     """
-    from lab.outputs.evaluation import find_pictures, guesses
+    from lab.outputs.predictions import Row, find_pictures, guesses
 
     paths, remarks = find_pictures(args.images)
     say(remarks)
     found = guesses(trained, paths, args.top or TOP)
     show = print
-    if args.output_dir is not None:
+    if args.output_dir is not None or args.predictions is not None:
         show = print_progress
         found = list(found)
-        rows = [guess._asdict() | {"path": str(guess.path)} for guess in found]
-        write(args, {"predictions.json": {"weights": args.weights, "pictures": rows}})
+        rows = [Row(str(guess.path), None, guess.logits, guess.problem) for guess in found]
+        write(args, {"predictions.json": as_json(found, args)}, rows, trained.classes)
     bad = []
     for guess in found:
         if guess.problem is None:
@@ -98,15 +120,35 @@ def ask(trained: Trained, args: argparse.Namespace, allowed: int) -> int:
         else:
             bad.append(guess)
     say(map(str, bad[:allowed]))
-    if len(bad) > allowed:
-        more = f" (and {len(bad) - allowed - 1} more)" if len(bad) > allowed + 1 else ""
-        raise RequestError(f"--images: {bad[allowed]}{more}")
-    return 0
+    if len(bad) <= allowed:
+        return 0
+    if args.predictions is not None:
+        return report_unread(len(bad), len(paths), args)
+    more = f" (and {len(bad) - allowed - 1} more)" if len(bad) > allowed + 1 else ""
+    raise RequestError(f"--images: {bad[allowed]}{more}")
 
 
-def load(args: argparse.Namespace) -> tuple[Config, bool]:
-    """(the config, whether pictures are prepared as the weights folder says). Without --config the
-    overrides are laid over what the folder says.
+def as_json(found: Sequence[Guess], args: argparse.Namespace) -> dict[str, Any]:
+    rows = [
+        {"path": str(guess.path), "classes": guess.classes, "problem": guess.problem}
+        for guess in found
+    ]
+    return {"weights": args.weights, "pictures": rows}
+
+
+def report_unread(bad: int, pictures: int, args: argparse.Namespace) -> int:
+    """The exit code of a command that has written down what it could not read."""
+    print(
+        f"error: {bad:,} of {pictures:,} pictures could not be read; the reasons are in "
+        f"{one_line(args.predictions)}",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def load(args: argparse.Namespace, found: Found) -> tuple[Config, bool]:
+    """(the config, whether pictures are prepared as the weights folder says). Without --config it
+    is that of the run; for --images the overrides are laid over what the folder says.
 
     Says so where an override is of the network: that is the folder's.
     """
@@ -115,11 +157,21 @@ def load(args: argparse.Namespace) -> tuple[Config, bool]:
     say(f"{key} is not used: the network is the one of --weights" for key in own)
     if args.config is not None:
         return load_config(args.config, args.overrides, check=check_evaluation), False
-    from lab.outputs.evaluation import folder_settings
+    from lab.outputs.trained import folder_settings
 
+    if args.images is None:
+        text = config_of(found)
+        say([f"the config is that of the run: {one_line(found.path)}"])
+        return load_config(found.path, args.overrides, text, check_evaluation), False
     text = json.dumps(folder_settings(args.weights))
     config = load_config(None, args.overrides, text, check_evaluation)
     return config, not keys & {"dataset.image_size", "dataset.augment", "dataset.type"}
+
+
+def other_split(split: dict[str, Any] | None, found: Found) -> bool:
+    """Whether `dataset.val_fraction` has now chosen other pictures than in the run."""
+    own = found.result.get("val_split")
+    return isinstance(own, dict) and split is not None and split["digest"] != own.get("digest")
 
 
 def check_evaluation(config: Config, given: Sequence[str] = ()) -> None:
@@ -135,17 +187,23 @@ def say(lines: Iterable[str]) -> None:
         print(f"note: {line}", file=sys.stderr)
 
 
-def write(args: argparse.Namespace, contents: Mapping[str, Any]) -> None:
-    """Write files into --output-dir, all or none: bytes as they are, and the rest as JSON."""
-    files = {
-        args.output_dir / name: (
-            "--output-dir",
-            content
-            if isinstance(content, bytes)
-            else (json.dumps(content, allow_nan=False) + "\n").encode(),
-        )
-        for name, content in contents.items()
-    }
+def write(
+    args: argparse.Namespace, contents: Mapping[str, Any], rows: Sequence[Row], classes: list[str]
+) -> None:
+    """Write the files of --output-dir and --predictions, all or none: bytes as they are, and the
+    rest as JSON. rows: of --predictions.
+    """
+    files = {}
+    for name, content in contents.items() if args.output_dir is not None else ():
+        if not isinstance(content, bytes):
+            content = (json.dumps(content, allow_nan=False) + "\n").encode()
+        files[args.output_dir / name] = ("--output-dir", content)
+    if args.predictions is not None:
+        from lab.outputs.predictions import as_table, encoded
+
+        found = as_table(rows, classes, args.top or TOP, args.logits)
+        content = encoded(found, args.predictions.suffix.lower())
+        files[args.predictions] = ("--predictions", content)
     write_outputs(files)
 
 
@@ -155,21 +213,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--weights",
         required=True,
         type=user_text,
-        metavar="FOLDER",
-        help="the weights folder of a run",
+        metavar="RUN",
+        help=WEIGHTS_HELP,
     )
     parser.add_argument(
         "--config",
         type=user_text,
         metavar="FILE",
-        help="YAML or JSON; with --images it may be left out",
+        help="YAML or JSON, default: the run's own; with --images: the folder's",
     )
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="pictures, and folders of pictures"
     )
+    parser.add_argument("--top", type=int, metavar="N", help=f"classes a picture, default: {TOP}")
     parser.add_argument(
-        "--top", type=int, metavar="N", help=f"with --images: classes a picture, default: {TOP}"
+        "--predictions",
+        type=user_path,
+        metavar="FILE",
+        help=f"write a row a picture: {', '.join(FORMS)}",
     )
+    parser.add_argument("--logits", action="store_true", help="all logits in --predictions too")
     parser.add_argument(
         "--output-dir",
         type=user_path,
@@ -178,42 +241,60 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
-    if args.config is None and args.images is None:
-        raise RequestError(
-            "--config: needed for the validation set; or --images for single pictures"
-        )
     if args.images is not None:  # which takes the overrides after it too
         args.overrides += [text for text in args.images if is_override(text)]
         args.images = [user_path(text) for text in args.images if not is_override(text)]
-    elif args.top is not None:
-        raise RequestError("--top: only with --images")
+    elif args.top is not None and args.predictions is None:
+        raise RequestError("--top: only with --images or --predictions")
     if args.top is not None and args.top < 1:
         raise RequestError("--top: at least 1")
+    if args.predictions is None and args.logits:
+        raise RequestError("--logits: only with --predictions")
+    if args.predictions is not None and args.predictions.suffix.lower() not in FORMS:
+        path = one_line(args.predictions)
+        raise RequestError(f"--predictions: {path}: its name ends in none of {', '.join(FORMS)}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     forget_launch()
-    config, by_folder = load(args)
+    found = find_run(args.weights)
+    args.weights = found.weights
+    config, by_folder = load(args, found)
     from lab.machine.devices import configure_backends, resolve_device
-    from lab.outputs.evaluation import draw, load_trained, table
+    from lab.outputs.evaluation import draw, table
+    from lab.outputs.trained import load_trained
 
     device = resolve_device(config.training)
     configure_backends(True, device)
     trained = load_trained(args.weights, config, device, by_folder)
     say(trained.remarks)
+    allowed = config.dataset.max_bad_images
     if args.images is not None:
-        return ask(trained, args, config.dataset.max_bad_images)
-    figures = evaluate(trained, config)
-    if args.output_dir is None:
-        print(table(figures))
-        return 0
-    text = {"weights": args.weights, **figures, "config": config.model_dump()}
-    write(args, {"evaluation.json": text, "evaluation.png": draw(figures)})
-    print_progress(table(figures))
-    print_progress(f"evaluation: {args.output_dir / 'evaluation.json'} and evaluation.png")
-    return 0
+        return ask(trained, args, allowed)
+    whole = config.model_copy(deep=True)
+    if args.predictions is not None:  # which holds what cannot be read
+        whole.dataset.max_bad_images = sys.maxsize
+    figures, rows = evaluate(trained, whole)
+    if args.config is None and other_split(figures["val_split"], found):
+        say(
+            ["dataset.val_fraction: pictures have changed since the run, and it may have seen some"]
+        )
+    show = print
+    if args.output_dir is not None or args.predictions is not None:
+        show = print_progress
+        text = {"weights": args.weights, **figures, "config": config.model_dump()}
+        picture = b"" if args.output_dir is None else draw(figures)
+        contents = {"evaluation.json": text, "evaluation.png": picture}
+        write(args, contents, rows, trained.classes)
+    show(table(figures))
+    if args.output_dir is not None:
+        show(f"evaluation: {args.output_dir / 'evaluation.json'} and evaluation.png")
+    if args.predictions is not None:
+        show(f"predictions: {args.predictions}")
+    bad = len(figures["bad_images"])
+    return 0 if bad <= allowed else report_unread(bad, len(rows), args)
 
 
 if __name__ == "__main__":

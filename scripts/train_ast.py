@@ -78,6 +78,8 @@ from lab.data.loading import (
 )
 from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
+from lab.data.splitting import both_parts, repeated, validation_part
+from lab.data.tables import CSVDataset
 from lab.engine.checkpoint import FORMAT, claimed, find_checkpoint, load_checkpoint
 from lab.engine.checks import check_start
 from lab.engine.optimizer import copies_of_weights
@@ -1279,6 +1281,7 @@ DATASETS: dict[str, type[ImageDataset]] = {
     "digits": DigitsDataset,
     "folder": FolderDataset,
     "hf": HFDataset,
+    "csv": CSVDataset,
 }
 
 
@@ -1288,7 +1291,7 @@ def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
 
     Raises RequestError naming the key where data is missing or does not fit.
     """
-    train, val = DATASETS[config.type].splits(config)
+    train, val = both_parts(DATASETS[config.type], config)
     if config.num_classes not in (None, len(train.classes)):
         raise RequestError(
             f"dataset.num_classes: {config.num_classes}, but the data has "
@@ -1311,7 +1314,7 @@ def build_validation(config: DatasetConfig) -> Split:
 
     Raises RequestError naming the key where data is missing.
     """
-    val = DATASETS[config.type].validation(config)
+    val = validation_part(DATASETS[config.type], config)
     if not len(val):
         raise RequestError("dataset: 0 validation samples")
     val.augmentation = Augmentation(config, train=False)
@@ -1324,9 +1327,8 @@ def build_splits(dataset: DatasetConfig) -> dict[str, Split]:
     """
     train, val = build_datasets(dataset)
     indices = random_subset(len(train), dataset.max_train_samples)
-    indices = np.concatenate([indices + copy * len(train) for copy in range(dataset.repeat)])
     return {
-        "train": Split(train, indices),
+        "train": Split(train, repeated(train, indices, dataset.repeat)),
         "val": Split(val, random_subset(len(val), dataset.max_val_samples)),
     }
 
@@ -1625,19 +1627,18 @@ class Run:
         stop: Stop | None = None,
         started: float | None = None,
         classes: int = 0,
-        moments: dict[str, Sequence[float]] | None = None,
+        fit: Callable[[Network], None] = lambda network: None,
     ) -> Run:
         """planned_steps: see `Schedule`; samples: how many indices the training set has; started:
-        time.monotonic() seconds, by default now; moments: to normalise pixels by, by default the
-        network's own.
+        time.monotonic() seconds, by default now; fit: sets what the network takes from the data,
+        before anything of it is traced or compiled.
         """
         dist = dist or Dist()
         training = config.training
         started = time.monotonic() if started is None else started
         measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
         network = Network(model, config, measure, device, dist, samples, classes)
-        if moments is not None:
-            network.normalise_by(moments)
+        fit(network)
         selection = Selection(config, network, samples, device, dist)
         clock = Clock(training, device, dist, stop or Stop(), started)
         is_auto = parts_of(config).target.MOVES
@@ -2058,18 +2059,34 @@ def build_model(config: Config, data: Data) -> nn.Module:
     return model
 
 
+def fit_to_data(network: Network, data: Data) -> None:
+    """Give the network the moments and the class weights of its training set, where asked for."""
+    dataset = data.train.dataset
+    indices = data.plan.all_indices
+    if network.dataset.normalise == "measured":
+        network.normalise_by(measure_moments(dataset, indices))
+    if network.loss.balances:
+        network.loss.weigh_classes(class_counts(dataset, indices), network.device)
+
+
 def build_run(config: Config, model: nn.Module, data: Data, session: Session) -> Run:
     device, dist, stop, started = session
     planned = shares_of(config).planned(data.plan)
     samples = int(data.plan.all_indices.max()) + 1
-    moments = None
-    if config.dataset.normalise == "measured":
-        moments = measure_moments(data.train.dataset, data.plan.all_indices)
     build = partial(Run.build, config, model, device, planned, samples, dist, stop, started)
-    run = build(data.classes, moments)
+    run = build(data.classes, partial(fit_to_data, data=data))
     if dist.rank:
         seed_rank(config.training.seed, dist.rank)
     return run
+
+
+def class_counts(dataset: ImageDataset, indices: np.ndarray) -> np.ndarray:
+    """How many of the samples int64 [n] each class has, int64 [classes], with label noise."""
+    indices = indices % len(dataset)
+    labels = np.fromiter(dataset.labels(), np.int64, len(dataset))[indices]
+    known = labels >= 0
+    noisy = dataset.noisy_labels(labels[known], indices[known])
+    return np.bincount(noisy, minlength=len(dataset.classes))
 
 
 def introduce(run: Run, data: Data) -> None:
@@ -2138,6 +2155,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
             **diet_figures(diet, metrics.by_class),
             "base_flop_per_sample": run.network.base_flop,
             "idle_keys": sorted(unread_keys(run.config)),
+            "val_split": data.val.dataset.split,
         }
         environment = run.outputs.environment
         result = build_result(run.config, outcome, metrics.result(), run.clock, facts, environment)

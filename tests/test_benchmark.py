@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import benchmark
 from lab.config.loading import Config
@@ -203,3 +204,49 @@ def test_a_file_to_compare_with_is_of_one_process_and_the_same_model(
 def test_wrong_sizes_are_refused(wrong, capsys):
     assert run_cli(lambda: benchmark.main(["steps", *SMALL, "--no-compile", *wrong])) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+INFERENCE = ["inference", "--model", "test_resnet", "--classes", "10", "--image-size", "32"]
+INFERENCE += ["--device", "cpu", "--steps", "4", "--repeats", "2"]
+
+
+def test_predictions_are_timed_one_by_one_and_in_batches(tmp_path, capsys):
+    file = tmp_path / "inference.json"
+    assert benchmark.main([*INFERENCE, "--largest", "12", "--json", str(file)]) == 0
+    saved = json.loads(file.read_text())
+    assert list(saved["rows"]) == ["1", "2", "4", "8"]
+    assert (saved["ended"], saved["dtype"]) == (None, "torch.float32")
+    for batch, row in saved["rows"].items():
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+        assert row["images_per_second"] == pytest.approx(1000 * int(batch) / row["ms"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"one picture takes {saved['rows']['1']['ms']:.2f} ms; at most ")
+
+
+class SmallMemory(torch.nn.Module):
+    """A network for which five pictures are too many."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        if len(images) > 4 and not images.is_meta:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
+        return self.model(images)
+
+
+def test_the_largest_batch_that_fits_is_the_last_row(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "lab.study.benchmark.inference.get_model", lambda *a: SmallMemory(get_model(*a))
+    )
+    assert benchmark.main(INFERENCE) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "4"]
+    assert lines[4] == "does not fit: a batch of 8: out of memory. Tried to allocate 2 GiB"
+
+
+def test_wrong_options_of_inference_are_one_line(capsys):
+    for options in (["--largest", "0"], ["--steps", "0"], ["--classes", "1"]):
+        assert run_cli(lambda options=options: benchmark.main([*INFERENCE, *options])) == 2
+        assert capsys.readouterr().err.count("\n") == 1

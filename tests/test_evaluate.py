@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy.special import softmax
 from sklearn.datasets import load_digits
 from timm.models._hub import save_for_hf
 
@@ -165,7 +167,7 @@ def test_what_is_wrong_is_one_line(digits, tmp_path, capsys):
     (damaged / "model.safetensors").write_bytes(b"\0" * 100)
     (tmp_path / "x.png").write_bytes(b"none")
     cases = [
-        (["--weights", str(weights)], "--config: needed"),
+        (["--weights", str(bare)], "--config: needed"),
         (["--weights", str(tmp_path / "no"), *config], "--weights: "),
         (["--weights", str(bare), *config], "no config.json in it"),
         (["--weights", str(damaged), *config], "damaged, or no safetensors file"),
@@ -186,6 +188,114 @@ def test_what_is_wrong_is_one_line(digits, tmp_path, capsys):
         error = capsys.readouterr().err
         assert (code, error.count("\n")) == (2, 1), error
         assert complaint in error
+
+
+def test_a_run_is_named_in_four_ways_and_brings_its_config(digits, tmp_path, capsys):
+    """Without --config the validation set is the run's own, and that is said."""
+    folder, result, weights = digits
+    (path,) = folder.glob("final_results_*.json")
+    outs = []
+    for run in (weights, weights.parent, path, folder / "latest"):
+        code, out, err = asked(capsys, "--weights", run)
+        assert (code, err) == (0, f"note: the config is that of the run: {path}\n")
+        outs.append(out)
+    assert outs == [outs[0]] * 4
+    assert accuracy(out) == round(result["best_accuracy"], 2)
+    _, out, err = asked(capsys, "--weights", folder / "latest", "dataset.max_val_samples=50")
+    assert "of 50 pictures (95 %: " in out
+    _, given, _ = asked(capsys, "--weights", weights, *SMOKE)
+    assert given == outs[0]
+    code, _, err = asked(capsys, "--weights", folder)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"its newest run: {folder}/latest" in err
+
+
+# ---------------------------------------------------------------------------- Files of predictions
+
+
+def test_a_validation_set_is_predicted_into_a_file(digits, tmp_path, capsys):
+    file = tmp_path / "new" / "all.parquet"
+    code, out, _ = asked(
+        capsys, "--weights", digits[0] / "latest", "--predictions", file, "--logits", "--top", "2"
+    )
+    assert code == 0
+    assert out.endswith(f"predictions: {file}\n")
+    table = pd.read_parquet(file)
+    assert len(table) == 200
+    assert 100 * (table["label"] == table["class_1"]).mean() == digits[1]["best_accuracy"]
+    logits = table[[f"logit {digit}" for digit in range(10)]].to_numpy()
+    assert (logits.argmax(1) == table["class_1"].astype(int)).all()
+    assert table["probability_1"].to_numpy() == pytest.approx(softmax(logits, axis=1).max(1))
+    assert table["path"][0].startswith("sample ")
+    assert table["problem"].isna().all()
+
+
+def test_unreadable_pictures_are_rows_and_a_count(digits, drawn, tmp_path, capsys):
+    shutil.copytree(drawn, tmp_path / "some")
+    (tmp_path / "some" / "03_bad.png").write_bytes(b"none")
+    (tmp_path / "some" / "07\nbad, 1.png").write_bytes(b"none")
+    images = ["--weights", digits[2], "--images", tmp_path / "some"]
+    for form in ("csv", "jsonl"):
+        file = tmp_path / f"all.{form}"
+        code, out, err = asked(capsys, *images, "--predictions", file)
+        assert (code, out.count("\n")) == (1, 40)
+        assert err == (f"error: 2 of 42 pictures could not be read; the reasons are in {file}\n")
+        read = pd.read_json if form == "jsonl" else pd.read_csv
+        table = read(file, **({"lines": True} if form == "jsonl" else {"dtype": {"label": str}}))
+        assert list(table["path"]) == sorted(map(str, (tmp_path / "some").iterdir()))
+        assert table["problem"].notna().sum() == table["class_1"].isna().sum() == 2
+        assert table["label"].isna().all()
+    code, _, err = asked(
+        capsys, *images, "--predictions", tmp_path / "a.csv", "dataset.max_bad_images=2"
+    )
+    assert (code, err.count("note: ")) == (0, 2)
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_unreadable_validation_pictures_are_rows_too(cache, tmp_path, image_folder, capsys):
+    (image_folder / "val" / "green" / "1.jpg").write_bytes(b"none")
+    more = [f"dataset.cache={cache}", "dataset.max_bad_images=2"]
+    config, weights, _ = coloured(image_folder, tmp_path, *more)
+    file = tmp_path / "all.csv"
+    place = ["--weights", weights, "--config", config, "--predictions", file]
+    code, _, err = asked(capsys, *place, "dataset.max_bad_images=0")
+    assert (code, err) == (
+        1,
+        f"error: 1 of 9 pictures could not be read; the reasons are in {file}\n",
+    )
+    table = pd.read_csv(file)
+    assert list(table["path"]) == sorted(map(str, (image_folder / "val").rglob("*.jpg")))
+    assert list(table["label"].fillna("")) == 3 * ["blue"] + ["green", "", "green"] + 3 * ["red"]
+    assert table["problem"][4].startswith("not a readable image")
+    assert asked(capsys, *place)[0] == 0
+
+
+def test_a_split_that_is_no_longer_the_runs_is_said(tmp_path, image_folder, capsys):
+    more = ["model.name=test_resnet", "training.epochs=1", "ast.mode=dense"]
+    more += ["training.num_workers=0", "training.batch_size=8", "dataset.image_size=32"]
+    more += ["dataset.type=folder", f"dataset.train_dir={image_folder}/train"]
+    train(make_config(*more, "dataset.val_fraction=0.2", f"logging.output_dir={tmp_path}/out"))
+    place = ["--weights", tmp_path / "out" / "latest", "--output-dir", tmp_path]
+    code, _, err = asked(capsys, *place)
+    assert (code, err.count("note: ")) == (0, 1)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["val_split"]["pictures"] == 6
+    for path in sorted((image_folder / "train" / "red").iterdir())[:4]:
+        path.unlink()
+    code, _, err = asked(capsys, *place)
+    assert (code, err.count("note: ")) == (0, 2)
+    assert "pictures have changed since the run, and it may have seen some" in err
+
+
+def test_wrong_options_of_predictions_are_one_line(digits, drawn, tmp_path, capsys):
+    images = ["--weights", digits[2], "--images", drawn]
+    for options, complaint in (
+        (["--predictions", tmp_path / "a.txt"], "its name ends in none of .csv, .jsonl, .parquet"),
+        (["--logits"], "--logits: only with --predictions"),
+        (["--predictions", "/proc/nowhere/a.csv"], "--predictions: cannot write to /proc/nowhere"),
+    ):
+        code, out, err = asked(capsys, *images, *options)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert complaint in err
 
 
 # --------------------------------------------------------------------- Weights that are not as told
@@ -384,7 +494,7 @@ def test_predictions_are_written_where_that_is_asked_for(digits, drawn, tmp_path
         assert line.startswith(f"{row['path']}: {best} {100 * share:.1f} %, ")
         assert row["problem"] is None
     code, _, err = asked(capsys, "--weights", digits[2], *SMOKE, "--top", "2")
-    assert (code, err) == (2, "error: --top: only with --images\n")
+    assert (code, err) == (2, "error: --top: only with --images or --predictions\n")
 
 
 def test_one_bad_picture_does_not_hide_the_others(digits, drawn, tmp_path, capsys):

@@ -24,7 +24,8 @@ from lab.machine.distributed import Dist
 from lab.models.building import get_model
 from lab.models.network import Network
 from lab.models.weights import WeightsFolder
-from lab.outputs.evaluation import folder_settings, load_trained, require_finite
+from lab.outputs.evaluation import require_finite
+from lab.outputs.trained import folder_settings, load_trained
 from train_ast import load_config
 
 SEED = 20261129

@@ -17,6 +17,7 @@ import analyze_results
 import benchmark
 import download_imagenette
 import evaluate
+import export
 import run_experiment
 import run_sweep
 import train_ast
@@ -87,6 +88,7 @@ def test_help_fits_a_screen_and_the_keys_have_their_own(capsys):
         analyze_results,
         benchmark,
         evaluate,
+        export,
         download_imagenette,
         train_ast,
     ):

@@ -43,11 +43,14 @@ DENSE_END = {"infobatch": 1 / 8}
 
 OTHER_NEEDS: dict[str, Needs] = {
     "dataset.train_dir": {"dataset.type": ("folder",)},
-    "dataset.val_dir": {"dataset.type": ("folder",)},
+    "dataset.val_dir": {"dataset.type": ("folder",), "dataset.val_fraction": ("null",)},
+    "dataset.val_fraction": {"dataset.type": ("folder", "hf", "csv")},
+    **{f"dataset.{key}": {"dataset.type": ("hf",)} for key in ("subset", "revision")},
     **{
-        f"dataset.{key}": {"dataset.type": ("hf",)}
-        for key in "name subset revision split_train split_val image_key label_key".split()
+        f"dataset.{key}": {"dataset.type": ("hf", "csv")}
+        for key in ("name", "split_train", "image_key", "label_key")
     },
+    "dataset.split_val": {"dataset.type": ("hf", "csv"), "dataset.val_fraction": ("null",)},
     "dataset.padding": {"dataset.augment": ("pad_crop",)},
     "dataset.cache_folder": {"dataset.cache": ("device", "disk")},
     "dataset.cache_format": {"dataset.cache": ("disk",)},
@@ -59,6 +62,7 @@ OTHER_NEEDS: dict[str, Needs] = {
     "training.momentum": {"training.optimizer": ("sgd", "muon")},
     "training.nesterov": {"training.optimizer": ("sgd", "muon")},
     "training.min_lr": {"training.lr_schedule": ("cosine", "linear", "step")},
+    "training.layer_decay": {"model.freeze": ("false",)},
     "training.label_smoothing": {"training.loss": ("cross_entropy", "early_learning")},
 }
 

@@ -85,6 +85,11 @@ class Config(Section):
             (is_trained and d.normalise == "measured", f"dataset.normalise: {refitted}"),
             (has_weights and self.model.pretrained, f"model.weights: {two_starts}"),
             (
+                self.model.freeze and not is_trained,
+                "model.freeze: random features are no use; set model.pretrained=true or "
+                "model.weights",
+            ),
+            (
                 on_host and d.cache != "none",
                 f"dataset.augment_policy: {d.augment_policy} needs dataset.cache=none",
             ),

@@ -46,7 +46,8 @@ class ModelConfig(Section):
 
     name: str = Field(
         "resnet18",
-        description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model",
+        description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model; "
+        "with pretrained=true also hf-hub:NAME/REPOSITORY or local-dir:FOLDER, in timm's form",
     )
     pretrained: bool = Field(
         False, description="start from published ImageNet weights (downloads them)"
@@ -57,6 +58,11 @@ class ModelConfig(Section):
             "start from these: the weights folder of a run, a .safetensors or a state_dict file"
         ),
     )
+    freeze: bool = Field(
+        False,
+        description="train the head alone, on the features of trained weights (a linear probe); "
+        "the rest stays as it is, its BatchNorm and dropout as in validation",
+    )
     small_stem: bool = Field(
         False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool"
     )
@@ -66,22 +72,38 @@ class DatasetConfig(Section):
     PATHS = ("train_dir", "val_dir", "name", "cache_folder")
 
     type: str = Field(
-        "digits", description="digits (embedded), folder (ImageFolder), hf (Hugging Face datasets)"
+        "digits",
+        description="digits (embedded), folder (ImageFolder), hf (Hugging Face datasets), csv (a "
+        "table of files and labels)",
     )
     train_dir: str | None = Field(None, description="folder: one sub-folder of images a class")
     val_dir: str | None = Field(None, description="folder: the same classes, for validation")
-    name: str | None = Field(None, description="hf: hub id, or a local folder of parquet files")
+    val_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="folder, hf, csv: validate on this share of each class of the training "
+        "pictures, at least one, which are then not trained on; chosen by the pictures' bytes, so "
+        "the same in every run, and equal pictures are on one side",
+    )
+    name: str | None = Field(
+        None,
+        description="hf: hub id, or a local folder of parquet files; csv: the file, in UTF-8, with "
+        "the columns file (seen from the folder that it is in), label and perhaps split",
+    )
     subset: str | None = Field(
         None, description="hf: configuration of the dataset, where it has several"
     )
     revision: str | None = Field(None, description="hf: branch, tag or commit on the hub")
-    split_train: str = Field("train", description="hf: split to train on")
-    split_val: str = Field("validation", description="hf: split to validate on")
+    split_train: str = Field("train", description="hf, csv: split to train on")
+    split_val: str = Field("validation", description="hf, csv: split to validate on")
     image_key: str | None = Field(
-        None, description="hf: image column; null: the only column of images"
+        None,
+        description="image column; null: hf: the only column of images; csv: file",
     )
     label_key: str | None = Field(
-        None, description="hf: label column; null: the only class label column"
+        None,
+        description="label column; null: hf: the only class label column; csv: label",
     )
     num_classes: int | None = Field(
         None, ge=2, description="checked against the data; null: taken from it"
@@ -145,10 +167,10 @@ class DatasetConfig(Section):
     max_train_samples: int | None = Field(
         None, ge=1, description="train on a fixed random subset of this size"
     )
-    repeat: int = Field(
+    repeat: Annotated[int, Field(ge=1)] | Literal["balanced"] = Field(
         1,
-        ge=1,
-        description="every training image so many times in the set: redundant data, to study",
+        description="every training image so many times in the set: redundant data, to study; "
+        "balanced: those of each class as often as it takes to have as many as the largest has",
     )
     label_noise: float = Field(
         0.0,
@@ -336,6 +358,11 @@ class TrainingConfig(Section):
         description="that is minimised; the other two are made for wrong labels: on CIFAR-10 "
         "with 17 % of them early_learning helped, most in 80 epochs, and "
         "generalised_cross_entropy did not",
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="weights of the training loss, not of the significance; balanced: the inverse "
+        "of each class's share of the training samples",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="of the training loss, not of the significance"

@@ -7,6 +7,7 @@ scikit-learn's digits or from the `datasets` library (`lab.data.hf`).
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
@@ -114,6 +115,12 @@ class ImageDataset(Dataset):
         raise NotImplementedError
 
     @classmethod
+    def whole(cls, config: DatasetConfig) -> ImageDataset | None:
+        """All pictures, where `dataset.val_fraction` is to split them; None for a kind that has two
+        parts of its own. Raises RequestError likewise.
+        """
+
+    @classmethod
     def validation(cls, config: DatasetConfig) -> ImageDataset:
         """The validation set with the classes that it has itself; the training set need not be
         there.
@@ -136,9 +143,22 @@ class ImageDataset(Dataset):
         self.skipped: dict[
             str, int
         ] = {}  # how many files and folders are no part of it, by the reason why
+        # of a part of another set: int64 [samples], their numbers there
+        self.numbers: np.ndarray | None = None
+        self.split: dict[str, Any] | None = None  # what `dataset.val_fraction` made, for results
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def part(self, indices: np.ndarray) -> ImageDataset:
+        """The samples at `indices`, int64, as a set of their own with the same classes."""
+        part = copy.copy(self)
+        part.samples = self._samples_at(indices.tolist())
+        part.numbers = indices
+        return part
+
+    def _samples_at(self, indices: list[int]) -> Any:
+        return [self.samples[index] for index in indices]
 
     def read(self, index: int) -> tuple[Path | bytes | Tensor, int]:
         """The picture of a sample, not yet decoded, and its label. Raises ValueError where the
@@ -174,7 +194,10 @@ class ImageDataset(Dataset):
         return self._named(self.samples[at][0] if isinstance(self.samples, list) else None, at)
 
     def _named(self, source: Any, at: int) -> str:
-        return str(source) if isinstance(source, Path) else f"{self.name_prefix}sample {at}"
+        if isinstance(source, Path):
+            return str(source)
+        number = at if self.numbers is None else self.numbers[at]
+        return f"{self.name_prefix}sample {number}"
 
     def noisy_labels(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
         """The labels of the samples at `indices` after `dataset.label_noise`, int64 [n]."""
@@ -371,20 +394,37 @@ class DigitsDataset(ImageDataset):
         return digits_dataset("val")
 
 
+# folders whose names say that they are parts of a data set, and no classes
+PARTS = {"train", "training", "val", "valid", "validation", "test"}
+
+
 class FolderDataset(ImageDataset):
-    """`folder_dataset`, both parts."""
+    """`folder_dataset`, both parts, or one folder that is to be split."""
 
     @classmethod
     def check(cls, config: DatasetConfig) -> None:
+        lacks = not config.val_dir and config.val_fraction is None
         first_complaint(
             (not config.train_dir, "dataset.train_dir: needed with dataset.type=folder"),
-            (not config.val_dir, "dataset.val_dir: needed with dataset.type=folder"),
+            (lacks, "dataset.val_dir: needed with dataset.type=folder, or dataset.val_fraction"),
         )
 
     @classmethod
     def splits(cls, config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
         train = folder_dataset("dataset.train_dir", config.train_dir)
         return train, folder_dataset("dataset.val_dir", config.val_dir, train.classes)
+
+    @classmethod
+    def whole(cls, config: DatasetConfig) -> ImageDataset:
+        folder = config.train_dir
+        whole = folder_dataset("dataset.train_dir", folder)
+        if {name.lower() for name in whole.classes} <= PARTS:
+            raise RequestError(
+                f"dataset.val_fraction: {folder} holds {' and '.join(whole.classes)}, which are no "
+                f"classes; set dataset.train_dir={folder}/{whole.classes[0]}, or give "
+                f"dataset.val_dir with dataset.val_fraction=null"
+            )
+        return whole
 
     @classmethod
     def validation(cls, config: DatasetConfig) -> ImageDataset:

@@ -186,6 +186,10 @@ class HFDataset(ImageDataset):
         return train, cls(load_hub_split(config, "split_val"), config, "split_val", train.classes)
 
     @classmethod
+    def whole(cls, config: DatasetConfig) -> HFDataset:
+        return cls(load_hub_split(config, "split_train"), config, "split_train")
+
+    @classmethod
     def validation(cls, config: DatasetConfig) -> HFDataset:
         return cls(load_hub_split(config, "split_val"), config, "split_val")
 
@@ -203,6 +207,9 @@ class HFDataset(ImageDataset):
             rows = rows.cast_column(self.image_key, datasets.Image(decode=False))  # left as bytes
         super().__init__(rows.select_columns([self.image_key, self.label_key]), classes)
         self.name_prefix = f"{config.name} [{rows.split}] "
+
+    def _samples_at(self, indices: list[int]) -> Any:
+        return self.samples.select(indices)
 
     def labels(self) -> Iterable[int]:
         known = dict(enumerate(self.label_of))

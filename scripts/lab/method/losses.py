@@ -4,6 +4,7 @@ labels.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +27,8 @@ class Loss(Stateful):
     ):
         """samples: how many indices the training set has."""
         self.smoothing = training.label_smoothing
+        self.balances = training.class_weights == "balanced"
+        self.class_weights: Tensor | None = None  # float32 [classes]; None: all 1
         self.is_plain = type(self) is Loss and not self.smoothing  # nothing but the cross-entropy
 
     def __call__(
@@ -37,6 +40,23 @@ class Loss(Stateful):
         return F.cross_entropy(
             logits, labels, reduction="none", label_smoothing=self.smoothing
         ), None
+
+    def weigh_classes(self, counts: np.ndarray, device: torch.device) -> None:
+        """Weigh each class by the inverse of its share from now on, as scikit-learn's
+        `class_weight="balanced"` does: the mean over all samples is 1. counts: samples of each.
+        """
+        numbers = torch.as_tensor(counts, dtype=torch.float32, device=device)
+        present = numbers > 0
+        self.class_weights = numbers.sum() / (present.sum() * numbers.clamp(min=1))
+
+    def balanced(self, losses: Tensor, labels: Tensor) -> Tensor:
+        """The losses float32 [batch] times the weights of their classes; of mixed labels, float32
+        [batch, classes], times the mean weight.
+        """
+        if self.class_weights is None:
+            return losses
+        weights = self.class_weights
+        return losses * (weights[labels] if labels.ndim == 1 else labels @ weights)
 
     def recall(self, indices: Tensor) -> Tensor | None:
         """The rows of the samples int64 [batch]; None where this loss keeps none."""

@@ -18,7 +18,8 @@ from lab.base.console import print_rank0
 from lab.base.errors import RequestError, one_line
 from lab.base.hub import no_endless_wait, quick_hub
 from lab.config.sections import ModelConfig
-from lab.models.weights import find_weights, load_weights
+from lab.models.sources import resolved
+from lab.models.weights import find_weights, head_names, heads_of, load_weights
 
 TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
 
@@ -33,9 +34,11 @@ def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Modu
 
     Raises RequestError as `build_model` does, and for weights that do not fit.
     """
+    key = "model.weights" if config.weights is not None else "model.name"
+    config = resolved(config)
     model = build_model(config, num_classes, image_size)
     if config.weights is not None:
-        print_rank0(load_weights(model, config, image_size).line)
+        print_rank0(load_weights(model, config, image_size, key).line)
     return model
 
 
@@ -205,6 +208,24 @@ def eval_view(model: nn.Module, batch_statistics: bool = False) -> nn.Module:
 
 def _forget_biases(module: nn.Module, _: Any) -> None:
     module.attention_bias_cache = {}
+
+
+def freeze_trunk(model: nn.Module, name: str) -> None:
+    """Leave gradients to the head alone. Raises RequestError where the network does not say which
+    part that is.
+    """
+    head = head_names(model)
+    if not head:
+        raise RequestError(f"model.freeze: {name} does not say which part of it is its head")
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in head)
+
+
+def hold_trunk(model: nn.Module) -> None:
+    """Let all but the head compute as in validation: BatchNorm's averages stay, nothing drops."""
+    model.eval()
+    for head in heads_of(model):
+        head.train()
 
 
 def synchronised(model: nn.Module) -> nn.Module:

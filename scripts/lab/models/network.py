@@ -26,8 +26,11 @@ from lab.models.building import (
     count_flops,
     eval_view,
     forward_shapes,
+    freeze_trunk,
+    hold_trunk,
     synchronised,
 )
+from lab.models.sources import resolved
 from lab.models.weights import describe, input_moments
 
 
@@ -64,6 +67,7 @@ def training_forward(
         plain = losses.detach()
         if not loss.is_plain:
             plain = F.cross_entropy(known, labels, reduction="none")
+        losses = loss.balanced(losses, labels)
         if weights is None:
             return StepResult(losses.sum(), plain.sum(), correct, None, memory)
         confidence, predicted = known.softmax(-1).max(-1)
@@ -119,18 +123,22 @@ class Network(Stateful):
         samples: how many indices the training set has.
         """
         training = config.training
-        self.model_config = config.model
+        self.model_config = resolved(config.model)
         self.dataset = config.dataset
         self.compile = training.compile
         self.device = device
         self.local_batch = training.batch_size // dist.world  # samples of a batch on this process
         self.synced = training.sync_batchnorm and dist.world > 1
+        if config.model.freeze:
+            freeze_trunk(model, config.model.name)
         self.base_flop = config.metrics.base_flop_per_sample or count_flops(model, self.side)
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         model = synchronised(model) if self.synced else model
         self.model = model.to(device, memory_format=layout).train()
+        if config.model.freeze:
+            hold_trunk(self.model)
         self.amp_dtype = resolve_amp_dtype(training, device)
-        self.moments = input_moments(config.model, model)
+        self.moments = input_moments(self.model_config, model)
         self.normalise = Normalise(*self.moments.values(), device, layout, self.amp_dtype)
         self.measure = measure
         self.loss = LOSSES[training.loss](training, samples, classes, device, dist)

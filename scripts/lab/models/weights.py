@@ -75,14 +75,17 @@ def find_weights(path: str, key: str = "model.weights", of: str | None = None) -
     )
 
 
-def head_names(model: nn.Module) -> set[str]:
-    """The names of the parameters that turn features into classes; none where the model does not
-    say.
-    """
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that turn features into classes; none where the model does not say."""
     find = getattr(model, "get_classifier", None)  # timm's
     heads = find() if find else getattr(model, "heads", getattr(model, "fc", None))  # torchvision's
     heads = heads if isinstance(heads, list | tuple) else [heads]
-    own = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+    return [head for head in heads if isinstance(head, nn.Module)]
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """The names of their parameters."""
+    own = {id(p) for head in heads_of(model) for p in head.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 

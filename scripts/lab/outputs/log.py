@@ -22,6 +22,7 @@ from lab.machine.devices import environment, synchronize
 from lab.machine.distributed import Dist
 from lab.models.weights import WeightsFolder
 from lab.outputs import diet
+from lab.outputs.card import write_card
 from lab.outputs.result import save_results, weights_folder
 from lab.outputs.tables import summary
 
@@ -124,6 +125,8 @@ class Outputs:
             of = f"of epoch {result['best_epoch']}, {result['best_accuracy']:.2f} %"
             print_rank0(f"weights: {weights_folder(self.folder)} ({of})")
         if eaten is not None and result["status"] not in ("failed", "interrupted"):
+            if result["weights"] is not None:
+                write_card(weights_folder(self.folder), result)
             chose = result["config"]["ast"]["mode"] == "ast"  # or chance alone says who is most
             sheets = diet.SHEETS if chose else ()
             eaten.write(path, {name: result["times_trained"][name] for name in sheets})

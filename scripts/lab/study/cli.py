@@ -122,6 +122,7 @@ HELP_WIDTH = 80  # characters: a terminal's
 OVERRIDES_HELP = (
     "any config key, as ast.pack=true. Text is taken verbatim, quotes included; null is no value"
 )
+WEIGHTS_HELP = "a weights folder, the run's folder, a results file, or latest in a results folder"
 RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
 
 

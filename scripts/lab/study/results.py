@@ -109,10 +109,14 @@ class ResultsFile:
     def dataset(self) -> str | None:
         """What the accuracies were measured on; None where the file does not say."""
         kind = self.settings.get("dataset.type")
-        source = {"hf": ("dataset.name", "dataset.subset"), "folder": ("dataset.val_dir",)}.get(
-            kind or "", ()
-        )
-        parts = [self.settings.get(key, "null") for key in source]
+        source = {
+            "hf": ("name", "subset", "val_fraction"),
+            "folder": ("val_dir",),
+            "csv": ("name", "val_fraction"),
+        }.get(kind or "", ())
+        if kind == "folder" and self.settings.get("dataset.val_fraction", "null") != "null":
+            source = ("train_dir", "val_fraction")
+        parts = [self.settings.get(f"dataset.{key}", "null") for key in source]
         return kind and ":".join([kind, *(part for part in parts if part != "null")])
 
 

@@ -129,6 +129,11 @@ def test_resolved_config_loads_again(tmp_path):
             "training.min_lr=0.01 training.lr_schedule=constant",
             "training.min_lr: nothing reads it here; it needs training.lr_schedule=cosine or",
         ),
+        (
+            "model.freeze=true",
+            "model.freeze: random features are no use; set model.pretrained=true or model.weights",
+        ),
+        ("dataset.repeat=0", "dataset.repeat: expected greater than or equal to 1 or 'balanced'"),
         ("training.layer_decay=0", "training.layer_decay: expected greater than 0, got 0"),
         ("training.weight_average=1", "training.weight_average: expected less than 1, got 1"),
         (

@@ -3,15 +3,17 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 
 from conftest import LayerNormNet, make_batch, make_config, make_run, trained_on
 from lab.machine.distributed import Dist
 from lab.method.losses import LOSSES, EarlyLearning
 from runs import ranks
-from train_ast import Run
+from train_ast import Run, build_dataloaders, class_counts, train
 
 CPU = torch.device("cpu")
 
@@ -120,6 +122,56 @@ def test_processes_share_the_targets_that_any_of_them_has_stored(tmp_path):
     assert torch.equal(second, expected)
     assert torch.equal(first, first_too)
     assert torch.equal(second, second_too)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_class_weights_multiply_the_loss_of_each_sample(name):
+    """The weights are scikit-learn's; of a mixture the mean of its classes' weights counts."""
+    loss = LOSSES[name](make_config(f"training.loss={name}").training, 8, 3, CPU, Dist())
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
+    losses = torch.rand(8)
+    assert loss.balanced(losses, torch.from_numpy(labels)) is losses
+    loss.weigh_classes(np.bincount(labels), CPU)
+    weights = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    found = loss.balanced(losses, torch.from_numpy(labels))
+    torch.testing.assert_close(found, losses * torch.from_numpy(weights[labels]).float())
+    mixed = torch.rand(8, 3)
+    found = loss.balanced(losses, mixed)
+    torch.testing.assert_close(found, losses * (mixed @ torch.from_numpy(weights).float()))
+    loss.weigh_classes(np.array([4, 4, 0]), CPU)  # a class of no samples
+    assert loss.class_weights[:2].tolist() == [1, 1]
+
+
+def test_class_weights_are_in_the_gradient_and_not_in_the_reported_loss():
+    images, labels = make_batch(16)
+    runs = [make_run(LayerNormNet(), "ast.mode=dense") for _ in range(2)]
+    runs[1].network.model.load_state_dict(runs[0].network.model.state_dict())
+    counts = np.arange(1, 11)
+    runs[1].network.loss.weigh_classes(counts, CPU)
+    results = [run.network.forward(images, labels) for run in runs]
+    assert torch.equal(results[0].loss, results[1].loss)
+    weights = torch.from_numpy(55 / (10 * counts)).float()
+    model = runs[0].network.model
+    logits = model(runs[0].network.normalise(images))
+    expected = F.cross_entropy(logits, labels, weight=weights, reduction="sum")
+    torch.testing.assert_close(results[1].objective, expected)
+
+
+def test_a_run_weighs_its_classes_by_their_noisy_labels(tmp_path):
+    small = ["training.epochs=1", "ast.mode=dense", "dataset.max_train_samples=200"]
+    small += ["model.name=small_conv", "dataset.label_noise=0.3", "dataset.max_val_samples=50"]
+    histories = []
+    for weights in ("none", "balanced"):
+        config = make_config(
+            *small, f"training.class_weights={weights}", f"logging.output_dir={tmp_path}/{weights}"
+        )
+        histories.append(train(config)[0]["training_history"]["train_loss"])
+    assert histories[0] != histories[1]
+    data = build_dataloaders(config, CPU)
+    counts = class_counts(data.train.dataset, data.plan.indices)
+    assert counts.sum() == 200
+    clean = np.array(list(data.train.dataset.labels()))[data.plan.indices]
+    assert (counts != np.bincount(clean)).any()
 
 
 def test_every_loss_can_be_asked_for():

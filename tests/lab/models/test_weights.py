@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 
 import pytest
 import safetensors
@@ -13,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.io import read_image
 
-from conftest import REPO, make_config
+from conftest import make_config
 from helpers import folder_config, pictures
 from lab.base.errors import RequestError
 from lab.config.loading import checkpoint_folder, run_id
@@ -23,6 +22,7 @@ from lab.machine.distributed import Dist
 from lab.models.building import get_model, synchronised
 from lab.models.network import Network
 from lab.models.weights import WeightsFolder, input_moments
+from lab.outputs.card import BY_TORCHVISION
 from train_ast import train
 
 CPU = torch.device("cpu")
@@ -106,14 +106,6 @@ def test_timm_reads_its_families(name, tmp_path):
     )
 
 
-def documented_lines(folder):
-    """The lines of `evaluate.py --help` that build a network of torchvision."""
-    text = (REPO / "scripts/evaluate.py").read_text()
-    lines = re.search(r"model\.small_stem:\n((?:    .*\n)+)", text)[1]
-    assert lines.count("\n") == 9
-    return re.sub(r"^    ", "", lines, flags=re.MULTILINE).replace("FOLDER", str(folder))
-
-
 TORCHVISION = {
     "resnet18": ("resnet18", []),
     "small stem": ("resnet18", ["model.small_stem=true"]),
@@ -124,11 +116,11 @@ TORCHVISION = {
 @pytest.mark.parametrize(
     "kind", ["resnet18", "small stem", pytest.param("vit_b_16", marks=pytest.mark.long)]
 )
-def test_five_documented_lines_read_torchvisions(kind, tmp_path):
+def test_the_lines_of_the_model_card_read_torchvisions(kind, tmp_path):
     name, more = TORCHVISION[kind]
     network, folder = exported(tmp_path, name, 32, *more)
     known = {"json": json, "torch": torch, "torchvision": torchvision, "safetensors": safetensors}
-    exec(documented_lines(folder), known)
+    exec(BY_TORCHVISION.replace("FOLDER", str(folder)), known)
     assert same_logits(network, known["model"], 32)
     if kind == "resnet18":
         assert same_logits(network, timm.create_model(f"local-dir:{folder}", pretrained=True), 32)

@@ -31,8 +31,12 @@ NOT_SEEN = {
 RECIPE = {"dataset.augment_policy", "dataset.random_erasing"}
 SOURCES = {  # by dataset.type, the keys that name the data
     "digits": (),
-    "folder": ("train_dir", "val_dir"),
-    "hf": ("name", "subset", "revision", "split_train", "split_val", "image_key", "label_key"),
+    "folder": ("train_dir", "val_dir", "val_fraction"),
+    "hf": (
+        *("name", "subset", "revision", "split_train", "split_val", "val_fraction"),
+        *("image_key", "label_key"),
+    ),
+    "csv": ("name", "split_train", "split_val", "val_fraction", "image_key", "label_key"),
 }
 
 # What a label says first, in this order. The other keys follow in the config's order, the epochs

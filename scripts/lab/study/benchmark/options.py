@@ -24,6 +24,7 @@ def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Names
         (add_input, check_input),
         (add_epoch, check_epoch),
         (add_scaling, check_scaling),
+        (add_inference, check_inference),
     )
     for add, check in kinds_of_work:
         kind = add(kinds)
@@ -194,6 +195,30 @@ def add_scaling(kinds: Any) -> argparse.ArgumentParser:
         help="microseconds a hop between machines (default: 30)",
     )
     return parser
+
+
+def add_inference(kinds: Any) -> argparse.ArgumentParser:
+    parser = kinds.add_parser("inference", help="predictions, one by one and in batches")
+    parser.set_defaults(plot=None)
+    add = parser.add_argument
+    add("--model", default="resnet50", help="as model.name (default: resnet50)")
+    add("--small-stem", action="store_true", help="as model.small_stem")
+    add("--classes", type=int, default=1000, help="default: 1000")
+    add("--image-size", type=int, default=224, help="pixels (default: 224)")
+    add("--compile", choices=["off", "default", "reduce-overhead"], default="off", help="its mode")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="as training.device")
+    add("--largest", type=int, metavar="N", help="batch to try (default: 16384, on a CPU 64)")
+    add("--steps", type=int, default=100, help="timed pictures a repeat, or a batch (default: 100)")
+    add("--repeats", type=int, default=5, help="default: 5")
+    return parser
+
+
+def check_inference(args: argparse.Namespace) -> None:
+    sizes = (args.largest or 1, args.steps, args.repeats, args.image_size, args.classes - 1)
+    if args.largest == 0 or min(sizes) < 1:
+        raise RequestError(
+            "--largest, --steps, --repeats and --image-size must be positive, --classes at least 2"
+        )
 
 
 def check_timed(args: argparse.Namespace) -> None:
