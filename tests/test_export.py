@@ -123,12 +123,14 @@ class Looker(torch.nn.Module):
 def test_a_network_that_cannot_be_traced_is_named_and_nothing_is_written(
     run, tmp_path, capsys, monkeypatch
 ):
-    def looking(*arguments):
-        trained = load_trained(*arguments, by_folder=True)
+    load = export.load
+
+    def looking(found):
+        trained = load(found)
         trained.network.model = Looker(trained.network.model)
         return trained
 
-    monkeypatch.setattr(export, "load_trained", lambda *a, by_folder: looking(*a))
+    monkeypatch.setattr(export, "load", looking)
     code, out, err = exported(capsys, "--weights", run[1], "--output", tmp_path / "m.pt2")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: --weights: test_resnet cannot be traced by torch.export: ")
