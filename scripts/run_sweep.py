@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = cross(args.grid, args.variants, args.seeds, args.overrides)
     check = run_experiment.check_config
     plans = plan_runs(args.configs, args.overrides, points, args.dense_twin, args.resume, check)
+    if args.one_process and len(plans) > 1:
+        refuse_shared_graphs(plans)
     slots = slots_of(args.gpus, args.runs_per_gpu)
     output_dir = Path(next(plan.config for plan in plans if plan.config).logging.output_dir)
     finished = as_written(output_dir, finished_runs(plans))
@@ -133,6 +135,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}"
         )
         return run_all(args, plans, rows, slots, summary, logs)
+
+
+def refuse_shared_graphs(plans: Sequence[Planned]) -> None:
+    """Raises RequestError for runs of one process that record CUDA graphs of their own: the second
+    one ended in an illegal memory access on an H200, for a reason that is not known.
+    """
+    for plan in plans:
+        if plan.config is None or plan.config.ast.mode != "ast":
+            continue
+        graphs = plan.config.training.compile == "reduce-overhead"
+        if graphs and plan.config.ast.reuse_forward is not False:
+            raise RequestError(
+                f"--one-process: {plan.name}: ast.reuse_forward with "
+                "training.compile=reduce-overhead needs a process of its own"
+            )
 
 
 def run_all(

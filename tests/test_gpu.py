@@ -27,7 +27,13 @@ GPU = torch.device("cuda")
 
 @pytest.mark.parametrize(
     ("mode", "scoring", "window"),
-    [("dense", "batch", 1), ("ast", "batch", 2), ("ast", "history", 1)],
+    [
+        ("dense", "batch", 1),
+        ("ast", "batch", 2),
+        ("ast", "history", 1),
+        ("ast", "reused", 1),
+        ("ast", "reused", 2),
+    ],
 )
 def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
     """ResNet-18 in float32, 24 loop steps from the same weights: every tensor moves the same way by
@@ -55,8 +61,11 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
             "training.lr=1e-4",
         ]
         settings += [f"ast.scoring={scoring}", f"ast.pack={scoring == 'batch'}"]
+        if scoring == "reused":  # the harder 16 of 32
+            settings[-2:] = ["ast.reuse_forward=true", "ast.rule=topk", "ast.target_activation=0.5"]
+        size = 16 if scoring == "reused" else 32
         config = make_config(
-            f"ast.mode={mode}", "training.batch_size=32", "dataset.image_size=32", *settings
+            f"ast.mode={mode}", f"training.batch_size={size}", "dataset.image_size=32", *settings
         )
         configure_backends(True, GPU)
         torch.set_float32_matmul_precision("highest")

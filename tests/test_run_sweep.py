@@ -283,6 +283,14 @@ def test_one_process_takes_no_slots():
         main(["--configs", DIGITS, "--one-process", "--runs-per-gpu", "2"])
 
 
+def test_runs_that_record_graphs_of_their_own_get_a_process_each():
+    graphs = ["training.compile=reduce-overhead", "ast.reuse_forward=auto", "ast.pack=false"]
+    sweep = ["--configs", DIGITS, "--one-process", "--dry-run", *graphs]
+    with pytest.raises(RequestError, match="--one-process: .* needs a process of its own"):
+        main([*sweep, "--seeds", "0", "1"])
+    assert main(sweep) == 0  # a single run
+
+
 @pytest.mark.parametrize("flags", [[], ["--one-process"], ["--dry-run"]])
 def test_missing_configs_are_refused_and_write_nothing_anywhere(
     flags, tmp_path, monkeypatch, capsys
