@@ -1,20 +1,25 @@
-"""Make a file of a trained network that other programs run, or give it to the Hugging Face hub.
+"""Make a file of a trained network that other programs run, or give it to the
+Hugging Face hub.
 
     python scripts/export.py --weights results/latest --output model.onnx
     python scripts/export.py --weights RUN --output model.pt2 --images photos/
     python scripts/export.py --weights RUN --push NAME/REPOSITORY
 
-RUN is a weights folder, the folder of a run above it, a results file, or `latest` in a results
-folder. A .onnx file needs the packages onnx and onnxscript; a .pt2 file is for torch.export.load.
-Both take any number of pictures, float32 [batch, 3, size, size], RGB from 0 to 1, and normalise
-them themselves. Class names and the preparation of pictures are in their metadata. Before the file
-is written, its logits are compared with the network's on real pictures: those of --images, or some
-of the run's validation set; a .onnx file by onnxruntime, where that is installed.
+RUN is a weights folder, the folder of a run above it, a results file, or
+`latest` in a results folder. A .onnx file needs the packages onnx and
+onnxscript; a .pt2 file is for torch.export.load. Both take any number of
+pictures, float32 [batch, 3, size, size], RGB from 0 to 1, and normalise them
+themselves. Class names and the preparation of pictures are in their metadata.
+Before the file is written, its logits are compared with the network's on real
+pictures: those of --images, or some of the run's validation set; a .onnx file
+by onnxruntime, where that is installed.
 
---push uploads weights, config.json and model card with the token HF_TOKEN (.env), to a repository
-that is private where it is new. The card, README.md beside the weights, leaves the licence open.
+--push uploads weights, config.json and model card with the token HF_TOKEN
+(.env), to a repository that is private where it is new. The card, README.md
+beside the weights, leaves the licence open.
 
-Exit codes: 0 done; 1 the file does not compute what the network does; 2 the request was wrong.
+Exit codes: 0 done; 1 the file does not compute what the network does; 2 the
+request was wrong.
 """
 
 from __future__ import annotations

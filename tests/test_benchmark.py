@@ -20,9 +20,10 @@ LOOPS = [
     "dense loop",
     "batch-scored loop, a=0.25",
     "  scored at 8 px",
+    "forward once, a=0.25",
     "proxy-scored loop, a=0.25",
 ]
-LOOPS += ["random loop, a=0.25", "stored scores, a=0.25", "forward once, a=0.25"]
+LOOPS += ["random loop, a=0.25", "stored scores, a=0.25"]
 LOOPS += ["batch-scored loop, not packed"]
 PEERS = [
     "published pattern",

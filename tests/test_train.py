@@ -16,10 +16,11 @@ import torch.nn.functional as F
 import train_ast
 from conftest import BatchNormNet, LayerNormNet, make_batch, make_config, make_run, trained_on
 from lab.base.errors import RequestError, TrainingFailed
-from lab.config.sections import TrainingConfig
+from lab.config.sections import ModelConfig, TrainingConfig
 from lab.machine.clock import Stop
 from lab.machine.devices import resolve_amp_dtype, resolve_device
 from lab.method.schedule import lr_at
+from lab.models.building import count_flops, get_model
 from lab.outputs.result import save_results
 from runs import exit_code, program, running, wait_until
 from train_ast import HISTORY_KEYS, Run, train
@@ -350,9 +351,9 @@ def test_scoring_at_a_lower_resolution_is_counted(cache, tmp_path):
     ledger = result["ledger"]
     flop = result["base_flop_per_sample"] / 1e9
     assert ledger["scored"] == ledger["loaded"] > 0
-    spent = flop * (
-        ledger["trained"] + ledger["scored"] / 12
-    )  # half the side: a quarter of a third
+    network = get_model(ModelConfig(name="small_conv"), 10, 16)
+    share = count_flops(network, 8) / count_flops(network, 16)  # a little over a quarter
+    spent = flop * (ledger["trained"] + ledger["scored"] * share / 3)
     assert result["training_history"]["total_flops_g"][-1] == pytest.approx(spent)
 
 

@@ -121,12 +121,15 @@ class Outputs:
         self.checkpoints.close()
         path = save_results(result, self.logging.output_dir)
         print_rank0(f"{summary(result)}\nresults: {path}")
-        if result["weights"] is not None:
+        # a run that was resumed with nothing left to do has its weights where it began
+        weights = weights_folder(self.folder)
+        has_weights = result["weights"] is not None and weights.is_dir()
+        if has_weights:
             of = f"of epoch {result['best_epoch']}, {result['best_accuracy']:.2f} %"
-            print_rank0(f"weights: {weights_folder(self.folder)} ({of})")
+            print_rank0(f"weights: {weights} ({of})")
         if eaten is not None and result["status"] not in ("failed", "interrupted"):
-            if result["weights"] is not None:
-                write_card(weights_folder(self.folder), result)
+            if has_weights:
+                write_card(weights, result)
             chose = result["config"]["ast"]["mode"] == "ast"  # or chance alone says who is most
             sheets = diet.SHEETS if chose else ()
             eaten.write(path, {name: result["times_trained"][name] for name in sheets})

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from lab.engine.checkpoint import (
 )
 from lab.engine.state import load_state
 from lab.machine.clock import Stop
+from lab.machine.meters import Ledger
 from lab.study.cli import run_cli
 from runs import WAYS, CapAfter, StopAfter, final_state, same, untimed
 from train_ast import close_epoch, execute, train
@@ -518,7 +520,7 @@ def test_the_ledger_of_an_unfinished_epoch_goes_on_where_it_was():
         run.optimizer_step()
         run.metrics.step += 1
     state = host_copy(run.state())
-    ledger = {"loaded": 48, "scored": 0, "trained": 48, "steps": 3}
+    ledger = asdict(Ledger(loaded=48, trained=48, steps=3))
     assert run.metrics.result()["ledger"] == ledger
     resumed = make_run(BatchNormNet(), "ast.mode=dense")
     load_state(resumed.parts(), state, resumed.dist)

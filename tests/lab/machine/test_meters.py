@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -60,9 +61,10 @@ def test_counts_of_several_processes_add_up():
         (0, 0, 0),
     ]
     assert [each["sums"].tolist() for each in merged] == [[9, 3, 3], [0, 0, 0]]
-    ledgers = [Ledger(10, 5, 3, 7).state_dict(), Ledger(20, 6, 4, 7).state_dict()]
-    assert Ledger().merged(ledgers, 0) == {"loaded": 30, "scored": 11, "trained": 7, "steps": 7}
-    assert Ledger().merged(ledgers, 1) == {"loaded": 0, "scored": 0, "trained": 0, "steps": 7}
+    ledgers = [Ledger(10, 5, 3, 7, reused=3).state_dict()]
+    ledgers.append(Ledger(20, 6, 4, 7, padding=1).state_dict())
+    assert Ledger().merged(ledgers, 0) == asdict(Ledger(30, 11, 7, 7, reused=3, padding=1))
+    assert Ledger().merged(ledgers, 1) == asdict(Ledger(steps=7))
 
 
 def test_ledger_differences_and_equivalents():
