@@ -318,7 +318,7 @@ def test_sparse_training_learns_and_holds_its_target(tmp_path):
 
 
 def test_a_schedule_over_time_ends_at_its_budget_fully_decayed(tmp_path):
-    budget = 1.5  # seconds
+    budget = 3.0  # seconds
     schedule = [
         "training.lr_decay=time",
         f"training.max_minutes={budget / 60}",
