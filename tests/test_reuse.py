@@ -97,8 +97,15 @@ def test_a_batch_without_some_of_its_pictures_takes_two_passes():
     assert run.trainer.window_reused == 8
 
 
-@pytest.mark.parametrize("rule", ["pi", "topk"])
-@pytest.mark.parametrize("target", ["0.4", "auto"])
+@pytest.mark.parametrize(
+    ("rule", "target"),
+    [
+        ("pi", "0.4"),
+        ("topk", "auto"),
+        pytest.param("pi", "auto", marks=pytest.mark.long),
+        pytest.param("topk", "0.4", marks=pytest.mark.long),
+    ],
+)
 def test_a_rule_holds_its_target(rule, target, tmp_path):
     keys = [f"ast.rule={rule}", f"ast.target_activation={target}", "ast.kp=1", "ast.ki=0.05"]
     keys = keys if rule == "pi" else keys[:2]
@@ -124,8 +131,11 @@ def test_a_rule_holds_its_target(rule, target, tmp_path):
 @pytest.mark.parametrize(
     "keys",
     [
-        ["training.loss=early_learning", "training.weight_average=0.9"],
-        ["ast.forget_rate=0.2"],
+        pytest.param(
+            ["training.loss=early_learning", "training.weight_average=0.9"],
+            marks=pytest.mark.long,
+        ),
+        pytest.param(["ast.forget_rate=0.2"], marks=pytest.mark.long),
         ["ast.forget_rate=auto", "dataset.label_noise=0.2", "training.grad_accum_steps=2"],
     ],
     ids=["early learning, averaged", "forget 0.2", "forget auto, accumulated"],
@@ -196,8 +206,15 @@ def test_a_file_with_both_scoring_and_reuse_that_do_not_go_together_is_refused(t
         load_config(path, [])
 
 
-@pytest.mark.parametrize("reuse", ["true", "false"])
-@pytest.mark.parametrize("rule", ["pi", "topk"])
+@pytest.mark.parametrize(
+    ("rule", "reuse"),
+    [
+        ("topk", "true"),
+        ("pi", "false"),
+        pytest.param("pi", "true", marks=pytest.mark.long),
+        pytest.param("topk", "false", marks=pytest.mark.long),
+    ],
+)
 def test_candidates_are_those_of_the_highest_scores_and_everyone_comes_back(rule, reuse, tmp_path):
     keys = [f"ast.rule={rule}", f"ast.reuse_forward={reuse}", "ast.candidates=0.75"]
     keys += ["ast.target_activation=0.375", "ast.entropy_weight=0", "training.epochs=8"]
@@ -227,7 +244,8 @@ def test_a_score_doubles_with_every_epoch_that_leaves_its_sample_out():
     assert aged.tolist() == pytest.approx([24.0, 8.0, 1e-6, math.inf])
 
 
-@pytest.mark.parametrize("rule", ["pi", pytest.param("topk", marks=pytest.mark.long)])
+@pytest.mark.long  # both processes trace, half a minute
+@pytest.mark.parametrize("rule", ["pi", "topk"])
 def test_two_processes_train_as_one(rule, tmp_path):
     """Started afresh: a forked process cannot trace once its parent has."""
     keys = ["model.name=test_vit", "dataset.image_size=32", "training.batch_size=32"]
