@@ -103,7 +103,7 @@ CELLS = [
     cell
     for cell in CELLS
     if cell[1:] != ("infobatch", "entropy_weight")
-    and cell != ("history", "infobatch", "min_active")
+    and (cell[0], cell[2]) != ("history", "min_active")
     # refused elsewhere, from a file too: what it replaces would be idle there
     and (cell[2] != "reuse_forward" or cell[:2] in (("batch", "pi"), ("batch", "topk")))
 ]
