@@ -5,12 +5,13 @@ one line.
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 
 from conftest import make_config
 from lab.base.errors import RequestError
 from lab.config.sections import ModelConfig
 from lab.machine.devices import Normalise
+from lab.machine.distributed import Dist
+from lab.method.losses import Loss
 from lab.models.building import get_model
 from lab.models.forward_once import CannotTrace, ForwardOnce, row_forward
 from train_ast import train
@@ -81,13 +82,6 @@ def smallest(name: str) -> tuple[torch.nn.Module, int]:
     return get_model(ModelConfig(name=name), 10, side_of(name)), side_of(name)
 
 
-class CrossEntropy:
-    """A loss of the training as `row_forward` takes it."""
-
-    def __call__(self, logits, labels, rows=None):
-        return F.cross_entropy(logits, labels, reduction="none"), None
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_timm_model_forwards_once_or_says_in_one_line_why_not(name):
@@ -98,8 +92,8 @@ def test_a_timm_model_forwards_once_or_says_in_one_line_why_not(name):
     model, side = smallest(name)
     device = torch.device("cpu")
     normalise = Normalise([0.5] * 3, [0.25] * 3, device, torch.contiguous_format, None)
-    loss = CrossEntropy()
-    compute = row_forward(normalise, lambda *given: loss(*given)[0], loss)
+    loss = Loss(make_config().training, 4, 10, device, Dist())
+    compute = row_forward(normalise, lambda *given: loss.of_batch(*given)[1], loss)
     images = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
     family = type(model).__module__.split(".")[-1]
     verdict = "forward once"

@@ -41,6 +41,18 @@ class Loss(Stateful):
             logits, labels, reduction="none", label_smoothing=self.smoothing
         ), None
 
+    def of_batch(
+        self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(what is minimised of each sample, its class's weight in it, float32 [batch]; its plain
+        cross-entropy without gradient, nats; its new row). Inputs as of a call.
+        """
+        losses, rows = self(logits, labels, rows)
+        plain = losses.detach()
+        if not self.is_plain:
+            plain = F.cross_entropy(logits.detach(), labels, reduction="none")
+        return self.balanced(losses, labels), plain, rows
+
     def weigh_classes(self, counts: np.ndarray, device: torch.device) -> None:
         """Weigh each class by the inverse of its share from now on, as scikit-learn's
         `class_weight="balanced"` does: the mean over all samples is 1. counts: samples of each.

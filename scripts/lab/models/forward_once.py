@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
@@ -77,10 +76,9 @@ def row_forward(normalise: Normalise, measure: Callable, loss: Loss) -> Compute:
     ) -> Rows:
         with normalise.autocast():
             logits = model(normalise(images))
-        losses, targets = loss(logits.float(), labels, rows)
+        losses, plain, targets = loss.of_batch(logits.float(), labels, rows)
         known = logits.detach().float()
         classes = labels if labels.ndim == 1 else labels.argmax(-1)
-        plain = F.cross_entropy(known, labels, reduction="none")
         confidence, predicted = known.softmax(-1).max(-1)
         correct = known.argmax(-1) == classes
         return Rows(losses, measure(known, labels), correct, plain, confidence, predicted, targets)

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.config.loading import Config
@@ -62,15 +61,10 @@ def training_forward(
         with normalise.autocast():
             logits = model(normalise(images))
         correct = logits.argmax(-1) == (labels if labels.ndim == 1 else labels.argmax(-1))
-        known = logits.detach().float()
-        losses, memory = loss(logits.float(), labels, memory)
-        plain = losses.detach()
-        if not loss.is_plain:
-            plain = F.cross_entropy(known, labels, reduction="none")
-        losses = loss.balanced(losses, labels)
+        losses, plain, memory = loss.of_batch(logits.float(), labels, memory)
         if weights is None:
             return StepResult(losses.sum(), plain.sum(), correct, None, memory)
-        confidence, predicted = known.softmax(-1).max(-1)
+        confidence, predicted = logits.detach().float().softmax(-1).max(-1)
         visit = Visit(measure(logits.detach(), labels), plain, confidence, predicted, labels)
         return StepResult((losses * weights).sum(), plain.sum(), correct, visit, memory)
 
