@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +27,19 @@ settings.register_profile(
     "lab", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )  # machines may be busy
 settings.load_profile("lab")
+
+
+# Their tests trace a network. A process that has traced cannot fork one that trains.
+TRACING = ("test_checkpoint", "test_forward_once", "test_reuse", "test_keys")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with the most tests first, so that several processes end together; those that trace
+    after all others.
+    """
+    sizes = Counter(item.path for item in items)
+    last = {name: place for place, name in enumerate(TRACING, 1)}
+    items.sort(key=lambda item: (last.get(item.path.stem, 0), -sizes[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
