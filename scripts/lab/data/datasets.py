@@ -206,16 +206,16 @@ class ImageDataset(Dataset):
             return labels
         return (labels + self.label_shifts[np.asarray(indices) % len(self)]) % len(self.classes)
 
-    def labels(self) -> Iterable[int]:
-        """The label of every sample, without noise."""
-        return (label for _, label in self.samples)
+    def labels(self) -> np.ndarray:
+        """The label of every sample, int64 [n], without noise; -1 for one that is no class."""
+        return np.fromiter((label for _, label in self.samples), np.int64, len(self))
 
     def fingerprint(self) -> str:
         """SHA-256 over the class names, the labels and the names of the files: processes compare
         their data by it.
         """
         digest = hashlib.sha256(json.dumps([len(self), self.classes]).encode())
-        digest.update(np.fromiter(self.labels(), np.int64).tobytes())
+        digest.update(self.labels().tobytes())
         for source, _ in self.samples if isinstance(self.samples, list) else ():
             digest.update(os.fsencode(source.name) if isinstance(source, Path) else b"")
         return digest.hexdigest()

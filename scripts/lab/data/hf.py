@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -211,9 +210,10 @@ class HFDataset(ImageDataset):
     def _samples_at(self, indices: list[int]) -> Any:
         return self.samples.select(indices)
 
-    def labels(self) -> Iterable[int]:
+    def labels(self) -> np.ndarray:
         known = dict(enumerate(self.label_of))
-        return (known.get(number, -1) for number in self.samples[self.label_key])
+        numbers = self.samples[self.label_key]
+        return np.fromiter((known.get(number, -1) for number in numbers), np.int64, len(self))
 
     def read(self, index: int) -> tuple[Path | bytes, int]:
         row = self.samples[index]

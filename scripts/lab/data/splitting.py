@@ -46,7 +46,7 @@ def split_off(dataset: ImageDataset, fraction: float) -> tuple[ImageDataset, Ima
     Equal pictures stay on one side, those of several classes in training. Raises RequestError
     naming dataset.val_fraction where a class has too few pictures for both sides.
     """
-    labels = np.fromiter(dataset.labels(), np.int64, len(dataset))
+    labels = dataset.labels()
     hashes = digests(dataset)
     chosen = np.zeros(len(dataset), dtype=bool)
     for label, groups in _groups(labels, hashes).items():
@@ -69,7 +69,7 @@ def repeated(dataset: ImageDataset, indices: np.ndarray, repeat: int | str) -> n
     """
     if isinstance(repeat, int):
         return np.concatenate([indices + copy * len(dataset) for copy in range(repeat)])
-    labels = np.fromiter(dataset.labels(), np.int64, len(dataset))[indices]
+    labels = dataset.labels()[indices]
     counts = np.bincount(labels[labels >= 0])
     generator = np.random.default_rng(0)
     parts = [indices]

@@ -35,8 +35,8 @@ class Diet:
         times = np.full(len(dataset), -1, dtype=np.int32)
         times[indices % len(dataset)] = 0
         np.add.at(times, indices % len(dataset), counts[indices])
-        labels = np.fromiter(dataset.labels(), np.int32, len(dataset))
-        return cls(dataset, times, dataset.noisy_labels(labels, pictures).astype(np.int32))
+        labels = dataset.noisy_labels(dataset.labels(), pictures).astype(np.int32)
+        return cls(dataset, times, labels)
 
     def by_class(self) -> list[int]:
         """How often the pictures of each class were trained on, together."""

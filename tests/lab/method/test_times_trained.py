@@ -56,7 +56,7 @@ def test_the_counts_are_what_was_trained(way, tmp_path):
     told = result["times_trained"]
     assert told["histogram"] == np.bincount(times).tolist()
     assert result["classes"]["times_trained"] == np.bincount(labels, times, 10).astype(int).tolist()
-    digits = np.fromiter(digits_dataset("train").labels(), int)[members]
+    digits = digits_dataset("train").labels()[members]
     noisy = "dataset.label_noise=0.3" in way
     assert (0.2 < (labels != digits).mean() < 0.4) if noisy else (labels == digits).all()
     most, least = (
