@@ -51,7 +51,6 @@ from lab.base.launch import launch, launched
 from lab.config.loading import Config
 from lab.data.loading import DeviceBatch, EpochPlan
 from lab.machine.devices import configure_backends, environment, resolve_device
-from lab.method.sample_store import Visit
 from lab.models.building import get_model
 from lab.study.benchmark import epochs, inference, inputs, timing
 from lab.study.benchmark.peers import (
@@ -133,9 +132,7 @@ class EpochSteps:
         """Give every sample a random score, as if an epoch had been trained."""
         generator = torch.Generator(self.device).manual_seed(0)
         scores = torch.rand(len(indices), device=self.device, generator=generator)
-        nothing = torch.zeros_like(scores)
-        visit = Visit(scores, scores, scores, nothing, nothing)
-        self.run.selection.store.record(torch.from_numpy(indices).to(self.device), visit, 0)
+        self.run.selection.store.record_scores(torch.from_numpy(indices).to(self.device), scores, 0)
 
     def begin_epoch(self, plan: EpochPlan) -> None:
         self.run.metrics.epoch += 1

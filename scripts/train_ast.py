@@ -51,7 +51,16 @@ import lab.config.loading
 from lab.base.console import print_rank0, step_bar
 from lab.base.errors import RequestError, TrainingFailed, one_line
 from lab.base.reading import spell
-from lab.config.keys import RULE_KEYS, RULE_REPLACES, SCORING_KEYS, all_needs, idle_keys, spelled
+from lab.config.keys import (
+    OTHER_NEEDS,
+    RULE_KEYS,
+    RULE_REPLACES,
+    SCORING_KEYS,
+    all_needs,
+    idle_keys,
+    spelled,
+    unmet,
+)
 from lab.config.loading import Config, checkpoint_folder, first_complaint, require_known
 from lab.config.sections import ASTConfig, DatasetConfig
 from lab.data.cache.loaders import Split, cached_loaders, prepare_caches
@@ -905,9 +914,7 @@ class Selection(Stateful):
     def note_scores(self, indices: Tensor, scores: Tensor, epoch: int) -> None:
         """Keep the fresh scores of a loaded batch, [n] as in `choose`, for the epochs to come."""
         if self.candidates < 1:
-            edges = self.dist.shard_edges(len(scores))
-            local = scores[edges[self.dist.rank] : edges[self.dist.rank + 1]]
-            local = local if local.is_cuda else to_device(local, self.device)
+            local = to_device(self.dist.shard(scores), self.device)
             self.store.record_scores(indices, local, epoch)
 
     def choose(self, indices: Tensor, scores: Tensor, sparse_epochs: float) -> Choice:
@@ -1075,7 +1082,7 @@ def check_together(config: Config) -> None:
     is_number = not is_auto and parts.rule.target is None and parts.doubt is HighestScores
     too_few = is_number and ast.forget_rate + ast.target_activation > 1 + 1e-9
     varies = training.compile != "off" and not fixed_shape(config)
-    reusable = ast.scoring == "batch" and ast.rule in ("pi", "topk")
+    unmet_reuse = list(unmet("ast.reuse_forward", spelled(config.model_dump()), OTHER_NEEDS))
     mixing = next((key for key in ("mixup", "cutmix") if getattr(training, key)), None)
     keepers = {
         "training.loss=early_learning": training.loss == "early_learning",
@@ -1103,9 +1110,8 @@ def check_together(config: Config) -> None:
             f"{spell(ast.target_activation)}",
         ),
         (
-            reuses(config) and not reusable,
-            f"ast.reuse_forward: {spell(ast.reuse_forward)} needs ast.scoring=batch and "
-            "ast.rule=pi or topk",
+            reuses(config) and unmet_reuse,
+            f"ast.reuse_forward: {spell(ast.reuse_forward)} needs {' and '.join(unmet_reuse)}",
         ),
         (
             varies,
@@ -1205,7 +1211,7 @@ def active_rows(
     weighs: whether weights travel with the rows, through the queue and to other processes.
     """
     device = batch.labels.device
-    rows = local if local.device == device else to_device(local, device)
+    rows = to_device(local, device)
     active = DeviceBatch(*(tensor[rows] for tensor in batch.tensors()))
     if not weighs:
         return active
@@ -1223,7 +1229,7 @@ def backward_rows(batch: DeviceBatch, local: Tensor, run: Run) -> None:
         return
     metrics = run.metrics
     selection = run.selection
-    rows = local if local.is_cuda else to_device(local, run.device)
+    rows = to_device(local, run.device)
     active = DeviceBatch(batch.images[:0], batch.labels[rows], batch.indices[rows])
     active = active._replace(weights=selection.loss_weights(active))
     forward = selection.scores.reuse
@@ -1356,12 +1362,17 @@ def load_kept_out(data: Data, config: Config) -> list[LoaderBatch]:
     """This process's part of the pictures that are kept out, as validation would show them."""
     plain = copy.copy(data.train.dataset)
     plain.augmentation = Augmentation(config.dataset, train=False)
-    dist = data.plan.dist
-    indices = dist.shard(np.unique(data.plan.late % len(plain)))
-    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in indices.tolist()]
+    batches = in_order(np.unique(data.plan.late % len(plain)), config, data.plan.dist)
+    return [collate(plain.__getitems__(batch)) for batch in batches]
+
+
+def in_order(indices: np.ndarray, config: Config, dist: Dist) -> list[list[tuple[int, np.ndarray]]]:
+    """Samples int64 [n] once, in their order, as batches of keys for an ImageDataset; of several
+    processes, this one's part.
+    """
     size = config.training.batch_size // dist.world
-    parts = [keys[start : start + size] for start in range(0, len(keys), size)]
-    return [collate(plain.__getitems__(part)) for part in parts]
+    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in dist.shard(indices).tolist()]
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
 
 
 def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = None) -> Data:
@@ -1403,13 +1414,11 @@ def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = 
 
 def build_val_loader(split: Split, config: Config, device: torch.device, dist: Dist) -> Loader:
     """Every sample of the validation set once, in order; of several processes, this one's part."""
-    local_batch = config.training.batch_size // dist.world
     options = loader_options(config, device, split.dataset)
     if config.dataset.cache != "none":
         return cached_loaders({"val": split}, None, config, device, dist, options)[0]
-    keys = [(index, np.zeros(UNIFORMS_PER_SAMPLE)) for index in dist.shard(split.indices).tolist()]
-    chunks = [keys[start : start + local_batch] for start in range(0, len(keys), local_batch)]
-    return WorkerLoader(split.dataset, batch_sampler=chunks, **options)
+    batches = in_order(split.indices, config, dist)
+    return WorkerLoader(split.dataset, batch_sampler=batches, **options)
 
 
 # ------------------------------------------------------------------------------------------ Metrics
@@ -2083,7 +2092,7 @@ def build_run(config: Config, model: nn.Module, data: Data, session: Session) ->
 def class_counts(dataset: ImageDataset, indices: np.ndarray) -> np.ndarray:
     """How many of the samples int64 [n] each class has, int64 [classes], with label noise."""
     indices = indices % len(dataset)
-    labels = np.fromiter(dataset.labels(), np.int64, len(dataset))[indices]
+    labels = dataset.labels()[indices]
     known = labels >= 0
     noisy = dataset.noisy_labels(labels[known], indices[known])
     return np.bincount(noisy, minlength=len(dataset.classes))

@@ -68,8 +68,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` that the host does not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    """The tensor on `device`; where it is not there yet, a copy that the host does not wait for."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def compiled(function: Callable, mode: str) -> Callable:

@@ -66,7 +66,7 @@ def load_trained(path: str, config: Config, device: torch.device, by_folder: boo
         )
     except ValueError as error:  # pydantic's too
         raise RequestError(f"--weights: {path}: config.json: {one_line(error, 150)}") from None
-    training = config.training.model_copy(update={"compile": "off", "compile_scoring": None})
+    training = config.training.model_copy(update={"compile": "off"})
     metrics = config.metrics.model_copy(
         update={"base_flop_per_sample": 1.0}
     )  # or it would be counted
