@@ -53,7 +53,6 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
         settings = [
             f"training.compile={compile_}",
             f"training.grad_accum_steps={window}",
-            "ast.kp=1.0",
         ]
         settings += [
             "training.device=cuda",
@@ -63,6 +62,8 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
         settings += [f"ast.scoring={scoring}", f"ast.pack={scoring == 'batch'}"]
         if scoring == "reused":  # the harder 16 of 32
             settings[-2:] = ["ast.reuse_forward=true", "ast.rule=topk", "ast.target_activation=0.5"]
+        else:
+            settings.append("ast.kp=1.0")
         size = 16 if scoring == "reused" else 32
         config = make_config(
             f"ast.mode={mode}", f"training.batch_size={size}", "dataset.image_size=32", *settings

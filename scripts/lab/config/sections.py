@@ -246,7 +246,8 @@ class ASTConfig(Section):
         description="train on the forward that scored a batch, of which the active rows alone go "
         "backward: 1 + 2a in place of 1 + 3a of a forward for an active share a. A sparse epoch "
         "loads larger batches, so that training.batch_size samples of each are active; auto: by "
-        "two passes where the network cannot be traced; true: refuse then",
+        "two passes where the network cannot be traced; true: refuse then. With BatchNorm and a "
+        "high rate, clip (training.grad_clip_norm=1): runs without it fell back at first",
     )
     target_activation: Annotated[float, Field(gt=0, le=1)] | str = Field(
         0.25,
