@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +17,7 @@ from lab.config.loading import Config
 from lab.config.sections import TrainingConfig
 from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
+from lab.machine.devices import available_cores
 from lab.machine.distributed import Dist
 from lab.machine.stateful import Stateful
 
@@ -314,11 +314,7 @@ def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
         return training.num_workers
     if in_memory:
         return 0
-    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has, in a container
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return min(16, max(1, cores // launched_here()))
+    return min(16, max(1, available_cores() // launched_here()))
 
 
 def loader_options(config: Config, device: torch.device, dataset: ImageDataset) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
@@ -105,11 +107,43 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        **versions("timm", "numpy", "datasets", "pillow", "simplejpeg"),
         "cuda": torch.version.cuda if on_gpu else None,
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "host": platform.node(),
+        "processor": processor(),
+        "cores": available_cores(),
         "platform": platform.platform(),
         "git_commit": commit,
     }
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has, in a container
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """The installed version of each package; None for one that is not installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def processor() -> str:
+    """The name of the CPU, as Linux gives it; elsewhere what Python knows of it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 # of its pixels, 0 to 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from lab.base.console import print_rank0
 from lab.base.errors import RequestError
-from lab.base.files import append_jsonl, replace_text, require_appendable, require_folder
+from lab.base.files import append_jsonl, replace_text, require_appendable, require_folder, utc_now
 from lab.config.sections import LoggingConfig
 from lab.engine.checkpoint import Checkpoints, host_copy, state_bytes
 from lab.machine.devices import environment, synchronize
@@ -44,7 +46,11 @@ class Outputs:
         # (epoch, step) of this session's newest checkpoint
         self.saved_at: tuple[int, int] | None = None
         # now: at the end, a dead loader worker would break into its subprocess
-        self.environment = environment(device) | {"processes": dist.world}
+        self.environment = environment(device) | {
+            "processes": dist.world,
+            "command": shlex.join(sys.argv),
+            "started_utc": utc_now(),
+        }
 
     def open(self, board: Any | None, model: nn.Module, copies: int, facts: dict[str, Any]) -> None:
         """Begin to write.

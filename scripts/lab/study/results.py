@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,10 @@ class Diet(NamedTuple):
     classes: list[ClassRow]
 
 
+# what an environment says of one run alone; the rest of it is the machine
+OF_A_RUN = ("command", "started_utc", "finished_utc")
+
+
 @dataclass(frozen=True)
 class ResultsFile:
     """What one results file says about its run.
@@ -67,8 +71,14 @@ class ResultsFile:
     history: dict[str, np.ndarray]
     figures: dict[str, Any]
     environment: dict[str, str]
-    finished_utc: str | None = None  # ISO 8601; older files do not say
+    # how and when it was run, as text by its name; older files do not say
+    told: dict[str, str] = field(default_factory=dict)
     diet: Diet | None = None  # likewise
+
+    @property
+    def finished_utc(self) -> str | None:
+        """ISO 8601."""
+        return self.told.get("finished_utc")
 
     @property
     def age(self) -> tuple:
@@ -242,13 +252,11 @@ def read_run(path: Path) -> ResultsFile:
         environment = {
             spell(key): spell(value) for key, value in (result.get("environment") or {}).items()
         }
-        finished = environment.pop("finished_utc", None)  # it is no part of the machine
+        told = {key: environment.pop(key) for key in OF_A_RUN if key in environment}
         if is_guessed(environment, settings):
             history.pop("est_energy_kj", None)
         figures = run_figures(result, history, settings) | {"non_finite": len(non_finite)}
-        return ResultsFile(
-            path, settings, history, figures, environment, finished, read_diet(result)
-        )
+        return ResultsFile(path, settings, history, figures, environment, told, read_diet(result))
     except (
         TypeError,
         ValueError,
