@@ -20,6 +20,7 @@ SIDE = 80  # pixels of a tile
 COLUMNS = 8
 LINE = 12  # pixels of a line of a caption
 LINES = 2  # of a caption, at most
+CAPTION = "#767e87"  # to be read on white and on a dark page
 
 
 def own_picture(dataset: ImageDataset, index: int) -> Tensor | None:
@@ -39,7 +40,7 @@ def contact_sheet(path: Path, samples: Sequence[tuple[Tensor | None, str]]) -> N
     """
     rows = max(1, -(-len(samples) // COLUMNS))
     tall = SIDE + LINES * LINE + 4
-    sheet = Image.new("RGB", (COLUMNS * (SIDE + 4), rows * tall), "white")
+    sheet = Image.new("RGBA", (COLUMNS * (SIDE + 4), rows * tall))  # transparent
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(LINE - 2)
     for number, (picture, caption) in enumerate(samples):
@@ -51,9 +52,8 @@ def contact_sheet(path: Path, samples: Sequence[tuple[Tensor | None, str]]) -> N
             tile = thumbnail(picture)
             sheet.paste(tile, (left + (SIDE - tile.width) // 2, top + (SIDE - tile.height) // 2))
         for line, text in enumerate(caption.split("\n")[:LINES]):
-            draw.text(
-                (left, top + SIDE + line * LINE), _fitting(one_line(text, 80), font), "black", font
-            )
+            place = (left, top + SIDE + line * LINE)
+            draw.text(place, _fitting(one_line(text, 80), font), CAPTION, font)
     replace_file(path, lambda part: sheet.save(part, "PNG"))
 
 

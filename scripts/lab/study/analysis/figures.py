@@ -213,16 +213,21 @@ def draw_panel(axes: Axes, panel: Panel, study: Study, styles: Mapping[str, dict
         draw_one(axes, panel, study, name, styles.get(name))
     if panel.y == "activation_rate":
         draw_targets(axes, study, [name for name in shown if name in styles])
+    cut = ""
     if panel.y == "val_acc":
-        axes.set_ylim(bottom=lowest_of_interest([line.get_ydata() for line in axes.lines]))
+        curves = [line.get_ydata() for line in axes.lines]
+        lowest = lowest_of_interest(curves)
+        axes.set_ylim(bottom=lowest)
+        if lowest is not None and np.nanmin(np.concatenate(curves)) < lowest:
+            cut = f"\nthe axis begins at {lowest:.0f} %: some epochs lie below it"
     count = len(study.table) - len(shown)
     missing = f"   ({count} setting{'s' * (count > 1)} without it)" if count else ""
     machines = set(study.table["machine"])
     timed = panel.x == "train_seconds" and len(machines) == 1 and "null" not in machines
     where = f", {one_line(machines.pop(), 60)}" if timed else ""
-    axes.set(xlabel=panel.xlabel + where + missing, ylabel=panel.ylabel)
+    axes.set(xlabel=panel.xlabel + where + missing + cut, ylabel=panel.ylabel)
     if (panel.y or "").startswith("samples"):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * max(1.0, axes.dataLim.y1))
         axes.yaxis.set_major_formatter("{x:,.0f}")
     if panel.x == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -239,7 +244,12 @@ def draw_curve(
         axes.plot(xs, ys.mean(axis=1), color=OTHER, linewidth=0.8, zorder=1.5)
         return
     every = max(1, round(len(xs) / 10))
-    axes.plot(xs, ys.mean(axis=1), markersize=4, markevery=every, linewidth=1.5, zorder=3, **style)
+    # dense training broad, below the others: where both have the same numbers, both are seen
+    dense = style["color"] == MODES["dense"]
+    width, order = (3.0, 2.9) if dense else (1.5, 3)
+    axes.plot(
+        xs, ys.mean(axis=1), markersize=4, markevery=every, linewidth=width, zorder=order, **style
+    )
     if ys.shape[1] > 1:
         band = {"color": style["color"], "alpha": 0.15, "linewidth": 0, "zorder": 2}
         axes.fill_between(xs, ys.min(axis=1), ys.max(axis=1), **band)
@@ -332,9 +342,9 @@ def legend_entries(
             for label, style in entries
             if style["color"] != MODES["dense"]
         ]
-        entries.append(
-            ("dense training", {"color": MODES["dense"], "marker": "o", "linestyle": "-"})
-        )
+        if study.table["dense"].any():
+            look = {"color": MODES["dense"], "marker": "o", "linestyle": "-"}
+            entries.append(("dense training", look))
     if others := len(
         [
             n

@@ -69,9 +69,23 @@ def runs_table(study: Study) -> pd.DataFrame:
             ],
             "train s": texts["train_seconds"],
             "off target": texts["activation_error"],
+            "finished, UTC": ["-" if pd.isna(time) else time for time in study.runs["finished"]],
             "file": study.runs["file"],
         }
     )
+
+
+def environments(study: Study) -> list[tuple[int, dict[str, str]]]:
+    """(how many runs, what their machine and packages were)."""
+    found = []
+    for each, count in study.environments.items():
+        known = {key: value for key, value in each if value != "null"}
+        commit, *changed = known.get("git_commit", "").rsplit("-dirty", 1)
+        if changed:
+            known["git_commit"] = f"{commit}, with changes that were not committed"
+        if known:
+            found.append((count, known))
+    return found
 
 
 MAIN = "setting|n|final %|± 95 %|difference|at equal time|time to match|train s|kJ".split(
@@ -121,8 +135,11 @@ def figures_of(study: Study, tail: str) -> list[dict[str, Any]]:
     """The figures that have something to show, each with its title, its SVG and its legend."""
     styles = choose_styles(study)
     found = []
-    for name, (title, _) in FIGURES.items():
-        figure = draw(study, name, legend=False)
+    for name, (title, panels) in FIGURES.items():
+        alone = (
+            panels[0].y is None and len(study.table) == 1
+        )  # a point has nothing to stand against
+        figure = None if alone else draw(study, name, legend=False)
         if figure is not None:
             entries = [(label, key_of(look)) for label, look in legend_entries(study, styles, name)]
             legend = entries if name in ("frontier_time", "accuracy") else []
@@ -163,7 +180,13 @@ def section(study: Study, number: int) -> dict[str, Any]:
         ],
         "suspects": suspects(study),
         "differences": {setting: differences(study, setting) for setting in study.table.index},
-        "environments": [(count, dict(each)) for each, count in study.environments.items() if each],
+        "base": study.settings.get(study.baseline or next(iter(study.table.index)), {}),
+        "commands": {
+            setting: run.told["command"]
+            for setting, run in study.newest.items()
+            if "command" in run.told
+        },
+        "environments": environments(study),
     }
 
 

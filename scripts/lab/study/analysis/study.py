@@ -277,6 +277,7 @@ def compare_group(
     frame["seed"] = [
         "-" if run.figures["seed"] is None else str(run.figures["seed"]) for run in runs
     ]
+    frame["finished"] = [(run.finished_utc or "")[:16].replace("T", " ") or None for run in runs]
     comparable = bool(comparison_group(runs[0].settings))
     frame["mode"] = [run.settings.get("ast.mode", "") if comparable else "" for run in runs]
     frame["machine"] = [run.machine for run in runs]
@@ -333,6 +334,11 @@ def find_warnings(study: Study) -> list[str]:
                 found.append(
                     f"{setting}: {status} in {count} of {len(rows)} runs: its schedule did not end"
                 )
+        if scatter := apart(rows["train_seconds"] / rows["epochs"]):
+            found.append(
+                f"{setting}: an epoch took {scatter[0]:.3g} s in one run and {scatter[1]:.3g} s in "
+                "another: the machine did other work, so its times say little"
+            )
         if void := study.table.loc[setting, "void"]:
             found.append(
                 f"{setting}: its comparison by time is void: dense steps of the compared runs took "

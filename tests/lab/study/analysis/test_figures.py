@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from helpers import study_of, write_run, write_sweep
-from lab.study.analysis.figures import MODES, OTHER, choose_styles, draw, draw_file, mean_curve
+from lab.study.analysis.figures import (
+    MODES,
+    OTHER,
+    choose_styles,
+    draw,
+    draw_file,
+    legend_entries,
+    mean_curve,
+)
 from lab.study.analysis.report import render
 from lab.study.analysis.tables import text_table
 
@@ -171,3 +179,25 @@ def test_a_target_that_moves_has_no_line_of_its_own(tmp_path):
     (axes,) = draw(study, "activation", legend=False).axes
     level = [line for line in axes.lines if len(set(line.get_ydata())) == 1]
     assert [line.get_ydata()[0] for line in level if line.get_color() == OTHER] == [0.5]
+
+
+def test_what_lies_below_the_axis_is_said_and_a_dense_line_is_seen_below_a_sparse_one(tmp_path):
+    accuracies = (10.0, 70.0, 80.0, 82.0, 84.0, 85.0, 86.0, 87.0, 88.0, 89.0)
+    for name, mode in (("a", "ast"), ("d", "dense")):
+        write_run(tmp_path, name, accuracies, ast__mode=mode, training__epochs=10)
+    study = study_of(tmp_path)
+    axes = draw(study, "accuracy", legend=False).axes[0]
+    bottom = axes.get_ylim()[0]
+    assert bottom > 10
+    assert f"the axis begins at {bottom:.0f} %: some epochs lie below it" in axes.get_xlabel()
+    widths = {line.get_color(): line.get_linewidth() for line in axes.lines}
+    assert widths[MODES["dense"]] > widths[MODES["ast"]]
+    loaded = draw(study, "samples", legend=False).axes[0]
+    assert loaded.get_ylim()[1] > 100  # what is loaded, at the top, is not cut
+
+
+def test_a_legend_names_dense_training_only_where_there_is_some(tmp_path):
+    write_run(tmp_path, "a")
+    study = study_of(tmp_path)
+    labels = [label for label, _ in legend_entries(study, choose_styles(study), "frontier_time")]
+    assert labels == ["ast"]

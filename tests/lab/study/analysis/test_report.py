@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import analyze, study_of, write_sweep
+from helpers import analyze, study_of, write_run, write_sweep
 from lab.study.analysis.report import render
 from lab.study.analysis.tables import text_table, verdict, verdict_sentences
 
@@ -124,6 +124,21 @@ def test_every_number_is_the_tables(folder):
         changes["ast target_activation=0.5 threshold_unit=iqr"]
         == "ast.mode: dense → astast.target_activation: 0.25 → 0.5"
     )
+
+
+def test_the_base_the_commands_and_the_dates_are_there(tmp_path):
+    environment = {"git_commit": "abc-dirty", "host": "box", "command": "train_ast.py --x '<y>'"}
+    environment["finished_utc"] = "2026-11-29T23:42:45.000001+00:00"
+    write_run(tmp_path, "1", ast__mode="dense", extra={"environment": environment})
+    page = Page(render([study_of(tmp_path)]))
+    text = re.sub(r"<[^>]*>", " ", page.text)
+    assert "1 setting, 1 run" in text
+    assert re.search(r"training\.lr_schedule\s+cosine", text)
+    assert "train_ast.py --x &#39;&lt;y&gt;&#39;" in text
+    assert re.search(r"git_commit\s+abc, with changes that were not committed", text)
+    assert re.search(r"host\s+box", text)
+    (row,) = page.tables["runs"][1:]
+    assert row[page.tables["runs"][0].index("finished, UTC")] == "2026-11-29 23:42"
 
 
 def test_nothing_is_loaded_and_nothing_gets_out_of_its_place(folder):

@@ -132,6 +132,18 @@ def test_frontier_is_of_finished_dense_runs_on_the_same_data_model_and_machine(t
     assert any("time_capped in 1 of 1 runs" in text for text in study.warnings)
 
 
+def test_times_of_one_setting_that_scatter_are_said(tmp_path):
+    for seed, seconds in enumerate((30.0, 32.0, 36.0)):
+        write_run(tmp_path, f"a{seed}", seconds=seconds, training__seed=seed)
+        write_run(tmp_path, f"d{seed}", seconds=30 + seed, training__seed=seed, ast__mode="dense")
+    (study,) = studies_of(tmp_path).values()
+    found = [text for text in study.warnings if "an epoch took" in text]
+    assert found == [
+        "ast: an epoch took 10 s in one run and 12 s in another: the machine did other work, so "
+        "its times say little"
+    ]
+
+
 # ----------------------------------------------------------------------------------- Dense training
 
 LENGTHS = ((10, 88.0), (20, 89.5), (40, 90.5))
