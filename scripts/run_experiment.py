@@ -18,16 +18,20 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lab.base.console import print_rank0
 from lab.base.errors import RequestError
 from lab.base.files import sibling, user_text, write_result
 from lab.base.launch import forget_launch, launch, launched
 from lab.config.grid import as_overrides
-from lab.config.loading import Config, dump_config, load_config
+from lab.config.loading import Config, checkpoint_folder, dump_config, load_config
 from lab.study.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
+from lab.study.finding import finished_run
 from lab.study.results import apart, dense_step_ms, read_history, settings_of
+
+if TYPE_CHECKING:
+    from lab.machine.clock import Stop
 
 FLAGS = {
     "--epochs": "training.epochs",
@@ -76,21 +80,34 @@ def time_matched_baseline(config: Config, train_seconds: float) -> Config:
     return Config.model_validate(twin.model_dump())
 
 
+def train_once(
+    config: Config, stop: Stop, resume: str | None = None
+) -> tuple[dict[str, Any], Path]:
+    """`train_ast.train`; or the results of a run of this config that is finished."""
+    from train_ast import train
+
+    done = finished_run(checkpoint_folder(config))
+    if done is None:
+        return train(config, stop, resume)
+    mode = config.ast.mode
+    print_rank0(f"note: the {mode} run is there, and is not trained again: {done.path}")
+    return done.result, done.path
+
+
 def execute_with_baseline(config: Config, resume: str | None = None) -> int:
     """Train `config`, then its time-matched baseline. Each of the two results names the other as
-    `twin`.
+    `twin`. What of them is finished is not trained again.
 
     `resume`: the checkpoint of `config`; the baseline then goes on from its own, if it has one.
     Returns the exit code. Raises RequestError for a config that is dense itself.
     """
     from lab.machine.clock import Stop
-    from train_ast import train
 
     if config.ast.mode == "dense":
         raise RequestError("--dense-twin: ast.mode is dense; a twin is of a sparse or random run")
     stop = Stop()
     stop.watch_signals()
-    result, path = train(config, stop, resume)
+    result, path = train_once(config, stop, resume)
     if result["status"] == "interrupted":
         return 128 + stop.signal
     if result["final_accuracy"] is None:
@@ -102,7 +119,7 @@ def execute_with_baseline(config: Config, resume: str | None = None) -> int:
     stop.deadline = (
         math.inf
     )  # training.max_minutes caps the sparse run; the baseline has its own budget
-    twin, twin_path = train(
+    twin, twin_path = train_once(
         time_matched_baseline(config, result["train_seconds"]), stop, resume and "auto"
     )
     if twin["status"] == "interrupted":

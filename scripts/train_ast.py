@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from lab.study.cli import refuse_early, run_cli, training_options
+from lab.study.finding import finished_run
 
 if __name__ == "__main__":
     refuse_early(training_options)  # before the import of torch, which takes seconds
@@ -2178,7 +2179,16 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
 
 
 def execute(config: Config, resume: str | None = None) -> int:
-    """Train `config` as a command does: signals watched, results saved. Returns the exit code."""
+    """Train `config` as a command does: signals watched, results saved. Returns the exit code.
+
+    Where a run that is to be resumed has come to its end, it says where its results are.
+    """
+    folder = checkpoint_folder(config)
+    own = resume == "auto" or (resume is not None and Path(resume) in (folder, folder / "last.pt"))
+    done = finished_run(folder) if own else None
+    if done is not None:
+        print_rank0(f"this run is finished: {done.path}; without --resume it is trained again")
+        return 0
     stop = Stop()
     stop.watch_signals()
     result, _ = train(config, stop, resume)

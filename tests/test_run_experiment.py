@@ -432,6 +432,29 @@ def test_no_verdict_on_a_run_without_an_accuracy(tmp_path, capsys):
     assert last == "verdict: none: training.max_minutes=0.0001 left no time for an epoch"
 
 
+def test_what_is_finished_is_neither_resumed_nor_trained_again_beside_its_twin(tmp_path, capsys):
+    small = ["--output-dir", str(tmp_path), "dataset.max_train_samples=128", "training.epochs=2"]
+    small += ["ast.warmup_epochs=1", "training.lr_warmup_epochs=1", "training.device=cpu"]
+
+    def run(*more):
+        assert run_cli(lambda: run_experiment.main(["--config", CONFIG, *small, *more])) == 0
+        return capsys.readouterr().out, sorted(tmp_path.glob("final_results_*.json"))
+
+    said, (result,) = run()
+    before = result.read_bytes()
+    said, files = run("--resume", "auto")
+    assert said == f"this run is finished: {result}; without --resume it is trained again\n"
+    assert (files, result.read_bytes()) == ([result], before)
+    said, files = run("--dense-twin")
+    assert f"note: the ast run is there, and is not trained again: {result}\n" in said
+    assert said.count("verdict: ") == 1
+    assert len(files) == 2
+    again, _ = run("--dense-twin")
+    assert again.splitlines()[-1] == said.splitlines()[-1]
+    assert again.count("is not trained again") == 2
+    assert len(run()[1]) == 3  # without --resume it is
+
+
 @pytest.mark.parametrize(
     ("accuracies", "pictures", "words"),
     [

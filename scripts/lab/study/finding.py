@@ -58,11 +58,26 @@ def _with_results(weights: Path, text: str) -> Found:
     """A weights folder with the newest results file that names it, <output_dir>/final_results_*,
     beside its <output_dir>/checkpoints/<run>/weights.
     """
+    found = _run_of(weights)
+    return Found(text) if found is None else found._replace(weights=text)
+
+
+def finished_run(folder: Path) -> Found | None:
+    """The run with this checkpoint folder, where it came to its end; None where it did not, or is
+    not there. folder: <output_dir>/checkpoints/<run>.
+    """
+    found = _run_of(folder / "weights")
+    ended = found is not None and found.result.get("status") in ("completed", "early_stopped")
+    return found if ended else None
+
+
+def _run_of(weights: Path) -> Found | None:
+    """The newest results file that names a weights folder."""
     whole = weights.absolute()
     folder = whole.parent.parent.parent
-    runs = (run for run in _runs(folder.glob(RESULTS)) if Path(run.weights).absolute() == whole)
-    found = _newest(runs)
-    return Found(text) if found is None else found._replace(weights=text)
+    return _newest(
+        run for run in _runs(folder.glob(RESULTS)) if Path(run.weights).absolute() == whole
+    )
 
 
 def _runs(paths: Iterable[Path]) -> list[Found]:
