@@ -226,3 +226,10 @@ def test_the_top_level_holds_what_the_user_listed():
     assert top == set(
         "scripts configs results data tests requirements.txt README.md CLAUDE.md".split()
     )
+
+
+def test_the_index_of_the_lab_log_leads_to_every_entry():
+    log = (REPO / "results/published/README.md").read_text()
+    entries = re.findall(r"^### (.+)$", log.partition("\n## Reference")[0], re.MULTILINE)
+    anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in entries]
+    assert re.findall(r"^\| \[.+\]\(#([^)]+)\) \|", log, re.MULTILINE) == anchors
