@@ -328,10 +328,15 @@ def _explain_key(wrong: Sequence[Mapping[str, Any]]) -> str:
 
 
 USUAL_NAMES = {  # what others call a key of ours
+    "amp": "mixed_precision",
     "arch": "name",
     "bs": "batch_size",
+    "data_dir": "train_dir",
+    "decay": "weight_decay",
     "learning_rate": "lr",
     "num_epochs": "epochs",
+    "path": "train_dir",
+    "root": "train_dir",
     "scheduler": "lr_schedule",
     "wd": "weight_decay",
     "workers": "num_workers",
@@ -351,7 +356,10 @@ def _nearest(key: str) -> str:
     known = [*config_keys(), *Config.model_fields]
     leaves = _leaves(known)
     own = _leaves(name for name in config_keys() if name.startswith(f"{section}."))
-    near = [own[name] for name in difflib.get_close_matches(leaf, own, 1, 0.6)]
+    near = [own[leaf]] if leaf in own else []
+    worded = [name for name in own if f"_{leaf}_" in f"_{name}_"]  # it is a word of these
+    near = near or [own[name] for name in sorted(worded, key=len)[:1]]
+    near = near or [own[name] for name in difflib.get_close_matches(leaf, own, 1, 0.6)]
     near = near or difflib.get_close_matches(key, known, 1, 0.75)
     near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
     near = near or difflib.get_close_matches(key, known, 1, 0.0)
