@@ -1065,13 +1065,7 @@ def value_of(config: Config, table: Table) -> Any:
 def own_parts(config: Config) -> dict[str, str]:
     """By key, the import that the config's part comes from, where that is one of its imports."""
     tables = (*CLOSED, MODELS, OPTIMIZERS)
-    found = {table.key: origin(table, value_of(config, table)) for table in tables}
-    if found["model.name"] is None and config.model.name not in MODELS and config.imports:
-        import timm
-
-        if timm.is_model(config.model.name):
-            entry = timm.model_entrypoint(config.model.name)
-            found["model.name"] = origin(MODELS, config.model.name, entry)
+    found = {table.key: origin(table.key, value_of(config, table)) for table in tables}
     return {key: identity for key, identity in found.items() if identity is not None}
 
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from lab.base.errors import RequestError, one_line
 from lab.base.files import expand_home
-from lab.config.tables import Entry, Table, WrongPart, recorded
+from lab.config.tables import Entry, WrongPart, recorded
 
 DIGITS = 16  # of a hash, hexadecimal
 
@@ -192,10 +192,21 @@ def _run(asked: Import) -> Loaded:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a file may raise anything, SystemExit too
+        entries += _timm_entries(asked.module)
         _retire(Loaded(ModuleType(asked.module), folder, sources, entries))
         sys.modules.pop(asked.module, None)
         raise RequestError(_told(error, path)) from None
-    return Loaded(module, folder, sources, entries)
+    return Loaded(module, folder, sources, [*entries, *_timm_entries(asked.module)])
+
+
+def _timm_entries(module: str) -> list[Entry]:
+    """What a module, or a module of a package, has added to timm's registry of networks."""
+    registry = getattr(sys.modules.get("timm.models._registry"), "_model_entrypoints", {})
+    return [
+        Entry(registry, name, build)
+        for name, build in registry.items()
+        if f"{build.__module__}.".startswith(f"{module}.")
+    ]
 
 
 def _require_own_name(asked: Import, path: Path) -> None:
@@ -204,11 +215,11 @@ def _require_own_name(asked: Import, path: Path) -> None:
     """
     if not asked.is_file:
         return
-    spec = None if asked.module in sys.modules else _top(asked.module)
-    other = asked.module in sys.modules or (
-        spec is not None and not (spec.origin and path.samefile(spec.origin))
-    )
-    if other:
+    spec = None if asked.module in sys.modules else importlib.util.find_spec(asked.module)
+    others = spec is not None and Path(spec.origin or "") not in (path, path.absolute())
+    if others and os.path.isfile(spec.origin or ""):  # a copy is as good
+        others = Path(spec.origin).read_bytes() != path.read_bytes()
+    if asked.module in sys.modules or others:
         raise ValueError(f"{asked.written}: another module is called {asked.module}; rename it")
 
 
@@ -260,7 +271,8 @@ def _restore(asked: Import, loaded: Loaded) -> None:
     """Put what a file has added back into the tables."""
     for table, name, _ in loaded.entries:
         if name in table:
-            raise RequestError(f"{asked.written}: {table.key} {name!r}: the name is taken")
+            key = getattr(table, "key", "model.name")
+            raise RequestError(f"{asked.written}: {key} {name!r}: the name is taken")
     for table, name, part in loaded.entries:
         dict.__setitem__(table, name, part)
     sys.modules[loaded.module.__name__] = loaded.module
@@ -278,15 +290,13 @@ def changed_code(before: Iterable[str], now: Iterable[str]) -> list[str]:
     ]
 
 
-def origin(table: Table, name: Any, part: Any = None) -> str | None:
-    """The identity of the import that a name of a table comes from; None for the lab's own.
-
-    part: what another registry has under that name: it is of the import whose module defined it.
+def origin(key: str, name: Any) -> str | None:
+    """The identity of the import that adds a name to the table of a config key, of networks also to
+    timm's; None for the lab's own.
     """
     for identity, loaded in _in_use.items():
-        if any(each.table is table and each.name == name for each in loaded.entries):
-            return identity
-        if part is not None and part.__module__ == loaded.module.__name__:
+        added = [(getattr(each.table, "key", "model.name"), each.name) for each in loaded.entries]
+        if (key, name) in added:
             return identity
     return None
 

@@ -18,7 +18,7 @@ class WrongPart(Exception):
 class Entry(NamedTuple):
     """What a file has added."""
 
-    table: Table
+    table: dict[str, Any]  # a Table, or timm's registry of networks
     name: str
     part: Any
 

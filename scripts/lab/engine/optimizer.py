@@ -68,7 +68,8 @@ def by_timm(
         )
     except Exception as error:  # some need packages, or a GPU, and say so in their own ways
         why = f"{type(error).__name__}: {one_line(error)}"
-        raise RequestError(f"training.optimizer: {name}: {why}") from None
+        hint = "" if taken(name) else "; a newer timm may have it"
+        raise RequestError(f"training.optimizer: {name}: {why}{hint}") from None
 
 
 def taken(name: str) -> bool:
