@@ -121,8 +121,7 @@ from lab.machine.meters import ClassCounts, Ledger, Meter
 from lab.machine.stateful import Stateful
 from lab.machine.workers import WorkerLoader, ending_workers
 from lab.method.doubt import LEFT_OUT, HighestScores, LabelDoubt, UnlikelyLabels
-from lab.method.losses import LOSSES
-from lab.method.losses import Loss as Loss  # for files that are imported
+from lab.method.losses import LOSSES, Loss
 from lab.method.sample_store import SampleStore, Visit
 from lab.method.schedule import SCHEDULES, Schedule, Shares
 from lab.method.times_trained import TimesTrained
@@ -1128,7 +1127,7 @@ def check_together(config: Config) -> None:
     unmet_reuse = list(unmet("ast.reuse_forward", spelled(config.model_dump()), OTHER_NEEDS))
     mixing = next((key for key in ("mixup", "cutmix") if getattr(training, key)), None)
     keepers = {
-        "training.loss=early_learning": training.loss == "early_learning",
+        f"training.loss={training.loss}": LOSSES[training.loss].recall is not Loss.recall,
         "ast.scoring=history": parts.scores.keeps_visits,
         f"ast.forget_rate={ast.forget_rate}": parts.doubt.keeps_labels,
     }

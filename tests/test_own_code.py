@@ -50,7 +50,7 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     (folder / "mine.py").write_text(own_code())
     (folder / "own.yaml").write_text(CONFIG)
-    run(folder, "run_experiment", "--config", "own.yaml")
+    (folder / "said").write_text(run(folder, "run_experiment", "--config", "own.yaml"))
     return folder
 
 
@@ -74,6 +74,7 @@ def result_of(folder):
 
 def test_results_and_weights_keep_the_text_and_its_hash(shared):
     result = result_of(shared)
+    assert f"imports          {result['config']['imports'][0]}\n" in (shared / "said").read_text()
     assert result["imports"] == {"mine.py": own_code()}
     (written,) = result["config"]["imports"]
     done = subprocess.run(["sha256sum", shared / "mine.py"], capture_output=True, text=True)
@@ -284,6 +285,10 @@ WRONG = {  # by what is wrong: the line of the file, and what is said; two lines
     "a number of losses": (
         "LOSSES['a'] = type('A', (Loss,), {'__call__': lambda s, a, b, c=None: (a.mean(), c)})",
         "2: training.loss 'a': the losses of 2 samples have the shape [], not [2]",
+    ),
+    "an error in it": (
+        "MEASURES['a'] = lambda logits, labels, weight: undefined",
+        "2: NameError: name 'undefined' is not defined",
     ),
     "a rate": (
         "SCHEDULES['a'] = lambda done, lr, least: least - lr",

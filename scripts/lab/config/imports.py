@@ -216,11 +216,15 @@ def _require_own_name(asked: Import, path: Path) -> None:
     if not asked.is_file:
         return
     spec = None if asked.module in sys.modules else importlib.util.find_spec(asked.module)
-    others = spec is not None and Path(spec.origin or "") not in (path, path.absolute())
-    if others and os.path.isfile(spec.origin or ""):  # a copy is as good
-        others = Path(spec.origin).read_bytes() != path.read_bytes()
-    if asked.module in sys.modules or others:
+    other = None if spec is None else spec.origin  # None: a mere folder, which comes last
+    same = other is not None and os.path.isfile(other) and _alike(Path(other), path)
+    if asked.module in sys.modules or (other is not None and not same):
         raise ValueError(f"{asked.written}: another module is called {asked.module}; rename it")
+
+
+def _alike(path: Path, other: Path) -> bool:
+    """Whether it is the file, or a copy, which is as good."""
+    return path.read_bytes() == other.read_bytes()
 
 
 def _executed(asked: Import, path: Path, sources: Mapping[str, bytes]) -> ModuleType:

@@ -81,7 +81,7 @@ class Table(dict[str, Part]):
         return add
 
     def __setitem__(self, name: str, part: Part) -> None:
-        why = self._misfit(part) or self.tried(part)
+        why = self._misfit(part) or self._failed(part)
         if _adding is not None:
             why = self._bad_name(name) or why
         if why is not None:
@@ -96,6 +96,13 @@ class Table(dict[str, Part]):
         if name.lower() in ("null", "none", "true", "false"):
             return "no name: a config reads it as a value"
         return "the name is taken" if name in self or self.taken(name) else None
+
+    def _failed(self, part: Part) -> str | None:
+        """What trying it out has shown. A part may be for other numbers of classes than three."""
+        try:
+            return self.tried(part)
+        except (RuntimeError, ValueError, IndexError):
+            return None
 
     def _misfit(self, part: Any) -> str | None:
         like = self.like
