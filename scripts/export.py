@@ -49,14 +49,14 @@ SUFFIXES = (".onnx", ".pt2")  # see `lab.outputs.export.FORMS`
 PICTURES = 8  # that an exported file is compared on
 
 
-def load(args: argparse.Namespace, found: Found) -> Trained:
+def load(found: Found, imports: Sequence[str] = ()) -> Trained:
     """The network on the CPU, in float32."""
     import torch
 
     from lab.outputs.trained import folder_settings, load_trained
 
     settings = {**folder_settings(found.weights), "training": {"device": "cpu"}}
-    config = load_config(None, (), json.dumps(settings), check_evaluation, args.imports)
+    config = load_config(None, (), json.dumps(settings), check_evaluation, imports)
     return load_trained(found.weights, config, torch.device("cpu"), by_folder=True)
 
 
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forget_launch()
     found = find_run(args.weights)
     if args.output is not None:
-        trained = load(args, found)
+        trained = load(found, args.imports)
         say(trained.remarks)
         export(args, found, trained)
     if args.push is not None:

@@ -49,7 +49,8 @@ ADDED = {
     "--report results/report.html": "",
     f"{RUN}/digits_smoke.yaml --import mine.py {OWN}": f"{FEW} --output-dir results/own",
     "scripts/run_sweep.py --configs configs/digits_smoke.yaml --import mine.py --grid "
-    "ast.measure=el2n,loss_entropy --seeds 0 1": f"--one-process {FEW} --output-dir results/grid",
+    "ast.measure=el2n,loss_entropy --seeds 0 1": f"--one-process --seeds 0 {FEW} "
+    "--output-dir results/grid",
     f"{EVALUATE} --import mine.py": "--weights results/own/latest",
     "scripts/export.py --weights results/latest --import mine.py --output model.onnx": "--weights "
     "results/own/latest --output own.pt2",

@@ -20,6 +20,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.abc import SourceLoader
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -233,13 +234,26 @@ def _executed(asked: Import, path: Path, sources: Mapping[str, bytes]) -> Module
             del sys.modules[name]  # of an earlier text
         importlib.invalidate_caches()
         return importlib.import_module(asked.module)
-    module = importlib.util.module_from_spec(
-        importlib.util.spec_from_file_location(asked.module, path.absolute())
-    )
+    loader = _Hashed(str(path.absolute()), sources[path.name])
+    spec = importlib.util.spec_from_file_location(asked.module, path.absolute(), loader=loader)
+    module = importlib.util.module_from_spec(spec)
     sys.modules[asked.module] = module
-    # the bytes that were hashed, whatever a cache of compiled code holds
-    exec(compile(sources[path.name], str(path.absolute()), "exec"), module.__dict__)
+    loader.exec_module(module)
     return module
+
+
+class _Hashed(SourceLoader):
+    """Runs the bytes that were hashed, whatever the file or a cache of compiled code holds now."""
+
+    def __init__(self, path: str, text: bytes):
+        self.path = path
+        self.text = text
+
+    def get_filename(self, fullname: str) -> str:
+        return self.path
+
+    def get_data(self, path: str) -> bytes:
+        return self.text
 
 
 def _told(error: BaseException, path: Path) -> str:
