@@ -5,8 +5,6 @@
     python scripts/run_sweep.py --configs configs/digits_smoke.yaml --seeds 0 \\
         --grid ast.mode=ast,random ast.target_activation=0.1,0.25,0.5
     python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
-        --gpus 0 1 --runs-per-gpu 2 --resume
-    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
         --one-process --seeds 0 1 2 --variants \\
         "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
 

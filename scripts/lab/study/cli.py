@@ -126,7 +126,7 @@ WEIGHTS_HELP = "a weights folder, the run's folder, a results file, or latest in
 RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
 
 
-IMPORT_HELP = "run this file of one's own, or package.module, first; as imports: of a config"
+IMPORT_HELP = "code of one's own: mine.py or package.module"
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
