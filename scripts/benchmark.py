@@ -48,6 +48,7 @@ import torch
 
 from lab.base.files import require_folder
 from lab.base.launch import launch, launched
+from lab.config.imports import use
 from lab.config.loading import Config
 from lab.data.loading import DeviceBatch, EpochPlan
 from lab.machine.devices import configure_backends, environment, resolve_device
@@ -224,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_folder(path.parent, option, path)
     if args.what == "steps" and args.nproc > 1 and launched()[1] == 1:
         return launch(Path(__file__), args.nproc, 0, sys.argv[1:] if argv is None else argv)
+    use(args.imports)
     lab = epochs.Lab(build_dataloaders, EpochSteps)
     work, show = {
         "steps": (benchmark_steps, timing.show_steps),

@@ -33,7 +33,7 @@ from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
 from lab.config.grid import is_override
 from lab.config.loading import Config, load_config
-from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, command_parser, run_cli
+from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, add_import, command_parser, run_cli
 from lab.study.finding import Found, config_of, find_run
 from run_experiment import check_config
 
@@ -156,15 +156,17 @@ def load(args: argparse.Namespace, found: Found) -> tuple[Config, bool]:
     own = [key for key in sorted(keys) if key.startswith("model.")]
     say(f"{key} is not used: the network is the one of --weights" for key in own)
     if args.config is not None:
-        return load_config(args.config, args.overrides, check=check_evaluation), False
+        check = check_evaluation
+        return load_config(args.config, args.overrides, None, check, args.imports), False
     from lab.outputs.trained import folder_settings
 
     if args.images is None:
-        text = config_of(found)
+        text = config_of(found, args.imports)
         say([f"the config is that of the run: {one_line(found.path)}"])
-        return load_config(found.path, args.overrides, text, check_evaluation), False
+        check = check_evaluation
+        return load_config(found.path, args.overrides, text, check, args.imports), False
     text = json.dumps(folder_settings(args.weights))
-    config = load_config(None, args.overrides, text, check_evaluation)
+    config = load_config(None, args.overrides, text, check_evaluation, args.imports)
     return config, not keys & {"dataset.image_size", "dataset.augment", "dataset.type"}
 
 
@@ -222,6 +224,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="YAML or JSON, default: the run's own; with --images: the folder's",
     )
+    add_import(parser)
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="pictures, and folders of pictures"
     )

@@ -36,7 +36,7 @@ from lab.base.files import user_path, user_text, write_outputs
 from lab.base.launch import forget_launch
 from lab.config.grid import is_override
 from lab.config.loading import load_config
-from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, command_parser, run_cli
+from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, add_import, command_parser, run_cli
 from lab.study.finding import Found, config_of, find_run
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ SUFFIXES = (".onnx", ".pt2")  # see `lab.outputs.export.FORMS`
 PICTURES = 8  # that an exported file is compared on
 
 
-def load(found: Found) -> Trained:
+def load(found: Found, imports: Sequence[str] = ()) -> Trained:
     """The network on the CPU, in float32."""
     import torch
 
     from lab.outputs.trained import folder_settings, load_trained
 
     settings = {**folder_settings(found.weights), "training": {"device": "cpu"}}
-    config = load_config(None, (), json.dumps(settings))
+    config = load_config(None, (), json.dumps(settings), check_evaluation, imports)
     return load_trained(found.weights, config, torch.device("cpu"), by_folder=True)
 
 
@@ -71,8 +71,8 @@ def real_pictures(args: argparse.Namespace, found: Found, trained: Trained) -> T
         paths, _ = find_pictures(args.images)
         images = read_pictures(paths[:PICTURES])
     else:
-        text = config_of(found)
-        config = load_config(found.path, args.overrides, text, check_evaluation)
+        text = config_of(found, args.imports)
+        config = load_config(found.path, args.overrides, text, check_evaluation, args.imports)
         images = some_of(build_validation(config.dataset).dataset)
     return torch.stack([torch.as_tensor(image) for image in trained.prepare(images)])
 
@@ -118,6 +118,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help=f"its name ends in {' or '.join(SUFFIXES)}",
     )
+    add_import(parser)
     add("--images", nargs="+", metavar="PATH", help="pictures, and folders, to compare on")
     add("--push", type=user_text, metavar="REPO", help="name of a repository on the hub")
     add("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forget_launch()
     found = find_run(args.weights)
     if args.output is not None:
-        trained = load(found)
+        trained = load(found, args.imports)
         say(trained.remarks)
         export(args, found, trained)
     if args.push is not None:

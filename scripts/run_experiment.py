@@ -26,7 +26,15 @@ from lab.base.files import sibling, user_text, write_result
 from lab.base.launch import forget_launch, launch, launched
 from lab.config.grid import as_overrides
 from lab.config.loading import Config, checkpoint_folder, dump_config, load_config
-from lab.study.cli import OVERRIDES_HELP, RESUME_HELP, command_parser, option, run_cli
+from lab.study.cli import (
+    OVERRIDES_HELP,
+    RESUME_HELP,
+    add_import,
+    command_parser,
+    hand_on,
+    option,
+    run_cli,
+)
 from lab.study.finding import finished_run
 from lab.study.results import apart, dense_step_ms, read_history, settings_of
 
@@ -179,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for flag, key in FLAGS.items():
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"short for {key}=VALUE")
+    add_import(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config as YAML and stop"
     )
@@ -207,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run or args.nproc > 1 or args.max_restarts:
         forget_launch()
     flags = as_overrides({key: getattr(args, key) for key in FLAGS.values()}, args.overrides)
-    config = load_config(args.config, [*args.overrides, *flags], check=check_config)
+    overrides = [*args.overrides, *flags]
+    config = load_config(args.config, overrides, check=check_config, imports=args.imports)
     if args.dry_run:
         print(dump_config(config), end="")
         return 0
@@ -220,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     resume = args.resume or ("auto" if args.max_restarts else None)
     resuming = [] if resume is None else option("--resume", resume)
     twin = ["--dense-twin"] if args.dense_twin else []
-    arguments = [*option("--config", args.config), *resuming, *twin, *args.overrides, *flags]
+    code = hand_on(config.imports)
+    arguments = [*option("--config", args.config), *code, *resuming, *twin, *overrides]
     return launch(Path(__file__), args.nproc, args.max_restarts, arguments)
 
 

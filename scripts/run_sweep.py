@@ -5,8 +5,6 @@
     python scripts/run_sweep.py --configs configs/digits_smoke.yaml --seeds 0 \\
         --grid ast.mode=ast,random ast.target_activation=0.1,0.25,0.5
     python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
-        --gpus 0 1 --runs-per-gpu 2 --resume
-    python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
         --one-process --seeds 0 1 2 --variants \\
         "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
 
@@ -31,7 +29,7 @@ from lab.base.files import append_jsonl, locked, require_folder, user_text
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
 from lab.config.grid import as_overrides, cross, is_override
-from lab.study.cli import command_parser, run_cli
+from lab.study.cli import add_import, command_parser, run_cli
 from lab.study.sweep import (
     Halt,
     Planned,
@@ -88,6 +86,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     for name, settings in OPTIONS.items():
         parser.add_argument(name, **settings)
+    add_import(parser)
     parser.set_defaults(grid=[], variants=[], seeds=[], gpus=[], runs_per_gpu=1)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over every config")
     args = parser.parse_intermixed_args(argv)
@@ -111,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     forget_launch()
     points = cross(args.grid, args.variants, args.seeds, args.overrides)
     check = run_experiment.check_config
-    plans = plan_runs(args.configs, args.overrides, points, args.dense_twin, args.resume, check)
+    plans = plan_runs(
+        args.configs, args.overrides, points, args.dense_twin, args.resume, check, args.imports
+    )
     if args.one_process and len(plans) > 1:
         refuse_shared_graphs(plans)
     slots = slots_of(args.gpus, args.runs_per_gpu)

@@ -20,13 +20,15 @@ it needs to go on bit for bit after an interruption (`run_experiment.py --resume
 
 To add a measure of significance: one function and one line of MEASURES. A way to score, a rule, a
 target, a doubt of labels or a data set: one class and one line of SCORINGS, RULES, TARGETS, DOUBTS
-or DATASETS.
+or DATASETS. All of them, and networks, losses, optimizers, schedules and augmentations, may be in a
+file of one's own, `--import mine.py`, which says `from train_ast import RULES, Choice, Rule`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import statistics
 import sys
@@ -42,6 +44,7 @@ from lab.study.finding import finished_run
 
 if __name__ == "__main__":
     refuse_early(training_options)  # before the import of torch, which takes seconds
+    sys.modules["train_ast"] = sys.modules[__name__]  # an imported file means these tables
 
 import numpy as np
 import torch
@@ -52,18 +55,22 @@ import lab.config.loading
 from lab.base.console import print_rank0, step_bar
 from lab.base.errors import RequestError, TrainingFailed, one_line
 from lab.base.reading import spell
+from lab.config.imports import changed_code, identities, kept, origin, use
 from lab.config.keys import (
+    BUILT_IN,
     OTHER_NEEDS,
     RULE_KEYS,
     RULE_REPLACES,
     SCORING_KEYS,
     all_needs,
     idle_keys,
+    of_known_parts,
     spelled,
     unmet,
 )
 from lab.config.loading import Config, checkpoint_folder, first_complaint, require_known
 from lab.config.sections import ASTConfig, DatasetConfig
+from lab.config.tables import Table
 from lab.data.cache.loaders import Split, cached_loaders, prepare_caches
 from lab.data.datasets import (
     DigitsDataset,
@@ -75,7 +82,7 @@ from lab.data.datasets import (
     measure_moments,
 )
 from lab.data.hf import HFDataset
-from lab.data.images import Augmentation
+from lab.data.images import AUGMENTATIONS, Augmentation
 from lab.data.loading import (
     BatchScores,
     DeviceBatch,
@@ -90,9 +97,15 @@ from lab.data.queue import ActiveQueue
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
 from lab.data.splitting import both_parts, repeated, validation_part
 from lab.data.tables import CSVDataset
-from lab.engine.checkpoint import FORMAT, claimed, find_checkpoint, load_checkpoint
+from lab.engine.checkpoint import (
+    FORMAT,
+    claimed,
+    find_checkpoint,
+    folders_of_other_code,
+    load_checkpoint,
+)
 from lab.engine.checks import check_start
-from lab.engine.optimizer import copies_of_weights
+from lab.engine.optimizer import OPTIMIZERS, check_optimizer, copies_of_weights, reads_momentum
 from lab.engine.state import compile_all, require_alike, resume_parts, state_of
 from lab.engine.trainer import Trainer
 from lab.machine.clock import Clock, Stop, explained
@@ -108,10 +121,11 @@ from lab.machine.meters import ClassCounts, Ledger, Meter
 from lab.machine.stateful import Stateful
 from lab.machine.workers import WorkerLoader, ending_workers
 from lab.method.doubt import LEFT_OUT, HighestScores, LabelDoubt, UnlikelyLabels
+from lab.method.losses import LOSSES, Loss
 from lab.method.sample_store import SampleStore, Visit
-from lab.method.schedule import Schedule, Shares
+from lab.method.schedule import SCHEDULES, Schedule, Shares
 from lab.method.times_trained import TimesTrained
-from lab.models.building import check_resolution, count_flops, get_model
+from lab.models.building import MODELS, check_resolution, count_flops, get_model
 from lab.models.forward_once import CannotTrace, Rows
 from lab.models.network import Network, StepResult
 from lab.models.proxy import EVERY, Proxy
@@ -210,8 +224,20 @@ def significance(logits: Tensor, labels: Tensor, entropy_weight: float) -> Tenso
     )
 
 
-Measure = Callable[[Tensor, Tensor, float], Tensor]
-MEASURES: dict[str, Measure] = {"loss_entropy": significance}  # ast.measure
+def tried_measure(measure: Callable[[Tensor, Tensor, float], Tensor]) -> str | None:
+    """What is wrong with its scores of two samples of three classes; None where nothing is."""
+    shape = [*measure(torch.zeros(2, 3), torch.tensor([0, 2]), 1.0).shape]
+    return None if shape == [2] else f"the scores of 2 samples have the shape {shape}, not [2]"
+
+
+def measure_of(ast: ASTConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """logits [batch, classes], labels [batch] -> significance [batch], nats."""
+    found = MEASURES[ast.measure]
+    weight = ast.entropy_weight
+    return lambda logits, labels: found(logits, labels, weight)
+
+
+MEASURES = Table("ast.measure", significance, {"loss_entropy": significance}, tried=tried_measure)
 
 
 # --------------------------------------------------------------------------- Parts of a selection
@@ -421,11 +447,11 @@ class StoredScores(Scores):
         return torch.from_numpy(self.store.scores(order))
 
 
-SCORINGS: dict[str, type[Scores]] = {  # ast.scoring
-    "batch": NetworkScores,
-    "proxy": ProxyScores,
-    "history": StoredScores,
-}
+SCORINGS = Table(
+    "ast.scoring",
+    Scores,
+    {"batch": NetworkScores, "proxy": ProxyScores, "history": StoredScores},
+)
 
 
 class Rule(Stateful):
@@ -633,7 +659,7 @@ class AboveMean(Rule):
         return Choice(torch.from_numpy(rows), mean, torch.from_numpy(weights))
 
 
-RULES: dict[str, type[Rule]] = {"pi": Threshold, "topk": TopShare, "infobatch": AboveMean}
+RULES = Table("ast.rule", Rule, {"pi": Threshold, "topk": TopShare, "infobatch": AboveMean})
 
 
 # Of a sparse epoch with such a target, as a share of a dense one.
@@ -754,11 +780,9 @@ class Parts(NamedTuple):
     doubt: type[LabelDoubt]
 
 
-TARGETS: dict[str, type[Target]] = {  # ast.target_activation, where no number
-    "auto": AutoTarget,
-    "unseen": UnseenTarget,
-}
-DOUBTS: dict[str, type[LabelDoubt]] = {"auto": UnlikelyLabels}  # ast.forget_rate, likewise
+# where the values are no numbers
+TARGETS = Table("ast.target_activation", Target, {"auto": AutoTarget, "unseen": UnseenTarget})
+DOUBTS = Table("ast.forget_rate", LabelDoubt, {"auto": UnlikelyLabels})
 
 
 def parts_of(config: Config) -> Parts:
@@ -1031,6 +1055,19 @@ class Selection(Stateful):
         return [self.target.value, *(float(each) for each in self.thresholds[-1:])]
 
 
+def value_of(config: Config, table: Table) -> Any:
+    """Which of a table's names a config gives."""
+    section, _, name = table.key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def own_parts(config: Config) -> dict[str, str]:
+    """By key, the import that the config's part comes from, where that is one of its imports."""
+    tables = (*CLOSED, MODELS, OPTIMIZERS)
+    found = {table.key: origin(table.key, value_of(config, table)) for table in tables}
+    return {key: identity for key, identity in found.items() if identity is not None}
+
+
 @cache
 def default_settings() -> dict[str, str]:
     return spelled(Config().model_dump())
@@ -1043,26 +1080,30 @@ def unread_keys(config: Config) -> dict[str, str]:
     scorings = {name: part.KEYS for name, part in SCORINGS.items()}
     rules = {name: part.KEYS for name, part in RULES.items()}
     replaced = {name: part.REPLACES for name, part in RULES.items()}
-    needs = all_needs(scorings, rules, replaced)
-    return idle_keys(spelled(config.model_dump()), default_settings(), needs)
+    settings = spelled(config.model_dump())
+    known = {**BUILT_IN, "ast.scoring": tuple(scorings), "ast.rule": tuple(rules)}
+    optimizer = config.training.optimizer
+    by_timm = optimizer not in OPTIMIZERS
+    if by_timm:
+        known["training.optimizer"] += (optimizer,)
+    needs = of_known_parts(all_needs(scorings, rules, replaced), settings, known)
+    if by_timm and reads_momentum(optimizer):
+        needs["training.momentum"] = {}
+    return idle_keys(settings, default_settings(), needs)
 
 
 def check_config(config: Config, given: Sequence[str] = ()) -> None:
     """Raises ValueError naming the key: for a value that is in none of the tables, for one that a
     part or the data set cannot work with, and for a key of those `given` on a command line that
-    nothing reads.
+    nothing reads. Runs the files that the config imports, where this process has not; raises
+    RequestError for an error in one.
     """
-    ast = config.ast
-    for key, value, table in (
-        ("dataset.type", config.dataset.type, DATASETS),
-        ("ast.measure", ast.measure, MEASURES),
-        ("ast.scoring", ast.scoring, SCORINGS),
-        ("ast.rule", ast.rule, RULES),
-        ("ast.target_activation", ast.target_activation, TARGETS),
-        ("ast.forget_rate", ast.forget_rate, DOUBTS),
-    ):
-        if isinstance(value, str):  # the last two may be a number
-            require_known(key, value, table)
+    use(config.imports)
+    for table in CLOSED:
+        value = value_of(config, table)
+        if isinstance(value, str):  # a target and a doubt may be a number
+            require_known(table.key, value, [*table.others, *table])
+    check_optimizer(config.training)
     unread = unread_keys(config)
     refused = next((key for key in given if key in unread), None)
     if refused is not None:
@@ -1086,7 +1127,7 @@ def check_together(config: Config) -> None:
     unmet_reuse = list(unmet("ast.reuse_forward", spelled(config.model_dump()), OTHER_NEEDS))
     mixing = next((key for key in ("mixup", "cutmix") if getattr(training, key)), None)
     keepers = {
-        "training.loss=early_learning": training.loss == "early_learning",
+        f"training.loss={training.loss}": LOSSES[training.loss].recall is not Loss.recall,
         "ast.scoring=history": parts.scores.keeps_visits,
         f"ast.forget_rate={ast.forget_rate}": parts.doubt.keeps_labels,
     }
@@ -1284,12 +1325,15 @@ def dense_step(batch: DeviceBatch, run: Run) -> int:
 # --------------------------------------------------------------------------------------------- Data
 
 
-DATASETS: dict[str, type[ImageDataset]] = {
-    "digits": DigitsDataset,
-    "folder": FolderDataset,
-    "hf": HFDataset,
-    "csv": CSVDataset,
-}
+DATASETS = Table(
+    "dataset.type",
+    ImageDataset,
+    {"digits": DigitsDataset, "folder": FolderDataset, "hf": HFDataset, "csv": CSVDataset},
+    built=False,  # `splits` makes them
+    needs=("splits",),
+)
+# the tables that know every name of their keys; networks and optimizers may be timm's
+CLOSED = (DATASETS, AUGMENTATIONS, MEASURES, SCORINGS, RULES, TARGETS, DOUBTS, LOSSES, SCHEDULES)
 
 
 def build_datasets(config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:
@@ -1624,6 +1668,8 @@ class Run:
     clock: Clock
     outputs: Outputs
     warned_out_of_reach: bool = False  # that the target is
+    # of a run that was resumed with another text of its imports: the identities before
+    earlier_imports: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def build(
@@ -1646,7 +1692,7 @@ class Run:
         dist = dist or Dist()
         training = config.training
         started = time.monotonic() if started is None else started
-        measure = partial(MEASURES[config.ast.measure], entropy_weight=config.ast.entropy_weight)
+        measure = measure_of(config.ast)
         network = Network(model, config, measure, device, dist, samples, classes)
         fit(network)
         selection = Selection(config, network, samples, device, dist)
@@ -1731,7 +1777,8 @@ class Run:
             self.clock.start()
         state = state_of(self.parts(), self.dist)
         weights = state.pop("network")  # at the top: others read them from a checkpoint too
-        return {"format": FORMAT, "config": self.config.model_dump(), **weights, **state}
+        code = {"earlier_imports": self.earlier_imports} if self.earlier_imports else {}
+        return {"format": FORMAT, "config": self.config.model_dump(), **code, **weights, **state}
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint, where the run keeps any. Collective."""
@@ -2018,7 +2065,8 @@ def train(
         stop.deadline = started + 60 * config.training.max_minutes
     device = resolve_device(config.training)
     folder = checkpoint_folder(config)
-    dist = meet(config.training, device, [config.model_dump(exclude={"logging"}), str(folder)])
+    settings = config.model_dump(exclude={"logging", "imports"})
+    dist = meet(config.training, device, [settings, identities(config.imports), str(folder)])
     session = Session(device, dist, stop, started)
     if dist.rank == 0:
         prepare_outputs(config.logging)
@@ -2048,7 +2096,10 @@ def train_in_folder(
         continue_from(run, path, state)
     copies = copies_of_weights(config.training)
     facts = run.network.describe(data.train.dataset.classes)
-    run.outputs.open(board, run.network.model, copies, facts)
+    if config.imports:
+        own = own_parts(config)
+        facts |= {"imports": identities(config.imports), "own_model": "model.name" in own}
+    run.outputs.open(board, run.network.model, copies, facts, kept(config.imports))
     stop.training = True
     return train_and_report(run, data)
 
@@ -2121,7 +2172,17 @@ def continue_from(run: Run, path: Path | None, state: dict[str, Any] | None) -> 
     """Go on from a checkpoint, or say that there is none."""
     if state is None:
         print_rank0("--resume auto: there is no checkpoint of this config, the run starts afresh")
+        for folder in folders_of_other_code(run.config) if run.dist.rank == 0 else ():
+            print_rank0(
+                f"note: {folder} has one of this config with another text of its imports: "
+                f"--resume {folder} goes on from it with today's"
+            )
         return
+    run.earlier_imports = list(state.get("earlier_imports", []))
+    changed = changed_code(state["config"].get("imports", []), run.config.imports)
+    if changed:
+        run.earlier_imports += identities(state["config"]["imports"])
+        print_rank0(f"note: resumed with other code than it began with: {'; '.join(changed)}")
     log = run.config.logging.jsonl_path
     resume_parts(run.parts(), path, state, log, lambda: run.metrics.history, run.dist)
     print_rank0(f"resumed from {path}: epoch {run.metrics.epoch + 1}, step {run.metrics.step}")
@@ -2137,6 +2198,18 @@ def say_if_dense(run: Run, status: str) -> None:
     if why is not None:
         key = f"ast.target_activation={run.config.ast.target_activation}"
         print_rank0(f"note: {key} trained on all samples in every epoch: {why}")
+
+
+def code_facts(run: Run) -> dict[str, Any]:
+    """What results say of imports: which parts come from which, their texts, and what the run was
+    trained with before it was resumed with another text.
+    """
+    imports = run.config.imports
+    if not imports:
+        return {}
+    texts = {name: text.decode("utf-8", "replace") for name, text in kept(imports).items()}
+    earlier = {"earlier_imports": run.earlier_imports} if run.earlier_imports else {}
+    return {"own_parts": own_parts(run.config), "imports": texts, **earlier}
 
 
 def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
@@ -2165,6 +2238,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
             **diet_figures(diet, metrics.by_class),
             "base_flop_per_sample": run.network.base_flop,
             "idle_keys": sorted(unread_keys(run.config)),
+            **code_facts(run),
             "val_split": data.val.dataset.split,
         }
         environment = run.outputs.environment
@@ -2208,7 +2282,7 @@ def prepare(config: Config) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = training_options(argv)
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, imports=args.imports)
     return prepare(config) if args.prepare_only else execute(config, args.resume)
 
 

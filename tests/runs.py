@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -27,6 +28,13 @@ from lab.config.loading import Config, checkpoint_folder
 from lab.engine.checkpoint import load_checkpoint
 from lab.machine.clock import Stop
 from lab.study.cli import run_cli
+
+
+def own_code() -> str:
+    """The file of somebody's own that the README shows."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
 
 TIMED = {"step_time_ms", "est_energy_kj", "energy_kj", "train_seconds"}
 

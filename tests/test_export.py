@@ -125,8 +125,8 @@ def test_a_network_that_cannot_be_traced_is_named_and_nothing_is_written(
 ):
     load = export.load
 
-    def looking(found):
-        trained = load(found)
+    def looking(*given):
+        trained = load(*given)
         trained.network.model = Looker(trained.network.model)
         return trained
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import train_ast
-from lab.config.keys import all_needs, spelled, unmet
+from lab.config.keys import BUILT_IN, all_needs, spelled, unmet
 from train_ast import RULES, SCORINGS, load_config, train
 
 PAIRS = list(itertools.product(SCORINGS, RULES))
@@ -128,6 +128,12 @@ def test_every_key_acts_where_the_table_says_so(scoring, rule, leaf, tmp_path):
 def test_the_table_of_cells_holds_every_key():
     known = {key.partition(".")[2] for key in spelled({"ast": load_config(None).ast.model_dump()})}
     assert known == {"mode", "scoring", "rule", *AST_VALUES}
+
+
+def test_what_is_known_without_torch_is_what_the_tables_hold():
+    tables = {table.key: table for table in (*train_ast.CLOSED, train_ast.OPTIMIZERS)}
+    for key, names in BUILT_IN.items():
+        assert {*names} == {*tables[key], *tables[key].others}
 
 
 OTHER = [  # a key, its value, where it is idle, where it acts

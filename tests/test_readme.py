@@ -30,6 +30,8 @@ PICTURES = f"{TINY} dataset.train_dir=IMAGES/train"
 EVALUATE = "scripts/evaluate.py --weights results/latest"
 NEWEST = "--weights results/pictures/latest"
 RUN = "scripts/run_experiment.py --config configs"
+OWN = "model.name=tiny dataset.type=stripes training.loss=brier ast.measure=el2n ast.rule=trimmed"
+FEW = "training.epochs=4 dataset.max_train_samples=64"
 ADDED = {
     f"{RUN}/digits_smoke.yaml": "",
     f"{RUN}/pictures_ast.yaml": f"{PICTURES} --output-dir results/pictures",
@@ -45,8 +47,13 @@ ADDED = {
     "training.epochs=4 dataset.max_train_samples=64",
     "scripts/analyze_results.py --results-dir results/sweep --plot --save-dir results/plots "
     "--report results/report.html": "",
-    "scripts/analyze_results.py --results-dir results/published/cifar10_erasing_h200/full "
-    "--frontier results/published/frontier.png": "--results-dir results/sweep",
+    f"{RUN}/digits_smoke.yaml --import mine.py {OWN}": f"{FEW} --output-dir results/own",
+    "scripts/run_sweep.py --configs configs/digits_smoke.yaml --import mine.py --grid "
+    "ast.measure=el2n,loss_entropy --seeds 0 1": f"--one-process --seeds 0 {FEW} "
+    "--output-dir results/grid",
+    f"{EVALUATE} --import mine.py": "--weights results/own/latest",
+    "scripts/export.py --weights results/latest --import mine.py --output model.onnx": "--weights "
+    "results/own/latest --output own.pt2",
     # finds the folder there; the download has a test of its own
     "scripts/download_imagenette.py": "",
     "scripts/benchmark.py steps --model resnet50 --image-size 224 --batch-size 256": "--model "
@@ -89,6 +96,7 @@ def clone(tmp_path_factory):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data" / "imagenette2-160").mkdir(parents=True)
     (folder / "results").mkdir()
+    (folder / "mine.py").write_text(runs.own_code(), encoding="utf-8")
     return folder
 
 
@@ -121,7 +129,3 @@ def test_command_works(command, clone, image_folder):
         figures = 8 if torch.cuda.is_available() else 6
         assert len(list((clone / "results" / "plots").glob("*.png"))) == figures
         assert (clone / "results" / "report.html").stat().st_size > 0
-    if "--frontier" in command:
-        assert (
-            (clone / "results" / "published" / "frontier.png").read_bytes().startswith(b"\x89PNG")
-        )

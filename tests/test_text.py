@@ -27,7 +27,7 @@ from conftest import REPO
 from damage import mutated
 from lab.base.errors import RequestError
 from lab.base.launch import launch
-from lab.config.loading import Config, dump_config, takes_text
+from lab.config.loading import Config, config_keys, dump_config, takes_text
 from lab.study.cli import run_cli
 from runs import exit_code, forked
 from train_ast import load_config
@@ -295,11 +295,7 @@ def test_all_errors_are_shown_at_once(tmp_path, capsys):
 
 SEED = 20261126
 PRESETS = [path.read_bytes() for path in sorted((REPO / "configs").glob("*.yaml"))]
-KEYS = [
-    f"{section}.{name}"
-    for section, part in Config.model_fields.items()
-    for name in part.annotation.model_fields
-]
+KEYS = list(config_keys())
 FREE = """dataset.subset dataset.revision dataset.name dataset.split_train logging.output_dir
     logging.jsonl_path model.name""".split()  # any text, in HUB
 PATHS = ["dataset.name", "logging.output_dir", "logging.jsonl_path"]  # of them

@@ -14,6 +14,16 @@ from lab.config.sections import auto_augment
 
 Needs = dict[str, tuple[str, ...]]  # by other key, the values of which it must have one
 
+# The built-in parts that a file of one's own may add to. Without imports no other name is taken.
+NAMES = {
+    "dataset.augment_policy": ("none", "rand_augment", "trivial_augment"),
+    "training.lr_schedule": ("cosine", "linear", "constant", "step"),
+    "training.loss": (
+        *("cross_entropy", "generalised_cross_entropy", "early_learning", "focal"),
+        "binary_cross_entropy",
+    ),
+}
+
 SCORING_KEYS = {  # of `ast`, by ast.scoring
     "batch": ("score_resolution", "score_statistics", "pack", "candidates"),
     "proxy": ("proxy_model", "score_resolution", "pack", "candidates"),
@@ -63,7 +73,17 @@ OTHER_NEEDS: dict[str, Needs] = {
     "training.nesterov": {"training.optimizer": ("sgd", "muon")},
     "training.min_lr": {"training.lr_schedule": ("cosine", "linear", "step")},
     "training.layer_decay": {"model.freeze": ("false",)},
-    "training.label_smoothing": {"training.loss": ("cross_entropy", "early_learning")},
+    "training.label_smoothing": {
+        "training.loss": ("cross_entropy", "early_learning", "binary_cross_entropy")
+    },
+}
+
+BUILT_IN = {  # by the key that names a part: of another name nothing is known
+    **NAMES,
+    "ast.scoring": tuple(SCORING_KEYS),
+    "ast.rule": tuple(RULE_KEYS),
+    "dataset.type": ("digits", "folder", "hf", "csv"),
+    "training.optimizer": ("sgd", "adam", "adamw", "lamb", "muon"),
 }
 
 
@@ -90,11 +110,28 @@ def all_needs(
     return needs
 
 
-def spelled(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The values of a config, by dotted key, as text."""
+def of_known_parts(
+    needs: Mapping[str, Needs], settings: Mapping[str, str], known: Mapping[str, Sequence[str]]
+) -> dict[str, Needs]:
+    """The needs, without those of a part whose name is not among the `known` ones: it may read any
+    key.
+    """
+    return {
+        key: {
+            other: values
+            for other, values in each.items()
+            if settings.get(other) in known.get(other, settings.values())
+        }
+        for key, each in needs.items()
+    }
+
+
+def spelled(config: Mapping[str, Any]) -> dict[str, str]:
+    """The values of the sections of a config, by dotted key, as text."""
     return {
         f"{section}.{key}": spell(value)
         for section, values in config.items()
+        if isinstance(values, Mapping)
         for key, value in values.items()
     }
 

@@ -16,11 +16,12 @@ from types import NoneType
 from typing import Any, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from lab.base.errors import RequestError, one_line
 from lab.base.reading import BAD_YAML, _Dumper, _Loader, parse_config, read_config
-from lab.config.keys import DENSE_END
+from lab.config.imports import identities, resolved
+from lab.config.keys import DENSE_END, NAMES
 from lab.config.sections import (
     ASTConfig,
     DatasetConfig,
@@ -57,6 +58,10 @@ def require_known(key: str, value: str, known: Iterable[str]) -> None:
 
 
 class Config(Section):
+    imports: list[str] = Field(  # see `lab.config.imports`
+        default_factory=list,
+        description="code of one's own: files (path/mine.py) and packages (package.module)",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     dataset: DatasetConfig = Field(default_factory=DatasetConfig)
     ast: ASTConfig = Field(default_factory=ASTConfig)
@@ -67,10 +72,20 @@ class Config(Section):
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Config:
         """What no table of the lab decides; see `load_config` for the rest."""
+        for key, names in NAMES.items() if not self.imports else ():
+            section, _, name = key.partition(".")
+            require_known(key, getattr(getattr(self, section), name), names)
         self._check_weights_and_data()
         self._check_selection()
         self._check_training()
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_imports(self, dump: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
+        dumped = dump(self)
+        if not self.imports:
+            dumped.pop("imports", None)
+        return dumped
 
     def _check_weights_and_data(self) -> None:
         d = self.dataset
@@ -162,12 +177,17 @@ class Config(Section):
         return epoch in self.sparse_span()
 
 
+SECTIONS: dict[str, type[Section]] = {
+    name: info.annotation for name, info in Config.model_fields.items() if name != "imports"
+}
+
+
 def config_keys() -> dict[str, tuple[str, Any]]:
     """Every dotted key with its (description, default)."""
     return {
         f"{section}.{name}": (info.description or "", info.default)
-        for section, part in Config.model_fields.items()
-        for name, info in part.annotation.model_fields.items()
+        for section, part in SECTIONS.items()
+        for name, info in part.model_fields.items()
     }
 
 
@@ -196,8 +216,8 @@ def takes_text(section: str, name: str) -> tuple[bool, bool]:
     """(whether the values of a key are text, whether it may be null); (False, False) for an unknown
     key.
     """
-    part = Config.model_fields.get(section)
-    info = part and part.annotation.model_fields.get(name)
+    part = SECTIONS.get(section)
+    info = part and part.model_fields.get(name)
     if not info:
         return False, False
     kinds = [info.annotation]
@@ -216,6 +236,8 @@ def parse_override(override: str) -> tuple[str, str, Any]:
     """
     key, equals, written = override.partition("=")
     section, dot, name = key.partition(".")
+    if key == "imports":
+        raise RequestError(f"override {override!r}: write --import {written or 'FILE'}")
     if not (equals and dot and name):
         raise RequestError(f"override {override!r}: expected section.key=value{_nearest(key)}")
     is_text, may_be_null = takes_text(section, name)
@@ -234,12 +256,14 @@ def load_config(
     overrides: Sequence[str] = (),
     text: str | None = None,
     check: Callable[[Config, Sequence[str]], None] | None = None,
+    imports: Sequence[str] = (),
 ) -> Config:
     """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05", see `parse_override`)
     over it.
 
     text: the file's text, where it has been read before. check: raises ValueError for what the
-    lab's tables do not know (`train_ast.check_config`). Raises RequestError, one line naming the
+    lab's tables do not know (`train_ast.check_config`), and runs the imports before. imports: of
+    `--import`, added to the file's own. Raises RequestError, one line naming the
     file or the override and the key, for a file that is missing, empty or no mapping, an unknown
     key (with the nearest known one) and a value of the wrong type or range: all of them at once.
     """
@@ -251,6 +275,7 @@ def load_config(
         part = raw[section] = {} if raw.get(section) is None else raw[section]
         if isinstance(part, dict):  # otherwise the validation below names the section
             part[name] = value
+    raw["imports"] = _all_imports(path, raw.get("imports"), imports)
     try:
         config = Config.model_validate({k: {} if v is None else v for k, v in raw.items()})
         if check is not None:
@@ -262,6 +287,21 @@ def load_config(
     else:
         return config
     raise RequestError(_all_of(complaints, overrides, path or "config"))
+
+
+def _all_imports(path: str | Path | None, own: Any, more: Sequence[str]) -> Any:
+    """The imports of a config's text and those of `--import`, with their hashes. `own` as it is
+    where it is no list of texts, which the validation then says.
+    """
+    if own is not None and not (isinstance(own, list) and all(isinstance(e, str) for e in own)):
+        return own
+    found: list[str] = []
+    for source, texts in ((f"{path or 'config'}: imports", own or []), ("--import", more)):
+        try:
+            found = resolved([*found, *texts])
+        except ValueError as error:
+            raise RequestError(f"{source}: {one_line(error)}") from None
+    return found
 
 
 MOST_SHOWN = 5  # complaints about one config
@@ -372,12 +412,14 @@ NO_FIGURE = {"logging": True, "dataset": {"cache_folder"}, "training": {"num_wor
 
 def run_id(config: Config) -> str:
     """Which run a config is: a hash of what differs from the defaults, the seed included, without
-    what changes no figure.
+    what changes no figure. Of imports the names and the texts count, not where they lie.
 
     A results file's `config` gives the same hash once it is read as a Config.
     """
     dumped = config.model_dump(exclude=NO_FIGURE, exclude_defaults=True)
     differing = {section: values for section, values in dumped.items() if values}
+    if config.imports:
+        differing["imports"] = identities(config.imports)
     canonical = json.dumps(differing, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 

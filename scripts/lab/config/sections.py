@@ -112,7 +112,7 @@ class DatasetConfig(Section):
     augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
         "auto", description="auto: none for digits, pad_crop up to 64 px, random_resized_crop above"
     )
-    augment_policy: Literal["none", "rand_augment", "trivial_augment"] = Field(
+    augment_policy: str = Field(
         "none",
         description="torchvision's policies, after the crop. rand_augment: two operations of "
         "magnitude 9 (of 30); trivial_augment: one of any magnitude. Loader processes apply "
@@ -292,19 +292,16 @@ class ASTConfig(Section):
 class TrainingConfig(Section):
     epochs: int = Field(10, ge=1, description="passes over the training set")
     batch_size: int = Field(128, ge=1, description="samples a step, of all processes together")
-    optimizer: Literal["sgd", "adam", "adamw", "lamb", "muon"] = Field(
+    optimizer: str = Field(
         "sgd",
-        description=(
-            "norms, biases and a ViT's class token and positions are not decayed; muon trains "
-            "these by AdamW"
-        ),
+        description="sgd, adam, adamw, lamb, muon or another one of timm; norms, biases and a "
+        "ViT's class token and positions are not decayed; muon trains these by AdamW",
     )
     lr: float = Field(0.1, gt=0, description="peak learning rate")
-    lr_schedule: Literal["cosine", "linear", "constant", "step"] = Field(
+    lr_schedule: str = Field(
         "cosine",
-        description=(
-            "how the rate falls after its warm-up; step: to a tenth after each third of the rest"
-        ),
+        description="cosine, linear, constant or step: how the rate falls after its warm-up; step: "
+        "to a tenth after each third of the rest",
     )
     min_lr: float = Field(
         0.0, ge=0, description="learning rate at the end of the schedule; step: never below it"
@@ -354,9 +351,10 @@ class TrainingConfig(Section):
             "alpha of CutMix, likewise; with both, each step takes one of them at random; 0: none"
         ),
     )
-    loss: Literal["cross_entropy", "generalised_cross_entropy", "early_learning"] = Field(
+    loss: str = Field(
         "cross_entropy",
-        description="that is minimised; the other two are made for wrong labels: on CIFAR-10 "
+        description="that is minimised; cross_entropy; focal: less of what is learned; "
+        "binary_cross_entropy: of each class by itself, timm's; two for wrong labels: on CIFAR-10 "
         "with 17 % of them early_learning helped, most in 80 epochs, and "
         "generalised_cross_entropy did not",
     )

@@ -13,7 +13,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 from lab.base.errors import one_line
 from lab.config.sections import DatasetConfig
+from lab.config.tables import Table
 from lab.data.randomness import as_seed, host_generator
 from lab.machine.devices import IMAGENET_MOMENTS
 
@@ -185,8 +186,32 @@ def centre_crops(aspects: Tensor, sides: Tensor) -> Tensor:
     return torch.cat([((sides - lengths) / 2).floor(), lengths], 1)
 
 
-# by dataset.augment_policy
-POLICIES = {"rand_augment": v2.RandAugment, "trivial_augment": v2.TrivialAugmentWide}
+def rand_augment() -> Callable[[Tensor], Tensor]:
+    """What is done to each training picture, uint8 [3, size, size] to the same. Chance in it is
+    drawn from torch's generator, which is seeded by the picture's own number.
+    """
+    return v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR)
+
+
+def trivial_augment() -> Callable[[Tensor], Tensor]:
+    return v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+
+
+def tried_augmentation(build: Callable[[], Callable[[Tensor], Tensor]]) -> str | None:
+    """What is wrong with a transform, by a grey picture; None where nothing is."""
+    with host_generator():
+        view = build()(torch.full((3, 8, 8), 128, dtype=torch.uint8))
+    sound = isinstance(view, Tensor) and view.dtype == torch.uint8 and view.shape == (3, 8, 8)
+    return None if sound else "it does not make a uint8 [3, 8, 8] of a uint8 [3, 8, 8]"
+
+
+AUGMENTATIONS = Table(
+    "dataset.augment_policy",
+    rand_augment,
+    {"rand_augment": rand_augment, "trivial_augment": trivial_augment},
+    others=("none",),
+    tried=tried_augmentation,
+)
 
 
 class Augmentation:
@@ -212,8 +237,8 @@ class Augmentation:
         self.random = train and augment != "none"
         self.margin = max(1, self.size // 8)  # pixels; 4 at a size of 32
         self.reflects = config.padding == "reflect"
-        policy = POLICIES.get(config.augment_policy) if train else None
-        self.policy = policy and policy(interpolation=v2.InterpolationMode.BILINEAR)
+        build = AUGMENTATIONS.get(config.augment_policy) if train else None
+        self.policy = build and build()
         self.erasing = config.random_erasing if train else 0.0  # chance
         # what erasing covers with
         self.grey = torch.tensor(IMAGENET_MOMENTS["mean"]).mul(255).round().to(torch.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from lab.base.errors import RequestError, TrainingFailed, one_line
 from lab.base.files import locked, replace_file, require_folder
-from lab.config.loading import Config, checkpoint_folder, config_keys
+from lab.config.imports import identities
+from lab.config.loading import Config, checkpoint_folder, config_keys, run_id
 from lab.machine.devices import synchronize
 
 FORMAT = 5  # of the state: a state a part of the run, and one of each process's own
@@ -72,7 +74,8 @@ def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
     """What `save_checkpoint` wrote, tensors on the host. No code in it is run (`weights_only`).
 
     Raises RequestError for a file that cannot be read, is damaged or of another format, or belongs
-    to another config. The last names the keys that differ; those of MAY_CHANGE and logging may.
+    to another config. The last names the keys that differ; those of MAY_CHANGE and logging may, and
+    the text of an import (`changed_code`).
     """
     try:
         size = path.stat().st_size - len(MAGIC) - 64
@@ -101,6 +104,12 @@ def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
     keys = [
         key for key in config_keys() if key not in MAY_CHANGE and not key.startswith("logging.")
     ]
+    before, now = (
+        [each.partition("@")[0] for each in identities(one.get("imports", []))]
+        for one in (saved, asked)
+    )
+    if before != now:
+        raise RequestError(f"{path}: a checkpoint with other imports: {before} there, {now} here")
     values = [
         (key, *(each[key.split(".")[0]][key.split(".")[1]] for each in (saved, asked)))
         for key in keys
@@ -231,6 +240,20 @@ def find_checkpoint(config: Config, resume: str | None) -> Path | None:
     path = checkpoint_folder(config) if resume == "auto" else Path(resume)
     path = path / "last.pt" if resume == "auto" or path.is_dir() else path
     return path if resume != "auto" or path.exists() else None
+
+
+def folders_of_other_code(config: Config) -> list[Path]:
+    """The checkpoint folders of the same config with another text of its imports."""
+    found = []
+    for path in checkpoint_folder(config).parent.glob("*/last.pt") if config.imports else ():
+        try:
+            facts = json.loads((path.parent / "weights" / "config.json").read_text("utf-8"))
+            other = config.model_copy(update={"imports": list(facts["imports"])})
+            if run_id(other) == path.parent.name:
+                found.append(path.parent)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # it has no weights, or no code
+    return found
 
 
 def state_bytes(model: nn.Module, copies: int) -> int:

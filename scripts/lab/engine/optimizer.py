@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,9 @@ from torch import nn
 
 from lab.base.errors import RequestError, one_line
 from lab.config.sections import TrainingConfig
+from lab.config.tables import Table
+
+Groups = Sequence[dict[str, Any]]  # of parameters, each with its weight_decay
 
 
 def build_optimizer(
@@ -18,30 +23,91 @@ def build_optimizer(
 
     Not decayed are tensors of one dimension (norms, biases), and what the network says should not
     be: of a ViT the class token and the position embedding. Raises RequestError for an optimizer
-    that this timm does not have, and for layer_decay where the network's layers are not known.
+    that cannot be had here, and for layer_decay where the network's layers are not known.
     """
     groups = _parameter_groups(model, training)
-    shared = {"lr": training.lr, "weight_decay": training.weight_decay}
+    return OPTIMIZERS.get(training.optimizer, by_timm)(groups, training, device)
+
+
+def sgd(groups: Groups, training: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer over groups of parameters. The lab sets the rate of each group at each step."""
+    fused = device.type == "cuda" or None
     momentum = {"momentum": training.momentum, "nesterov": training.nesterov}
-    fused = {"fused": device.type == "cuda" or None}
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **shared, **fused)
-    if training.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, **momentum, **shared, **fused)
-        if device.type == "cuda" and training.momentum:
-            # fused SGD leaves them unset where it skips its first step
-            unset = (p for group in optimizer.param_groups for p in group["params"])
-            optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in unset})
-        return optimizer
+    optimizer = torch.optim.SGD(
+        groups, training.lr, weight_decay=training.weight_decay, fused=fused, **momentum
+    )
+    if fused and training.momentum:
+        # fused SGD leaves them unset where it skips its first step
+        unset = (p for group in optimizer.param_groups for p in group["params"])
+        optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in unset})
+    return optimizer
+
+
+def adamw(groups: Groups, training: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+    fused = device.type == "cuda" or None
+    return torch.optim.AdamW(groups, training.lr, weight_decay=training.weight_decay, fused=fused)
+
+
+def by_timm(
+    groups: Groups, training: TrainingConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """Any optimizer of timm, with its own defaults for what the config does not say."""
     from timm.optim import create_optimizer_v2
 
-    options = {"adam": fused, "muon": momentum}.get(training.optimizer, {})
+    name = training.optimizer
+    options: dict[str, Any] = {}
+    if name == "adam":
+        options["fused"] = device.type == "cuda" or None
+    if name == "muon" or reads_momentum(name):
+        options["momentum"] = training.momentum
+    if name == "muon":
+        options["nesterov"] = training.nesterov
     try:
-        return create_optimizer_v2(groups, training.optimizer, **shared, **options)
-    except ValueError as error:
-        raise RequestError(
-            f"training.optimizer: {training.optimizer}: {one_line(error)}; a newer timm may have it"
-        ) from None
+        return create_optimizer_v2(
+            groups, name, lr=training.lr, weight_decay=training.weight_decay, **options
+        )
+    except Exception as error:  # some need packages, or a GPU, and say so in their own ways
+        why = f"{type(error).__name__}: {one_line(error)}"
+        hint = "" if taken(name) else "; a newer timm may have it"
+        raise RequestError(f"training.optimizer: {name}: {why}{hint}") from None
+
+
+def taken(name: str) -> bool:
+    """Whether timm has an optimizer of this name."""
+    from timm.optim import list_optimizers
+
+    return name in list_optimizers()
+
+
+OPTIMIZERS = Table(
+    "training.optimizer",
+    sgd,
+    {"sgd": sgd, "adamw": adamw, **dict.fromkeys(("adam", "lamb", "muon"), by_timm)},
+    taken=taken,
+)  # the others are timm's
+
+
+def reads_momentum(name: str) -> bool:
+    """Whether an optimizer of timm takes training.momentum."""
+    from timm.optim import get_optimizer_info
+
+    return get_optimizer_info(name).has_momentum
+
+
+def check_optimizer(training: TrainingConfig) -> None:
+    """Raises ValueError naming the key for a name that neither the lab nor timm has, and for an
+    optimizer of timm that a step of the lab does not suit.
+    """
+    name = training.optimizer
+    if name in OPTIMIZERS:
+        return
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, [*OPTIMIZERS, *list_optimizers()], 1, 0.0)
+        raise ValueError(f"training.optimizer: no {name!r}; did you mean {near[0]}?")
+    if get_optimizer_info(name).second_order:
+        raise ValueError(f"training.optimizer: {name} needs second derivatives, which no step has")
 
 
 def _parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
@@ -57,7 +123,7 @@ def _parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[s
     options = {
         "weight_decay": training.weight_decay,
         "no_weight_decay_list": undecayed,
-        "fallback_no_weight_decay": training.optimizer == "muon",  # embeddings are no matrices
+        "fallback_no_weight_decay": "muon" in training.optimizer,  # embeddings are no matrices
     }
     if training.layer_decay == 1:
         return param_groups_weight_decay(model, **options)

@@ -1,5 +1,5 @@
-"""The losses that a network may be trained with: cross-entropy, and two that suffer less from wrong
-labels.
+"""The losses that a network may be trained with: cross-entropy, two that suffer less from wrong
+labels, and two that weigh classes and samples in another way.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lab.config.sections import TrainingConfig
+from lab.config.tables import Table
 from lab.machine.distributed import Dist
 from lab.machine.stateful import Stateful
 
@@ -154,8 +155,59 @@ class EarlyLearning(Loss):
         return super().state_dict()
 
 
-LOSSES: dict[str, type[Loss]] = {  # training.loss
-    "cross_entropy": Loss,
-    "generalised_cross_entropy": GeneralisedCrossEntropy,
-    "early_learning": EarlyLearning,
-}
+class Focal(Loss):
+    """Cross-entropy times (1 - p)^GAMMA of the label's probability p (Lin et al. 2017, "Focal loss
+    for dense object detection", equation 4, with their GAMMA). What is predicted surely counts
+    little.
+    """
+
+    GAMMA = 2.0
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        logs = logits.log_softmax(-1)
+        shares = F.one_hot(labels, logits.shape[-1]) if labels.ndim == 1 else labels
+        return -(shares * (1 - logs.exp()) ** self.GAMMA * logs).sum(-1), None
+
+
+class BinaryCrossEntropy(Loss):
+    """timm's, over each class by itself, then the mean over the classes (Wightman et al. 2021,
+    "ResNet strikes back", section 2.2); smoothed by `training.label_smoothing`. Its gradient is
+    about as many times smaller than that of cross-entropy as there are classes.
+    """
+
+    def __init__(
+        self, training: TrainingConfig, samples: int, classes: int, device: torch.device, dist: Dist
+    ):
+        super().__init__(training, samples, classes, device, dist)
+        from timm.loss import BinaryCrossEntropy as ByTimm
+
+        self.by_class = ByTimm(smoothing=self.smoothing, reduction="none")
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.by_class(logits, labels).mean(-1), None
+
+
+def tried_loss(kind: type[Loss]) -> str | None:
+    """What is wrong with the losses of two samples of three classes; None where nothing is."""
+    loss = kind(TrainingConfig(), 2, 3, torch.device("cpu"), Dist())
+    losses, _ = loss(torch.zeros(2, 3), torch.tensor([0, 2]), loss.recall(torch.arange(2)))
+    shape = [*losses.shape]
+    return None if shape == [2] else f"the losses of 2 samples have the shape {shape}, not [2]"
+
+
+LOSSES = Table(
+    "training.loss",
+    Loss,
+    {
+        "cross_entropy": Loss,
+        "generalised_cross_entropy": GeneralisedCrossEntropy,
+        "early_learning": EarlyLearning,
+        "focal": Focal,
+        "binary_cross_entropy": BinaryCrossEntropy,
+    },
+    tried=tried_loss,
+)

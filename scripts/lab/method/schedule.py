@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from lab.config.sections import TrainingConfig
+from lab.config.tables import Table
 from lab.data.loading import EpochPlan
 from lab.machine.clock import Clock
 from lab.machine.stateful import Stateful
@@ -58,25 +60,50 @@ class Shares:
         return float(np.interp(epochs, np.arange(len(before)), before / before[-1]))
 
 
+def cosine(done: float, lr: float, min_lr: float) -> float:
+    """The learning rate once a share `done` (0 to 1) of what follows its warm-up is over: half a
+    cosine from lr to min_lr (Loshchilov & Hutter 2017, SGDR, equation 5, one cycle).
+    """
+    return min_lr + (lr - min_lr) * ((1 + math.cos(math.pi * done)) / 2)
+
+
+def linear(done: float, lr: float, min_lr: float) -> float:
+    """A line from lr to min_lr."""
+    return min_lr + (lr - min_lr) * (1 - done)
+
+
+def constant(done: float, lr: float, min_lr: float) -> float:
+    return min_lr + (lr - min_lr) * 1.0
+
+
+def step(done: float, lr: float, min_lr: float) -> float:
+    """A tenth after each third, but not below min_lr."""
+    return max(min_lr, lr / 10 ** min(2, int(3 * done)))
+
+
+def tried_schedule(rate: Callable[[float, float, float], float]) -> str | None:
+    """What is wrong with the rates of a schedule; None where nothing is."""
+    rates = [rate(done, 0.1, 0.0) for done in (0.0, 0.5, 1.0)]
+    sound = all(isinstance(each, int | float) and 0 <= each < math.inf for each in rates)
+    return None if sound else f"at lr=0.1 it gives {rates}, expected numbers of at least 0"
+
+
+SCHEDULES = Table(
+    "training.lr_schedule",
+    cosine,
+    {"cosine": cosine, "linear": linear, "constant": constant, "step": step},
+    tried=tried_schedule,
+)
+
+
 def lr_at(progress: float, training: TrainingConfig, warmup: float) -> float:
     """Learning rate at `progress` (0 to 1) of the run: linear over its first part `warmup`, then by
     the schedule.
-
-    cosine: half a cosine down to min_lr (Loshchilov & Hutter 2017, SGDR, equation 5, one cycle).
-    linear: a line down to min_lr. step: a tenth after each third, but not below min_lr. constant:
-    as it is.
     """
     if progress < warmup:
         return training.lr * progress / warmup
     decayed = min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))
-    if training.lr_schedule == "step":
-        return max(training.min_lr, training.lr / 10 ** min(2, int(3 * decayed)))
-    falls = {
-        "cosine": (1 + math.cos(math.pi * decayed)) / 2,
-        "linear": 1 - decayed,
-        "constant": 1.0,
-    }
-    return training.min_lr + (training.lr - training.min_lr) * falls[training.lr_schedule]
+    return SCHEDULES[training.lr_schedule](decayed, training.lr, training.min_lr)
 
 
 class Schedule(Stateful):

@@ -18,15 +18,16 @@ from lab.base.console import print_rank0
 from lab.base.errors import RequestError, one_line
 from lab.base.hub import no_endless_wait, quick_hub
 from lab.config.sections import ModelConfig
+from lab.config.tables import Table
 from lab.models.sources import resolved
-from lab.models.weights import find_weights, head_names, heads_of, load_weights
+from lab.models.weights import find_weights, head_names, heads_of, how_to_import, load_weights
 
 TORCHVISION_MODELS = ("resnet18", "resnet50", "vit_b_16")
 
 
 # Networks that this process has built and tried: a tenth of a second for each of the short runs of
 # a sweep in one process.
-FITTING: set[tuple[str, int, str]] = set()
+FITTING: set[tuple[Any, ...]] = set()
 
 
 def get_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -53,13 +54,20 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         raise RequestError(
             f"model.small_stem: only for resnet18 and resnet50, not for {config.name}"
         )
+    if config.pretrained and config.name in MODELS and config.name not in TORCHVISION_MODELS:
+        raise RequestError(f"model.pretrained: there are no published weights of {config.name}")
     arguments = building_arguments(config, image_size)
     plain = arguments.keys() <= {"image_size"}
-    build = BUILDERS.get(config.name, _timm_model) if plain else _timm_model
+    build = MODELS.get(config.name) if plain else None
     try:
         with no_endless_wait():
-            model = build(config, num_classes, **arguments)
+            if build is None:
+                model = _timm_model(config, num_classes, **arguments)
+            else:
+                model = build(config, num_classes, image_size)
     except OSError as error:  # URLError and the hub's errors are OSErrors
+        if build is not None and not config.pretrained:
+            raise RequestError(_misfit(config, image_size, error)) from None
         hint = "check the network or set model.pretrained=false"
         raise RequestError(
             f"model.pretrained: no weights of {config.name}: {one_line(error)}; {hint}"
@@ -68,7 +76,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         raise
     except Exception as error:  # a network may raise anything on what it was not written for
         raise RequestError(_misfit(config, image_size, error)) from None
-    tried = config.model_dump_json(), image_size, repr(arguments)
+    tried = config.model_dump_json(), image_size, repr(arguments), build
     if tried in FITTING:
         return model
     try:
@@ -91,7 +99,7 @@ def building_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
             arguments = description.arguments()
     if config.name == "vit_b_16":
         return {**arguments, "image_size": image_size}
-    if config.name in BUILDERS and not arguments:
+    if config.name in MODELS and not arguments:
         return {}
     import timm  # a second to import, so only where it is needed
 
@@ -126,10 +134,14 @@ def made_for(config: ModelConfig) -> int | None:
     return published.input_size[-1] if published is not None else None
 
 
-def _torchvision_model(config: ModelConfig, num_classes: int, **arguments: int) -> nn.Module:
+def torchvision_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    """The network of the `model` section with a head for `num_classes`, for pictures float32
+    [batch, 3, image_size, image_size] that are normalised; its weights are drawn by torch's seed.
+    """
     is_vit = config.name == "vit_b_16"
+    size = {"image_size": image_size} if is_vit else {}
     model = torchvision.models.get_model(
-        config.name, weights="DEFAULT" if config.pretrained else None, **arguments
+        config.name, weights="DEFAULT" if config.pretrained else None, **size
     )
     if is_vit:
         model.heads.head = nn.Linear(model.heads.head.in_features, num_classes)
@@ -142,14 +154,14 @@ def _torchvision_model(config: ModelConfig, num_classes: int, **arguments: int) 
     return model
 
 
-def small_conv(config: ModelConfig, num_classes: int, width: int = 40) -> nn.Module:
+def small_conv(
+    config: ModelConfig, num_classes: int, image_size: int, width: int = 40
+) -> nn.Module:
     """A network of our own, to score for larger ones: four 3x3 convolutions with BatchNorm, for
     pictures from 8 px on.
 
     At 32 px it has 3.6 % of the FLOP of a ResNet-18 with a small stem. It has no published weights.
     """
-    if config.pretrained:
-        raise RequestError("model.pretrained: there are no published weights of small_conv")
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         return [
@@ -170,20 +182,39 @@ def _timm_model(config: ModelConfig, num_classes: int, **arguments: Any) -> nn.M
     import timm
 
     if not timm.is_model(config.name):
-        near = difflib.get_close_matches(
-            config.name, [*timm.list_models(), *TORCHVISION_MODELS], 1, 0.0
+        near = difflib.get_close_matches(config.name, [*timm.list_models(), *MODELS], 1, 0.0)
+        raise RequestError(
+            f"model.name: no model {config.name!r}; did you mean {near[0]}?{_own_code(config)}"
         )
-        raise RequestError(f"model.name: no model {config.name!r}; did you mean {near[0]}?")
     with quick_hub() if config.pretrained else contextlib.nullcontext():
         return timm.create_model(
             config.name, pretrained=config.pretrained, num_classes=num_classes, **arguments
         )
 
 
-BUILDERS = {
-    **dict.fromkeys(TORCHVISION_MODELS, _torchvision_model),
-    "small_conv": small_conv,
-}  # the others are timm's
+def _own_code(config: ModelConfig) -> str:
+    """How to name the code that lies beside weights, where there is some: it is not run by
+    itself.
+    """
+    if config.weights is None:
+        return ""
+    source = find_weights(config.weights)
+    imports = source.description.imports if source.description else []
+    return how_to_import(imports, source.path.parent) if imports else ""
+
+
+def is_timm_model(name: str) -> bool:
+    import timm
+
+    return timm.is_model(name)
+
+
+MODELS = Table(
+    "model.name",
+    torchvision_model,
+    {**dict.fromkeys(TORCHVISION_MODELS, torchvision_model), "small_conv": small_conv},
+    taken=is_timm_model,
+)  # the others are timm's, where its own `register_model` adds to them
 
 
 def eval_view(model: nn.Module, batch_statistics: bool = False) -> nn.Module:

@@ -84,6 +84,7 @@ class Description(_Facts):
     global_pool: str | None = None
     model_args: dict[str, Any] = {}
     small_stem: bool | None = None  # None: not written by the lab
+    imports: list[str] = []  # the code that they were trained with, see `lab.config.imports`
     pretrained_cfg: Prepared
     digest: str = ""
 

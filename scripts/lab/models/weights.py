@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ WEIGHTS = "model.safetensors"
 # of a folder, in the order in which timm looks for them
 FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 CHECKPOINTS = ("best.pt", "last.pt")  # of a run; its weights folder lies beside them
+IMPORTS = "imports"  # beside the weights: a folder with the code that they were trained with
 DIGEST = "description"  # in the header of the weights: the hash of the config.json of their own
 
 
@@ -73,6 +75,14 @@ def find_weights(path: str, key: str = "model.weights", of: str | None = None) -
     return Source(
         file, None, f"{beside} describes {one_line(description.name, 60)}, and is not used"
     )
+
+
+def how_to_import(imports: Sequence[str], folder: Path) -> str:
+    """What a refusal says of code that is beside weights in a folder, or is not there any more."""
+    names = ", ".join(one_line(each.partition("@")[0], 60) for each in imports)
+    files = sorted((folder / IMPORTS).glob("*.py")) or [Path("FILE")]
+    options = " ".join(f"--import {one_line(file)}" for file in files)
+    return f"; the code {names} came with it and is not run by itself: if you trust it, {options}"
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
@@ -264,8 +274,12 @@ class WeightsFolder:
     facts of another.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, facts: Mapping[str, Any], code: Mapping[str, bytes] | None = None
+    ):
+        """code: by name, the texts of the files that the config imports."""
         self.folder = folder
+        self.code = code or {}
         self.text = json.dumps(facts, indent=2) + "\n"
         self.digest = digest_of(json.loads(self.text))
         self.checked = False
@@ -290,6 +304,9 @@ class WeightsFolder:
             ):
                 weights.unlink(missing_ok=True)
                 replace_text(facts, self.text)
+            for name, text in self.code.items():
+                (self.folder / IMPORTS / name).parent.mkdir(parents=True, exist_ok=True)
+                replace_file(self.folder / IMPORTS / name, partial(Path.write_bytes, data=text))
             self.checked = True
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         header = {"format": "pt", DIGEST: self.digest}

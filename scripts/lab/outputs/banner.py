@@ -47,6 +47,7 @@ def announce(
         f"training, {val_pictures:,} in validation",
         "schedule": schedule(config, f"{steps:,} step{'s' * (steps > 1)} of {batch:,} pictures"),
         "mode": mode(config),
+        **({"imports": ", ".join(config.imports)} if config.imports else {}),
         "results": f"{config.logging.output_dir}, checkpoints in {checkpoint_folder(config)}",
     }
     print_rank0(f"{aligned(rows)}\n")

@@ -33,6 +33,9 @@ if facts["small_stem"]:
 model.load_state_dict(safetensors.torch.load_file("FOLDER/model.safetensors"))
 model.eval()  # pictures as facts["pretrained_cfg"] says"""
 
+BY_LAB = """# the network is code of its own, a copy of which is in FOLDER/imports: read it first
+# python scripts/evaluate.py --weights FOLDER --images photo.jpg --import FOLDER/imports/..."""
+
 
 def write_card(folder: Path, result: Mapping[str, Any]) -> None:
     """Write the card of a run's weights beside them. Raises TrainingFailed where the disk does not
@@ -108,6 +111,8 @@ def data_of(config: Config) -> str:
 
 def usage(facts: Mapping[str, Any]) -> str:
     """How other programs load the weights: timm where it has the network, else torchvision."""
+    if facts.get("own_model"):
+        return BY_LAB
     by_timm = not facts["small_stem"] and facts["architecture"] != "vit_b_16"
     return BY_TIMM if by_timm else BY_TORCHVISION
 

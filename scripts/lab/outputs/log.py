@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,23 @@ class Outputs:
             "started_utc": utc_now(),
         }
 
-    def open(self, board: Any | None, model: nn.Module, copies: int, facts: dict[str, Any]) -> None:
+    def open(
+        self,
+        board: Any | None,
+        model: nn.Module,
+        copies: int,
+        facts: dict[str, Any],
+        code: Mapping[str, bytes],
+    ) -> None:
         """Begin to write.
 
-        copies: of each weight in the optimizer. facts: of `Network.describe`. Raises RequestError
-        where the disk has no room for the checkpoints.
+        copies: of each weight in the optimizer. facts: of `Network.describe`. code: of
+        `imports.kept`. Raises RequestError where the disk has no room for the checkpoints.
         """
         if self.dist.rank == 0:
             self.board = board
             self.checkpoints = Checkpoints(self.folder)
-            self.weights = WeightsFolder(weights_folder(self.folder), facts)
+            self.weights = WeightsFolder(weights_folder(self.folder), facts, code)
             self.checkpoints.require_space(state_bytes(model, copies), state_bytes(model, 0))
 
     def save(

@@ -8,7 +8,7 @@ from pathlib import Path
 from lab.base.errors import RequestError, one_line
 from lab.base.hub import hub_answers
 from lab.models.description import FACTS
-from lab.models.weights import WEIGHTS
+from lab.models.weights import IMPORTS, WEIGHTS
 from lab.outputs.card import CARD
 
 UPLOADED = (WEIGHTS, FACTS, CARD)
@@ -38,7 +38,7 @@ def push(folder: str, repository: str) -> str:
         api.upload_folder(
             repo_id=place.repo_id,
             folder_path=folder,
-            allow_patterns=list(UPLOADED),
+            allow_patterns=[*UPLOADED, f"{IMPORTS}/*.py"],
             commit_message="Upload weights and model card",
         )
     except Exception as error:  # of a network and a server, in dozens of kinds

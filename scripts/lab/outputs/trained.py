@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from lab.base.errors import RequestError, one_line
+from lab.config.imports import changed_code
 from lab.config.loading import Config
 from lab.config.sections import DatasetConfig, ModelConfig
 from lab.data.folders import composed
@@ -82,7 +83,7 @@ def load_trained(path: str, config: Config, device: torch.device, by_folder: boo
     by_timm = by_folder and not as_lab
     prepare = timm_preparation(description.view) if by_timm else lab_preparation(config.dataset)
     shown = description.view if by_folder else View.of(config.dataset)
-    remarks = loaded.remarks
+    remarks = [*loaded.remarks, *changed_code(description.imports, config.imports)]
     if shown != description.view:
         remarks = [
             *remarks,

@@ -42,7 +42,7 @@ def refuse_early(parse: Callable[[], argparse.Namespace]) -> None:
         args = parse()
         path = getattr(args, "config", None)
         if path is not None and (os.path.isfile(path) or not os.path.exists(path)):
-            load_config(path, args.overrides)
+            load_config(path, args.overrides, imports=args.imports)
         return 0
 
     if code := run_cli(request):
@@ -126,6 +126,20 @@ WEIGHTS_HELP = "a weights folder, the run's folder, a results file, or latest in
 RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
 
 
+IMPORT_HELP = "code of one's own: mine.py or package.module"
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """The option --import, once for each file."""
+    how = {"action": "append", "default": [], "dest": "imports", "type": user_text}
+    parser.add_argument("--import", metavar="FILE", help=IMPORT_HELP, **how)
+
+
+def hand_on(imports: Sequence[str]) -> list[str]:
+    """The imports of a config as arguments of another command, which needs the same texts."""
+    return [word for text in imports for word in option("--import", text)]
+
+
 def option(name: str, value: str) -> list[str]:
     """An option as arguments of another command, its value as it is, even one that begins like an
     option.
@@ -161,6 +175,7 @@ def training_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config", required=True, type=user_text, metavar="FILE", help="YAML or JSON config"
     )
+    add_import(parser)
     parser.add_argument("--resume", type=user_text, metavar="PATH|auto", help=RESUME_HELP)
     parser.add_argument(
         "--prepare-only", action="store_true", help="build or check the files of dataset.cache=disk"
@@ -177,6 +192,10 @@ def options_help() -> str:
         "Config keys: by section in a YAML or JSON file, as section.key=value on the",
         "command line. There text is taken verbatim and null is no value; the word null",
         'itself goes into a file, as "null".',
+        "",
+        "imports (default none)",
+        "      of a file alone, a list: code of one's own that is run first, path/mine.py",
+        "      or package.module; on the command line --import",
     ]
     needs = all_needs()
     section = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,9 +103,10 @@ def _newest(runs: Iterable[Found]) -> Found | None:
     return max(runs, key=age, default=None)
 
 
-def config_of(found: Found) -> str:
-    """The config of a run as JSON, as `load_config` takes it. Raises RequestError where there is
-    none.
+def config_of(found: Found, imports: Sequence[str] = ()) -> str:
+    """The config of a run as JSON, as `load_config` takes it, without its imports. Raises
+    RequestError where there is none, and where it has imports and nobody names any: code that comes
+    with weights is not run by itself.
     """
     config = None if found.result is None else found.result.get("config")
     if not isinstance(config, dict):
@@ -114,4 +115,13 @@ def config_of(found: Found) -> str:
             f"--config: needed for the validation set, for no results file of the run is beside "
             f"{place}; or --images for single pictures"
         )
-    return json.dumps(config)
+    own = config.get("imports")
+    if own and not imports:
+        place = one_line(found.weights)
+        files = sorted((Path(found.weights) / "imports").glob("*.py")) or [Path("FILE")]
+        options = " ".join(f"--import {one_line(file)}" for file in files)
+        raise RequestError(
+            f"--weights: {place}: its run imports code, which is not run by itself; if you trust "
+            f"it, add {options}"
+        )
+    return json.dumps({key: value for key, value in config.items() if key != "imports"})

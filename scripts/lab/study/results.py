@@ -316,10 +316,10 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, str]:
     """The config of a results file as dotted key to text, without what may differ between runs of
     one setting.
 
-    Renamed keys have their new names. Where the config is whole, keys that it lacks have their
-    defaults: a new key's default keeps the meaning of older runs, and a key that is gone (FORMER)
-    has the value by which runs go without it. A config that is not whole is some other lab's, and
-    stays as it is.
+    A name of somebody's own part is followed by the code that it is of. Renamed keys have their new
+    names. Where the config is whole, keys that it lacks have their defaults: a new key's default
+    keeps the meaning of older runs, and a key that is gone (FORMER) has the value by which runs go
+    without it. A config that is not whole is some other lab's, and stays as it is.
     """
     settings = {}
     for name, part in (result.get("config") or {}).items():
@@ -331,8 +331,12 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, str]:
         settings |= {
             spell(RENAMED.get(key, key)): spell(value)
             for key, value in pairs.items()
-            if name != "logging"
+            if name not in ("logging", "imports")
         }
+    own = result.get("own_parts")
+    for key, identity in own.items() if isinstance(own, dict) else ():
+        if isinstance(identity, str):  # of another text it is another part
+            settings[spell(key)] = f"{settings.get(key, '')} of {spell(identity)}"
     settings.pop("training.seed", None)
     if is_whole(settings):
         settings = DEFAULTS | settings

@@ -26,7 +26,7 @@ from lab.base.reading import read_config
 from lab.base.streams import forget_unprinted, print_progress
 from lab.config.grid import check_keys
 from lab.config.loading import Config, load_config, run_id
-from lab.study.cli import option, run_cli
+from lab.study.cli import hand_on, option, run_cli
 from lab.study.results import finished_at, read_run
 
 RESULTS = "final_results_*.json"
@@ -83,11 +83,12 @@ def plan_runs(
     dense_twin: bool,
     resume: bool,
     check: Callable[[Config], None] | None = None,
+    imports: Sequence[str] = (),
 ) -> list[Planned]:
     """Every config file with every point of the sweep; a run that is asked for twice is planned
     once.
 
-    common: overrides of all runs; points: those of one run each (`cross`); check: as for
+    common: overrides of all runs; points: those of one run each (`cross`); check, imports: as for
     `load_config`. Raises RequestError for a wrong override in `common`, a request wrong for every
     run, `dense_twin` without a sparse run.
     """
@@ -96,7 +97,14 @@ def plan_runs(
     plans: dict[str, Planned] = {}
     for path, own in product(configs, points):
         plan = plan_run(
-            path, texts[path], (*common, *own), " ".join([path, *own]), dense_twin, resume, check
+            path,
+            texts[path],
+            (*common, *own),
+            " ".join([path, *own]),
+            dense_twin,
+            resume,
+            check,
+            imports,
         )
         plans.setdefault(plan.id, plan)
     if all(plan.error for plan in plans.values()):
@@ -124,6 +132,7 @@ def plan_run(
     dense_twin: bool,
     resume: bool = False,
     check: Callable[[Config], None] | None = None,
+    imports: Sequence[str] = (),
 ) -> Planned:
     """One run. `text`: what reading the config file gave. Nothing is raised: what is wrong is the
     plan's `error`.
@@ -131,7 +140,7 @@ def plan_run(
     try:
         if isinstance(text, RequestError):
             raise text
-        config = load_config(path, overrides, text, check)
+        config = load_config(path, overrides, text, check, imports)
     except RequestError as error:
         return Planned(digest(name), path, overrides, name, None, str(error))
     key = run_id(config)
@@ -363,7 +372,8 @@ def show_plan(
 def arguments_for(plan: Planned) -> list[str]:
     """The command line of run_experiment.py for this run."""
     flags = ["--dense-twin"] * plan.twin + ["--resume", "auto"] * plan.resume
-    return [*option("--config", str(plan.copy or plan.path)), *flags, *plan.overrides]
+    code = hand_on(plan.config.imports if plan.config else ())
+    return [*option("--config", str(plan.copy or plan.path)), *code, *flags, *plan.overrides]
 
 
 def end_with_parent() -> None:

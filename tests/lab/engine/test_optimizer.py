@@ -14,6 +14,7 @@ from conftest import (
     LayerNormNet,
     as_batch,
     make_batch,
+    make_config,
     make_run,
     scores_of,
     sparse_step,
@@ -52,7 +53,7 @@ def test_norms_biases_and_embeddings_are_not_decayed(name, excepted):
     assert all(parameter.ndim > 1 for parameter in decayed["params"])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "muon", "lars", "lion", "adan"])
 def test_an_optimizer_is_timms_on_the_same_parameter_groups(name):
     """After three steps the weights are those of timm's factory, bit for bit."""
     if name not in list_optimizers():
@@ -84,6 +85,24 @@ def test_an_optimizer_is_timms_on_the_same_parameter_groups(name):
     assert all(
         torch.equal(*pair) for pair in zip(ours.parameters(), theirs.parameters(), strict=True)
     )
+
+
+def test_any_optimizer_of_timm_is_known_by_name():
+    for text, said in {
+        "sgdd": "no 'sgdd'; did you mean sgd",
+        "adahessian": "adahessian needs second derivatives",
+        "lion training.momentum=0.5": "training.momentum: nothing reads it here",
+        "lars training.nesterov=true": "training.nesterov: nothing reads it here",
+    }.items():
+        with pytest.raises(RequestError, match=said):
+            make_config(*f"training.optimizer={text}".split())
+    training = make_config("training.optimizer=lars", "training.momentum=0.5").training
+    optimizer = build_optimizer(BatchNormNet(), training, CPU)
+    assert optimizer.defaults["momentum"] == 0.5
+    if not torch.cuda.is_available():
+        training = make_config("training.optimizer=fusedlamb").training
+        with pytest.raises(RequestError, match="training.optimizer: fusedlamb: "):
+            build_optimizer(BatchNormNet(), training, CPU)
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])

@@ -36,10 +36,25 @@ def regularised(logits, labels):
     )
 
 
+def focal(logits, labels):
+    p = logits.softmax(-1).gather(1, labels[:, None])[:, 0]
+    return -((1 - p) ** 2) * p.log()
+
+
+def each_class(logits, labels):
+    chosen = F.one_hot(labels, logits.shape[1]).float()
+    return F.binary_cross_entropy_with_logits(logits, chosen, reduction="none").mean(-1)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("name", "formula"),
-    [("generalised_cross_entropy", generalised), ("early_learning", regularised)],
+    [
+        ("generalised_cross_entropy", generalised),
+        ("early_learning", regularised),
+        ("focal", focal),
+        ("binary_cross_entropy", each_class),
+    ],
 )
 def test_the_gradient_of_a_step_is_that_of_the_formula(name, formula, weighted):
     """Of a dense step, and of one that records what it sees; both report the plain cross-entropy as
@@ -76,6 +91,22 @@ def test_cross_entropy_is_smoothed_and_keeps_no_rows():
         losses, F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.3)
     )
     assert rows is run.network.loss.recall(labels) is None
+
+
+def test_focal_and_binary_losses_of_mixtures():
+    """Of a whole share they are those of the label; smoothing is timm's."""
+    logits = torch.randn(4, 3)
+    labels = torch.tensor([0, 1, 2, 0])
+    for name in ("focal", "binary_cross_entropy"):
+        loss = LOSSES[name](make_config(f"training.loss={name}").training, 8, 3, CPU, Dist())
+        of_labels, _ = loss(logits, labels)
+        torch.testing.assert_close(loss(logits, F.one_hot(labels, 3).float())[0], of_labels)
+    training = make_config(f"training.loss={name}", "training.label_smoothing=0.3").training
+    smoothed = 0.1 + 0.7 * F.one_hot(labels, 3)
+    expected = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(-1)
+    torch.testing.assert_close(
+        LOSSES[name](training, 8, 3, CPU, Dist())(logits, labels)[0], expected
+    )
 
 
 def test_a_target_is_the_running_mean_of_a_samples_own_predictions():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from lab.base.errors import one_line
-from lab.config.keys import RULE_KEYS, SCORING_KEYS, all_needs, unmet
+from lab.config.keys import BUILT_IN, all_needs, of_known_parts, unmet
 from lab.config.sections import auto_augment
 from lab.study.results import DEFAULTS, ResultsFile, is_whole
 
@@ -71,7 +71,6 @@ NEEDS = {  # also of keys of earlier days
     "ast.score_ahead": {"ast.scoring": ("batch", "proxy")},
     "training.loss_weight": {"training.loss": ("early_learning",)},
 }
-PARTS = {"ast.scoring": SCORING_KEYS, "ast.rule": RULE_KEYS}  # what is known of them, by value
 AST_KEYS = {  # that have a say, by ast.mode
     "dense": "mode",
     "dense twin": "mode",
@@ -168,12 +167,8 @@ def acts(settings: Mapping[str, str], key: str) -> bool:
         return by_time == (key == "training.max_minutes")
     if mode == "dense twin" and key in ("training.lr_decay", "training.lr_warmup_epochs"):
         return False  # they follow from the time of its sparse run
-    known = {
-        other: values
-        for other, values in NEEDS.get(key, {}).items()
-        if settings.get(other) in PARTS.get(other, settings.values())
-    }
-    return not any(unmet(key, settings, {key: known}))
+    known = of_known_parts({key: NEEDS.get(key, {})}, settings, BUILT_IN)
+    return not any(unmet(key, settings, known))
 
 
 def telling_keys(settings: Sequence[Mapping[str, str]], keys: Iterable[str]) -> list[str]:

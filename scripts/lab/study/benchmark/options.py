@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lab.base.errors import RequestError
+from lab.base.errors import RequestError, one_line
 from lab.base.files import user_path, user_text
 from lab.base.launch import launched
+from lab.config.imports import resolved
 from lab.data.cache import MOST_READERS
-from lab.study.cli import command_parser
+from lab.study.cli import add_import, command_parser
 
 
 def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,8 +32,13 @@ def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Names
         kind.add_argument(
             "--json", type=user_path, metavar="FILE", help="write all figures to FILE"
         )
+        add_import(kind)
         kind.set_defaults(check=check)
     args = parser.parse_args(argv)
+    try:
+        args.imports = resolved(args.imports)
+    except ValueError as error:
+        raise RequestError(f"--import: {one_line(error)}") from None
     args.check(args)
     return args
 
