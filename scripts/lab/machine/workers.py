@@ -1,8 +1,8 @@
 """The loader workers of a process: how they start, what they send, and how they end.
 
-A worker ignores SIGINT and SIGTERM: a terminal and a scheduler send them to the whole process
-group, and the main process needs its workers until its step is done. So a worker cannot be
-terminated. `end_workers` kills them instead.
+A worker ignores SIGINT, SIGTERM, SIGUSR1 and SIGUSR2: a terminal and a scheduler send them to the
+whole process group, and the main process needs its workers until its step is done. So a worker
+cannot be terminated. `end_workers` kills them instead.
 
 A worker's batches go through a queue whose thread drops what it cannot pickle; the main process
 would wait for that batch for ever. Here a batch is pickled before it goes into the queue, where an
@@ -34,9 +34,8 @@ from typing import Any
 from torch.utils.data import DataLoader, default_collate
 
 from lab.base.errors import RequestError, TrainingFailed, one_line
+from lab.base.launch import SIGNALS
 from lab.base.streams import forget_unprinted, print_progress
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # bytes that the path of a worker's temporary folder may have; that of a socket in it has 107
 SOCKET_FOLDER_BYTES = 70
@@ -284,7 +283,7 @@ def _require_socket_folder() -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back while workers start: until one ignores them it has the run's own
+    """Hold the SIGNALS back while workers start: until one ignores them it has the run's own
     handler.
     """
     if not hasattr(signal, "pthread_sigmask"):
