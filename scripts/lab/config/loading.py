@@ -379,8 +379,13 @@ def _nearest(key: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-# What changes no figure of a run: where its files lie, and how many processes read its pictures.
-NO_FIGURE = {"logging": True, "dataset": {"cache_folder"}, "training": {"num_workers"}}
+# What changes no figure of a run: where its files lie, how many processes read its pictures, and
+# how long it waits for them.
+NO_FIGURE = {
+    "logging": True,
+    "dataset": {"cache_folder", "worker_timeout"},
+    "training": {"num_workers"},
+}
 
 
 def run_id(config: Config) -> str:

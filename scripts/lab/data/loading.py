@@ -321,7 +321,11 @@ def loader_options(config: Config, device: torch.device, dataset: ImageDataset) 
     numbers alone.
     """
     workers = loader_processes(config.training, in_memory=dataset.IN_MEMORY)
-    shared = {"num_workers": workers, "generator": torch.Generator()}
+    shared = {
+        "num_workers": workers,
+        "worker_timeout": config.dataset.worker_timeout,
+        "generator": torch.Generator(),
+    }
     if config.dataset.cache != "none":
         return shared
     return shared | {

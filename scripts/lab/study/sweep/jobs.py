@@ -236,7 +236,5 @@ def launch_jobs(
         time.sleep(LOOK_SECONDS)
     if jobs.of_slurm and halt.signals:
         print_progress(f"left to SLURM: job {jobs.array()}")
-    board.tried |= board.plans.keys()  # now a run that was interrupted has ended too
-    board.read = b""
-    for row in board.look():
+    for row in board.look(or_stopped=True):
         record(row)

@@ -105,18 +105,21 @@ class Board:
         self.read = b""  # of the summary, at the last look
         self.looked = 0.0  # time.monotonic() seconds
 
-    def look(self) -> list[dict[str, Any]]:
-        """Read the summary, and return the lines that others have added since the last look."""
+    def look(self, or_stopped: bool = False) -> list[dict[str, Any]]:
+        """Read the summary, and return the lines that others have added since the last look.
+
+        or_stopped: those of interrupted runs too, which otherwise are still to be done.
+        """
         self.looked = time.monotonic()
         path = Path(self.round.summary)
         text = path.read_bytes()
-        if text == self.read:
+        if text == self.read and not or_stopped:
             return []
         self.read = text
         new = [
             row
             for key, row in read_rows(path).items()
-            if key in self.plans and key not in self.rows and self.ends(row)
+            if key in self.plans and key not in self.rows and self.ends(row, or_stopped)
         ]
         self.rows |= {row["id"]: row for row in new}
         return new
@@ -128,10 +131,10 @@ class Board:
             self._append(rows[key])
             self.rows[key] = dict(rows[key])
 
-    def ends(self, row: Mapping[str, Any]) -> bool:
+    def ends(self, row: Mapping[str, Any], or_stopped: bool = False) -> bool:
         """Whether a line of the summary means that its run is done in this round."""
-        if row.get("status") == "interrupted":
-            return row["id"] in self.tried
+        if row.get("status") == "interrupted" and not or_stopped:
+            return False
         kept = self.round.resume and row.get("exit_code") == 0
         return kept or self.is_fresh(row)
 
