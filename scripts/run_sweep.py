@@ -13,7 +13,7 @@ command on the same folder, here or on another machine with this disk, takes
 the next free run; where one dies, the others do its runs. A run that ends adds
 a line to <output_dir>/sweep_summary_<timestamp>.jsonl; what it printed is in
 <output_dir>/logs/. SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 are passed on
-to the runs, which save; a second SIGINT or SIGTERM kills them.
+to the runs, which save; a second Ctrl-C kills them.
 Exit codes: 0 all done; 1 a run failed; 2 a wrong request; 130, 138, 140 or 143
 interrupted.
 """

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lab.config.grid import random_points
 from lab.data.cache import loaders as cache
 from lab.study.cli import run_cli
 from run_sweep import main
-from runs import command, exit_code, program, running, wait_until
+from runs import command, exit_code, program, running, untimed, wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = [
@@ -449,3 +450,49 @@ def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path
     assert listed[0] == listed[1]
     asked = ["dataset.cache: " in Path(row["log"]).read_text() for row in rows]
     assert asked == [True, False]  # the second run needs no memory of its own
+
+
+def test_jobs_of_submitit_run_save_and_come_back_by_its_hook(tmp_path):
+    """On this machine, by the path of SLURM. A job that is warned saves, is requeued by submitit,
+    and goes on from its checkpoint; the histories are those of an undisturbed sweep.
+    """
+    pytest.importorskip("submitit")
+    quick = ["--configs", DIGITS, *QUICK, "training.epochs=40", "training.device=cpu"]
+    jobs = [*quick, "--launcher", "local", "--output-dir", str(tmp_path / "jobs")]
+    sweep = program(["scripts/run_sweep.py", *jobs], variables={"OMP_NUM_THREADS": "1"})
+    with running(sweep, tmp_path / "output") as child:
+        wait_until(lambda: list(tmp_path.glob("jobs/checkpoints/*/last.pt")))
+        own = processes(str(tmp_path / "jobs/logs/jobs"))
+        (task,) = {*processes("submitit.core._submit")} & {*own}
+        os.kill(task, signal.SIGUSR2)
+        assert exit_code(child) == 0
+    printed = (tmp_path / "output").read_text()
+    (log,) = tmp_path.glob("jobs/logs/jobs/*_log.out")
+    assert "Requeued job" in log.read_text()
+    assert "interrupted" in log.read_text()
+    assert "1 of 1 runs done" in printed
+    (run_log,) = tmp_path.glob("jobs/logs/*.log")
+    assert "resumed from " in run_log.read_text()
+    assert (
+        run_cli(lambda: main([*quick, "--one-process", "--output-dir", str(tmp_path / "o")])) == 0
+    )
+    results = {"jobs": [], "o": []}
+    for name, found in results.items():
+        for path in tmp_path.glob(f"{name}/final_results_*.json"):
+            result = json.loads(path.read_text())
+            found += [untimed(result)] if result["status"] == "completed" else []
+    assert len(results["o"]) == 1
+    assert results["jobs"] == results["o"]
+
+
+def test_a_launcher_without_its_package_or_scheduler_is_refused(monkeypatch, tmp_path, capsys):
+    args = ["--configs", DIGITS, "--output-dir", str(tmp_path / "out"), "--launcher", "slurm"]
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert run_cli(lambda: main(args)) == 2
+    assert "pip install submitit" in capsys.readouterr().err
+    monkeypatch.undo()
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_cli(lambda: main(args)) == 2
+    assert "--launcher slurm: there is no sbatch here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

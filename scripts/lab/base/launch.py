@@ -39,8 +39,10 @@ SRUN_VARIABLES = (
     "SLURM_STEP_TASKS_PER_NODE",
 )
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-# runs that a sweep has at a time on this machine: they share its cores
+# what a sweep sets for its runs: how many share this machine's cores; and that it passes signals
+# on, also those that a scheduler has sent to all processes
 RUNS_HERE = "AST_LAB_RUNS_HERE"
+PASSES_ON = "AST_LAB_PASSES_SIGNALS_ON"
 
 
 def launched() -> tuple[int, int, int]:
@@ -81,6 +83,13 @@ def of_srun() -> bool:
     return (
         not {"RANK", "WORLD_SIZE"} & os.environ.keys() and _number("SLURM_STEP_NUM_TASKS", 1, 1) > 1
     )
+
+
+def hears_twice() -> bool:
+    """Whether a signal may come to this process a second time, from who started it: torchrun or a
+    sweep.
+    """
+    return launched()[1] > 1 or PASSES_ON in os.environ
 
 
 def has_own_gpu() -> bool:

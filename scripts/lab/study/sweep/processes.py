@@ -17,7 +17,7 @@ from typing import Any
 
 from lab.base.errors import RequestError, one_line
 from lab.base.files import utc_now
-from lab.base.launch import ENDS, INTERRUPTED, RUNS_HERE, SIGNALS, cores_here
+from lab.base.launch import ENDS, INTERRUPTED, PASSES_ON, RUNS_HERE, SIGNALS, cores_here
 from lab.base.streams import forget_unprinted, print_progress
 from lab.study.cli import run_cli
 from lab.study.sweep.plans import Planned, arguments_for
@@ -93,7 +93,7 @@ class Running:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=threads | os.environ | {"PYTHONIOENCODING": "utf-8"} | devices,
+                env=threads | os.environ | {"PYTHONIOENCODING": "utf-8", PASSES_ON: "1"} | devices,
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
@@ -147,7 +147,8 @@ class Halt:
     """What SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 to the sweep do: no further run starts, and the
     running ones get the signal too.
 
-    A second SIGINT or SIGTERM kills them. A scheduler's warning is passed on and kills nothing.
+    A SIGINT after a SIGINT or SIGTERM kills them. SIGTERM and the warnings of a scheduler kill
+    nothing, for they come several times: SLURM sends its own to all processes, and srun once more.
     """
 
     def __init__(self) -> None:
@@ -163,7 +164,7 @@ class Halt:
         for number in self.signals[self.passed_on :]:
             ends = [other for other in self.signals[: self.passed_on] if other in ENDS]
             for run in running:
-                if ends and number in ENDS:
+                if ends and number == signal.SIGINT:
                     run.kill()
                 elif run.process.poll() is None:
                     run.process.send_signal(number)
