@@ -34,6 +34,8 @@ from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
 from lab.config.grid import as_overrides, cross, random_points, take_overrides
 from lab.study.cli import command_parser, run_cli
+from lab.study.sweep.halving import Halving
+from lab.study.sweep.halving import library as optuna_or_refuse
 from lab.study.sweep.jobs import JobOptions, launch_jobs
 from lab.study.sweep.plans import Planned, hand_over, plan_runs
 from lab.study.sweep.processes import Halt, slots_of, work_off, work_off_here
@@ -74,6 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
     "--partition": {"metavar": "P", "help": "of SLURM"},
     "--cpus": {"type": int, "metavar": "C", "help": "cores of each job"},
     "--timeout-min": {"type": int, "metavar": "M", "help": "of a job, then it is requeued"},
+    "--halving": {"type": int, "metavar": "E", "help": "end two of three at epoch E, 3 E, .."},
     "--one-process": {"action": "store_true", "help": "all in this process, one after the other"},
     "--dense-twin": {"action": "store_true", "help": "a dense run of the same time after each"},
     "--resume": {"action": "store_true", "help": "skip finished runs, go on with others"},
@@ -101,6 +104,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.jobs < 1:
         raise RequestError(f"--jobs: expected at least 1, got {args.jobs}")
+    if args.halving is not None:
+        if args.halving < 1 or args.one_process or args.launcher:
+            raise RequestError("--halving: at least 1, and for runs in processes of this machine")
+        optuna_or_refuse()
     if args.partition is not None and args.launcher != "slurm":
         raise RequestError("--partition: only with --launcher slurm")
     for name, value in (("--cpus", args.cpus), ("--timeout-min", args.timeout_min)):
@@ -222,7 +229,8 @@ def run_all(
     elif options is not None:
         launch_jobs(args.launcher, board, RUNNER, slots, options, halt, record)
     else:
-        work_off(board, RUNNER, slots, halt, record)
+        halving = Halving(board, args.halving) if args.halving else None
+        work_off(board, RUNNER, slots, halt, record, halving=halving)
     own = [board.rows[key] for key in names if key in board.rows]
     bad = [row for row in own if row["exit_code"]]
     print_progress(f"\n{results_table(own, names)}") if own else None

@@ -26,7 +26,7 @@ LIGHT += [f"lab.base.{name}" for name in ("console", "errors", "files", "launch"
 LIGHT += [f"lab.study.{name}" for name in ("cli", "results")]
 LIGHT += [
     f"lab.study.sweep.{name}"
-    for name in ("jobs", "plans", "processes", "sharing", "standing", "summary")
+    for name in ("halving", "jobs", "plans", "processes", "sharing", "standing", "summary")
 ]
 LIGHT += ["lab.study.benchmark.options", "analyze_results", "download_imagenette", "evaluate"]
 LIGHT += ["run_experiment", "run_sweep"]

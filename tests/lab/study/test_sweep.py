@@ -17,6 +17,7 @@ from lab.base.errors import RequestError
 from lab.base.files import utc_now
 from lab.base.reading import read_config
 from lab.config.loading import Config, checkpoint_folder, load_config, run_id
+from lab.study.sweep.halving import Halving
 from lab.study.sweep.plans import Planned, arguments_for, plan_run
 from lab.study.sweep.processes import Halt, Running, slots_of, work_off
 from lab.study.sweep.sharing import Board, Round
@@ -84,7 +85,7 @@ def test_each_gpu_works_off_the_queue(tmp_path):
     left.
     """
     program = (
-        "import os, time; time.sleep(1.5 if os.environ['CUDA_VISIBLE_DEVICES'] == 'slow' else 0.05)"
+        "import os, time; time.sleep(2.5 if os.environ['CUDA_VISIBLE_DEVICES'] == 'slow' else 0.05)"
     )
     (script, plans) = stand_in(tmp_path, program)
     rows = []
@@ -285,3 +286,27 @@ def test_a_run_whose_line_is_missing_is_not_done_again(tmp_path):
 )
 def test_what_a_run_is_at_is_read_from_what_it_prints(printed, says):
     assert standing(printed, 4, 30.0) == says
+
+
+def test_halving_ends_the_runs_that_are_behind_and_no_others(tmp_path):
+    """Six runs, one after the other, of which each prints one accuracy: from the rung at epoch 3
+    the best of the first five goes on, and the best two of six.
+    """
+    pytest.importorskip("optuna")
+    program = (
+        "import signal, sys, time\n"
+        "signal.signal(15, lambda *_: sys.exit(143))\n"
+        "for epoch in range(1, 8):\n"
+        "    print(f'{epoch:>5}/7    dense   0.5    50.0  {sys.argv[-1]}   1.0', flush=True)\n"
+        "    time.sleep(0.25 if epoch == 3 else 0)\n"
+    )
+    script, (plan, *_) = stand_in(tmp_path, program)
+    accuracies = ["30.0", "20.0", "40.0", "10.0", "60.0", "50.0"]
+    plans = [replace(plan, id=each, overrides=(each,)) for each in accuracies]
+    board = board_of(tmp_path, plans)
+    rows = []
+    work_off(board, script, [None], Halt(), rows.append, halving=Halving(board, 3))
+    statuses = {row["id"]: (row["status"], row["exit_code"]) for row in rows}
+    behind = {key for key, ended in statuses.items() if ended == ("pruned", 0)}
+    assert behind == {"20.0", "10.0"}
+    assert {key for key in statuses if statuses[key][1] == 0} == set(accuracies)

@@ -20,6 +20,7 @@ from lab.base.files import utc_now
 from lab.base.launch import ENDS, INTERRUPTED, PASSES_ON, RUNS_HERE, SIGNALS, cores_here
 from lab.base.streams import forget_unprinted, print_progress
 from lab.study.cli import run_cli
+from lab.study.sweep.halving import Halving
 from lab.study.sweep.plans import Planned, arguments_for
 from lab.study.sweep.sharing import LOOK_SECONDS, Board
 from lab.study.sweep.standing import Standings
@@ -191,9 +192,18 @@ class Crew:
     """The processes that do the runs of a `board`, as many at a time as there are slots."""
 
     def __init__(
-        self, board: Board, runner: Path, slots: Sequence[str | None], halt: Halt, record: Record
+        self,
+        board: Board,
+        runner: Path,
+        slots: Sequence[str | None],
+        halt: Halt,
+        record: Record,
+        halving: Halving | None = None,
     ):
-        """runner: the script that each is a process of. slots: see `slots_of`."""
+        """runner: the script that each is a process of. slots: see `slots_of`. halving: stops those
+        that are behind.
+        """
+        self.halving = halving
         self.board = board
         self.runner = runner
         self.free = list(slots)
@@ -227,7 +237,8 @@ class Crew:
         for run in [run for run in self.running if run.process.poll() is not None]:
             self.running.remove(run)
             self.free.append(run.device)
-            end(self.board, run.row(), self.record)
+            row = run.row() if self.halving is None else self.halving.ended(run.row())
+            end(self.board, row, self.record)
             self.hungry = True
 
 
@@ -256,16 +267,19 @@ def work_off(
     halt: Halt,
     record: Record,
     wait: bool = True,
+    halving: Halving | None = None,
 ) -> None:
     """Do the runs of the `board` that are free, each in a process of `runner`.
 
-    wait: until those that other commands are at are done too.
+    wait: until those that other commands are at are done too. halving: see `Crew`.
     """
-    crew = Crew(board, runner, slots, halt, record)
+    crew = Crew(board, runner, slots, halt, record, halving)
     standings = Standings(board)
     while crew.goes_on(wait):
         crew.start()
         halt.pass_on(crew.running)
+        if halving is not None:
+            halving.look(crew.running)
         crew.collect()
         standings.show({run.plan.id: run.started for run in crew.running})
         time.sleep(POLL_SECONDS)
