@@ -1,19 +1,17 @@
 """Run many configs, each run in a process of its own, and list how each ended.
 
-    python scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml \\
-        configs/imagenet_vitb16_ast.yaml
     python scripts/run_sweep.py --configs configs/digits_smoke.yaml --jobs 2 \\
         --grid ast.mode=ast,random ast.target_activation=0.1,0.25,0.5
     python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
         --launcher slurm --partition gpu --gpus 1 --cpus 8 --timeout-min 120 \\
         --jobs 16 --random 40 "training.lr=log(1e-3,1)" --resume
 
-A run that fails is listed with its reason, and the others go on. A second
-command on the same folder, here or on another machine with this disk, takes
-the next free run; where one dies, the others do its runs. A run that ends adds
-a line to <output_dir>/sweep_summary_<timestamp>.jsonl; what it printed is in
-<output_dir>/logs/. SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 are passed on
-to the runs, which save; a second Ctrl-C kills them.
+A run that fails is listed, and the others go on. A second command on the same
+folder, here or on another machine with this disk, takes the next free run;
+where one dies, the others do its runs. A run that ends adds a line to
+<output_dir>/sweep_summary_<timestamp>.jsonl; what it printed is in
+<output_dir>/logs/. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the
+runs, which save; a second Ctrl-C kills them.
 Exit codes: 0 all done; 1 a run failed; 2 a wrong request; 130, 138, 140 or 143
 interrupted.
 """
@@ -57,11 +55,11 @@ RUNNER = Path(__file__).with_name("run_experiment.py")
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
     "--configs": {"required": True, "nargs": "+", "metavar": "FILE", "help": "in this order"},
-    "--grid": {"nargs": "+", "metavar": "KEY=V1,V2", "help": "every combination of these"},
+    "--grid": {"nargs": "+", "metavar": "KEY=V,V", "help": "every combination of these"},
     "--random": {
         "nargs": "+",
-        "metavar": "N KEY=log(A,B)",
-        "help": "N points at random: log, uniform(A,B), choice(A,B,..)",
+        "metavar": "N KEY=F",
+        "help": "N points: log(A,B), uniform(A,B), choice(A,B,..)",
     },
     "--random-seed": {"type": int, "metavar": "S", "help": "of these points (default 0)"},
     "--variants": {"nargs": "+", "metavar": '"KEY=V .."', "help": "each set of overrides"},
@@ -87,6 +85,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
+    parser.usage = "run_sweep.py --configs FILE .. [options] [key=value ..]"
     for name, settings in OPTIONS.items():
         names = [name, "--parallel"] if name == "--jobs" else [name]
         parser.add_argument(*names, **settings)
