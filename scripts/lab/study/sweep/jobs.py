@@ -76,10 +76,13 @@ class Job:
     round: Round
     logs: Path
     runner: Path
-    device: str | None  # what CUDA_VISIBLE_DEVICES is set to; None: SLURM has set it
+    cpus: int | None  # threads of the run; None: as torch chooses
+    device: str | None = None  # what CUDA_VISIBLE_DEVICES is set to; None: SLURM has set it
 
     def __call__(self) -> int:
         """Do the run, unless it is done or another command is at it. Returns its exit code."""
+        if self.cpus is not None:
+            os.environ["OMP_NUM_THREADS"] = str(self.cpus)
         hooks = {number: signal.getsignal(number) for number in WARNINGS}
         halt = Halt()
         halt.watch_signals()
@@ -172,6 +175,8 @@ class Jobs:
 
     def alive(self) -> bool:
         """Whether any of them waits or runs."""
+        if not self.submitted:
+            return False
         if not self.of_slurm:
             return any(not job.done() for job in self.submitted)
         if time.monotonic() - self.looked >= QUEUE_SECONDS:
@@ -207,13 +212,11 @@ def launch_jobs(
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    if options.cpus is not None:
-        os.environ["OMP_NUM_THREADS"] = str(options.cpus)
     jobs = Jobs(launcher, board.logs / "jobs", len(slots), options)
     waiting = []
     for plan in board.ahead():
         if plan.error is None:
-            waiting.append(Job(plan, board.round, board.logs, runner, None))
+            waiting.append(Job(plan, board.round, board.logs, runner, options.cpus))
         elif board.claim(plan):
             end(board, wrong_row(plan), record)
     if jobs.of_slurm and waiting:
@@ -222,7 +225,7 @@ def launch_jobs(
         print_progress(f"SLURM has them as job {jobs.array()}; scancel {jobs.array()} ends them")
     standings = Standings(board)
     places: list[Any] = [None] * len(slots)  # the job of this machine in each slot
-    while not (jobs.of_slurm and halt.signals) and (waiting or jobs.alive()):
+    while board.ahead() and (waiting or jobs.alive()) and not (jobs.of_slurm and halt.signals):
         for place, slot in enumerate(slots):
             free = places[place] is None or places[place].done()
             if waiting and free and not halt.signals:
