@@ -452,6 +452,7 @@ def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path
     assert asked == [True, False]  # the second run needs no memory of its own
 
 
+@pytest.mark.long
 def test_jobs_of_submitit_run_save_and_come_back_by_its_hook(tmp_path):
     """On this machine, by the path of SLURM. A job that is warned saves, is requeued by submitit,
     and goes on from its checkpoint; the histories are those of an undisturbed sweep.

@@ -18,9 +18,9 @@ from run_experiment import main
 from runs import exit_code, final_state, forked, ranks, running, same, untimed, wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
-SMALL = ["training.epochs=6", "ast.warmup_epochs=1", "dataset.max_train_samples=256"]
+SMALL = ["training.epochs=5", "ast.warmup_epochs=1", "dataset.max_train_samples=128"]
 SMALL += ["dataset.max_val_samples=64", "training.device=cpu", "ast.target_activation=0.5"]
-names = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+LONG = [pytest.param(each, marks=pytest.mark.long, id=each.name) for each in SIGNALS]
 
 
 def arguments(folder: Path) -> list[str]:
@@ -65,7 +65,7 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-@names
+@pytest.mark.parametrize("number", [signal.SIGUSR1, *LONG])
 def test_a_run_saves_and_goes_on(number, whole, tmp_path):
     """A warning may come twice while the run saves."""
     folder = tmp_path / "out"
@@ -86,12 +86,11 @@ def sweep(folder: Path, *more: str) -> int:
 @pytest.mark.parametrize(
     ("number", "flags"),
     [
-        (signal.SIGUSR1, ["--one-process"]),
-        (signal.SIGUSR2, ["--jobs", "2"]),
+        (signal.SIGUSR2, ["--one-process"]),
         *(
             pytest.param(number, flags, marks=pytest.mark.long)
             for number in SIGNALS
-            for flags in ([], ["--one-process"])
+            for flags in (["--jobs", "2"], ["--one-process"])
         ),
     ],
 )
@@ -107,8 +106,7 @@ def test_a_sweep_passes_it_on_and_goes_on(number, flags, whole, tmp_path):
     assert_as_undisturbed(folder, whole)
 
 
-@pytest.mark.long
-@names
+@pytest.mark.parametrize("number", LONG)
 def test_a_twin_saves_and_goes_on(number, tmp_path):
     """The sparse run is undisturbed; its dense twin, whose schedule is by time, is interrupted."""
     folder = tmp_path / "out"
@@ -139,10 +137,7 @@ def sys_exit(code: int) -> None:
     raise SystemExit(code)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGUSR1, *(pytest.param(each, marks=pytest.mark.long) for each in SIGNALS)],
-)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, *LONG])
 def test_two_processes_save_and_go_on(number, tmp_path):
     """One of them gets the signal, both end."""
     folder = tmp_path / "out"
@@ -157,8 +152,7 @@ def test_two_processes_save_and_go_on(number, tmp_path):
     assert_as_undisturbed(folder, tmp_path / "whole")
 
 
-@pytest.mark.long
-@names
+@pytest.mark.parametrize("number", LONG)
 def test_the_command_for_several_processes_saves(number, tmp_path):
     """torchrun itself takes no warning of a scheduler: `launch` does."""
     folder = tmp_path / "out"

@@ -5,6 +5,7 @@ finished.
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -12,12 +13,13 @@ from datetime import timedelta
 import pytest
 
 from conftest import REPO
-from helpers import write_run
+from helpers import processes, write_run
 from lab.base.errors import RequestError
 from lab.base.files import utc_now
 from lab.base.reading import read_config
 from lab.config.loading import Config, checkpoint_folder, load_config, run_id
 from lab.study.sweep.halving import Halving
+from lab.study.sweep.jobs import JobOptions, launch_jobs
 from lab.study.sweep.plans import Planned, arguments_for, plan_run
 from lab.study.sweep.processes import Halt, Running, slots_of, work_off
 from lab.study.sweep.sharing import Board, Round
@@ -310,3 +312,39 @@ def test_halving_ends_the_runs_that_are_behind_and_no_others(tmp_path):
     behind = {key for key, ended in statuses.items() if ended == ("pruned", 0)}
     assert behind == {"20.0", "10.0"}
     assert {key for key in statuses if statuses[key][1] == 0} == set(accuracies)
+
+
+def test_a_job_that_is_warned_comes_back_by_submitit_and_one_that_is_told_to_end_does_not(tmp_path):
+    """On this machine, by the path of SLURM: the first start of `a` is warned as before a time-out,
+    `b` is told to end as by scancel.
+    """
+    pytest.importorskip("submitit")
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "for number in (12, 15):\n"
+        "    signal.signal(number, lambda number, _: sys.exit(128 + number))\n"
+        "place = pathlib.Path(sys.argv[-1])\n"
+        "began = place.read_text() if place.exists() else ''\n"
+        "place.write_text(began + 'began\\n')\n"
+        "time.sleep(0 if began else 60)\n"
+    )
+    script, plans = stand_in(tmp_path, program)
+    plans = [replace(plan, overrides=(str(tmp_path / f"at_{plan.id}"),)) for plan in plans[:2]]
+    wrong = Planned("w", "config", (), "w", None, "wrong: no such thing")
+    board = board_of(tmp_path, [*plans, wrong])
+
+    def tell() -> None:
+        for name, number in (("a", signal.SIGUSR2), ("b", signal.SIGTERM)):
+            wait_until((tmp_path / f"at_{name}").exists)
+            job = str(tmp_path / "jobs")
+            (task,) = {*processes("submitit.core._submit")} & {*processes(job)}
+            os.kill(task, number)
+
+    threading.Thread(target=tell).start()
+    rows = []
+    launch_jobs("local", board, script, [None], JobOptions(), Halt(), rows.append)
+    assert {row["id"]: row["exit_code"] for row in rows} == {"a": 0, "b": 143, "w": 2}
+    assert (tmp_path / "at_a").read_text() == "began\n" * 2
+    assert (tmp_path / "at_b").read_text() == "began\n"
+    logs = {path.read_text().count("Requeued job") for path in tmp_path.glob("jobs/*_log.out")}
+    assert logs == {0, 1}
