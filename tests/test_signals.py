@@ -137,7 +137,7 @@ def sys_exit(code: int) -> None:
     raise SystemExit(code)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, *LONG])
+@pytest.mark.parametrize("number", LONG)
 def test_two_processes_save_and_go_on(number, tmp_path):
     """One of them gets the signal, both end."""
     folder = tmp_path / "out"
