@@ -31,7 +31,7 @@ from lab.base.errors import RequestError, one_line
 from lab.base.files import user_path, user_text, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
-from lab.config.grid import is_override
+from lab.config.grid import take_overrides
 from lab.config.loading import Config, load_config
 from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, add_import, command_parser, run_cli
 from lab.study.finding import Found, config_of, find_run
@@ -245,8 +245,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
     if args.images is not None:  # which takes the overrides after it too
-        args.overrides += [text for text in args.images if is_override(text)]
-        args.images = [user_path(text) for text in args.images if not is_override(text)]
+        take_overrides(args, "images")
+        args.images = [user_path(text) for text in args.images]
     elif args.top is not None and args.predictions is None:
         raise RequestError("--top: only with --images or --predictions")
     if args.top is not None and args.top < 1:

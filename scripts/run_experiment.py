@@ -8,8 +8,8 @@
     python scripts/run_experiment.py \\
         --config configs/imagenet_resnet50_ast.yaml --nproc 8 --resume auto
 
-Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130 or 143
-interrupted.
+Exit codes: 0 done; 1 the run failed; 2 the request was wrong; 130, 138, 140
+or 143 interrupted and saved, by SIGINT, SIGUSR1, SIGUSR2 or SIGTERM.
 """
 
 from __future__ import annotations
@@ -215,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.dry_run or args.nproc > 1 or args.max_restarts:
         forget_launch()
+    launched()  # refuses what srun or torchrun has set wrongly, before torch is imported
     flags = as_overrides({key: getattr(args, key) for key in FLAGS.values()}, args.overrides)
     overrides = [*args.overrides, *flags]
     config = load_config(args.config, overrides, check=check_config, imports=args.imports)

@@ -1,141 +1,191 @@
 """Run many configs, each run in a process of its own, and list how each ended.
 
-    python scripts/run_sweep.py --configs configs/imagenet_resnet50_ast.yaml \\
-        configs/imagenet_vitb16_ast.yaml
-    python scripts/run_sweep.py --configs configs/digits_smoke.yaml --seeds 0 \\
+    python scripts/run_sweep.py --configs configs/digits_smoke.yaml --jobs 2 \\
         --grid ast.mode=ast,random ast.target_activation=0.1,0.25,0.5
     python scripts/run_sweep.py --configs configs/cifar10_resnet18_ast.yaml \\
-        --one-process --seeds 0 1 2 --variants \\
-        "ast.mode=dense training.epochs=15" "ast.mode=ast" "ast.mode=random"
+        --launcher slurm --partition gpu --gpus 1 --cpus 8 --timeout-min 120 \\
+        --jobs 16 --random 40 "training.lr=log(1e-3,1)" --resume
 
-A run that fails is listed with its reason, and the others go on. A run that
-ends adds a line to <output_dir>/sweep_summary_<timestamp>.jsonl; what it
-printed is in <output_dir>/logs/. Ctrl-C and SIGTERM are passed on to the runs,
-which save what they have; a second one kills them.
-Exit codes: 0 all done; 1 a run failed; 2 a wrong request; 130, 143 interrupted.
+A run that fails is listed, and the others go on. A second command on the same
+folder, here or on another machine with this disk, takes the next free run;
+where one dies, the others do its runs. A run that ends adds a line to
+<output_dir>/sweep_summary_<timestamp>.jsonl; what it printed is in
+<output_dir>/logs/. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the
+runs, which save; a second Ctrl-C kills them.
+Exit codes: 0 all done; 1 a run failed; 2 wrong request; 130 to 143 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import run_experiment
 from lab.base.errors import RequestError
-from lab.base.files import append_jsonl, locked, require_folder, user_text
+from lab.base.files import require_folder, user_text
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
-from lab.config.grid import as_overrides, cross, is_override
+from lab.config.grid import as_overrides, cross, random_points, take_overrides
 from lab.study.cli import add_import, command_parser, run_cli
-from lab.study.sweep import (
-    Halt,
-    Planned,
+from lab.study.sweep.halving import Halving
+from lab.study.sweep.halving import library as optuna_or_refuse
+from lab.study.sweep.jobs import JobOptions, launch_jobs
+from lab.study.sweep.plans import Planned, hand_over, plan_runs
+from lab.study.sweep.processes import Halt, slots_of, work_off, work_off_here
+from lab.study.sweep.sharing import Board, Round, joined
+from lab.study.sweep.summary import (
     as_written,
     finished_runs,
-    hand_over,
     is_done,
     open_summary,
     plan_row,
-    plan_runs,
+    results_table,
     row_line,
     show_plan,
-    slots_of,
     time_left,
-    work_off,
-    work_off_here,
 )
 
 RUNNER = Path(__file__).with_name("run_experiment.py")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
-    "--configs": {
-        "required": True,
+    "--configs": {"required": True, "nargs": "+", "metavar": "FILE", "help": "in this order"},
+    "--grid": {"nargs": "+", "metavar": "KEY=V,V", "help": "every combination of these"},
+    "--random": {
         "nargs": "+",
-        "metavar": "FILE",
-        "help": "configs, run in this order",
+        "metavar": "N KEY=F",
+        "help": "N points: log(A,B), uniform(A,B), choice(A,B,..)",
     },
-    "--grid": {"nargs": "+", "metavar": "KEY=V1,V2", "help": "run every combination of these"},
-    "--variants": {
+    "--random-seed": {"type": int, "metavar": "S", "help": "of these points (default 0)"},
+    "--variants": {"nargs": "+", "metavar": '"KEY=V .."', "help": "each set of overrides"},
+    "--seeds": {"nargs": "+", "metavar": "N", "help": "each with these seeds"},
+    "--jobs": {"type": int, "metavar": "N", "help": "runs at a time (default 1)"},
+    "--gpus": {
         "nargs": "+",
-        "metavar": '"KEY=V .."',
-        "help": "run each with each set of overrides",
+        "metavar": "G",
+        "help": "GPUs of each run; which: CUDA_VISIBLE_DEVICES",
     },
-    "--seeds": {"nargs": "+", "metavar": "N", "help": "repeat each with these seeds"},
-    "--gpus": {"nargs": "+", "metavar": "N", "help": "GPUs to use; default: as torch chooses"},
-    "--runs-per-gpu": {"type": int, "metavar": "N", "help": "runs at a time on each (default 1)"},
-    "--one-process": {
-        "action": "store_true",
-        "help": "run one after the other in this process, which keeps what is decoded and "
-        "compiled; if a run takes it down, --resume runs the others",
-    },
-    "--dense-twin": {
-        "action": "store_true",
-        "help": "after each sparse run a dense one of the same time",
-    },
-    "--resume": {"action": "store_true", "help": "skip finished runs, go on with interrupted ones"},
+    "--launcher": {"choices": ("slurm", "local"), "help": "a job a run, by submitit"},
+    "--partition": {"metavar": "P", "help": "of SLURM"},
+    "--cpus": {"type": int, "metavar": "C", "help": "cores of each job"},
+    "--timeout-min": {"type": int, "metavar": "M", "help": "of a job, then it is requeued"},
+    "--halving": {"type": int, "metavar": "E", "help": "end two of three at epoch E, 3 E, .."},
+    "--one-process": {"action": "store_true", "help": "all in this process, one after the other"},
+    "--dense-twin": {"action": "store_true", "help": "a dense run of the same time after each"},
+    "--resume": {"action": "store_true", "help": "skip finished runs, go on with others"},
     "--dry-run": {"action": "store_true", "help": "print the plan and its time, and stop"},
-    "--output-dir": {"metavar": "DIR", "help": "short for logging.output_dir=DIR in every run"},
+    "--output-dir": {"metavar": "DIR", "help": "short for logging.output_dir=DIR"},
 }
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
+    parser.usage = "run_sweep.py --configs FILE .. [options] [key=value ..]"
     for name, settings in OPTIONS.items():
-        parser.add_argument(name, **settings)
+        names = [name, "--parallel"] if name == "--jobs" else [name]
+        parser.add_argument(*names, **settings)
     add_import(parser)
-    parser.set_defaults(grid=[], variants=[], seeds=[], gpus=[], runs_per_gpu=1)
+    parser.set_defaults(grid=[], variants=[], seeds=[], random=[], gpus=[], jobs=1, random_seed=0)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over every config")
     args = parser.parse_intermixed_args(argv)
-    # in `--configs a.yaml training.lr=1` the option takes the override too
-    for name in ("configs", "seeds", "gpus"):
-        values = getattr(args, name)
-        args.overrides += [value for value in values if is_override(value)]
-        setattr(args, name, [value for value in values if not is_override(value)])
+    take_overrides(args, "configs", "seeds", "gpus")
     args.configs = [user_text(path) for path in args.configs]
     if args.output_dir is not None:
         args.overrides += as_overrides({"logging.output_dir": args.output_dir}, args.overrides)
-    if args.one_process and (args.gpus or args.runs_per_gpu != 1):
-        raise RequestError("--one-process: one run at a time; leave out --gpus and --runs-per-gpu")
-    if args.runs_per_gpu < 1:
-        raise RequestError(f"--runs-per-gpu: expected at least 1, got {args.runs_per_gpu}")
+    args.gpus = gpus_of(args.gpus)
+    if args.one_process and (args.gpus or args.jobs != 1 or args.launcher):
+        raise RequestError(
+            "--one-process: one run at a time, here; leave out --jobs, --gpus and --launcher"
+        )
+    if args.jobs < 1:
+        raise RequestError(f"--jobs: expected at least 1, got {args.jobs}")
+    if args.halving is not None:
+        if args.halving < 1 or args.one_process or args.launcher:
+            raise RequestError("--halving: at least 1, and for runs in processes of this machine")
+        optuna_or_refuse()
+    if args.partition is not None and args.launcher != "slurm":
+        raise RequestError("--partition: only with --launcher slurm")
+    for name, value in (("--cpus", args.cpus), ("--timeout-min", args.timeout_min)):
+        if value is not None and args.launcher is None:
+            raise RequestError(f"{name}: only with --launcher")
+        if value is not None and value < 1:
+            raise RequestError(f"{name}: expected at least 1, got {value}")
     return args
+
+
+def gpus_of(values: Sequence[str]) -> int | None:
+    """How many GPUs each run is to get. Raises RequestError where it is no such number."""
+    if not values:
+        return None
+    if len(values) > 1 or not values[0].isdecimal() or int(values[0]) < 1:
+        raise RequestError(
+            f"--gpus {' '.join(values)}: expected how many GPUs each run gets, at least 1; which "
+            f"ones are used: CUDA_VISIBLE_DEVICES=0,1; how many runs at a time: --jobs"
+        )
+    return int(values[0])
+
+
+def points_of(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """The overrides of each point of the sweep. Raises RequestError for a wrong one."""
+    drawn = []
+    if args.random:
+        count, *draws = args.random
+        if not count.isdecimal() or int(count) < 1 or not draws:
+            raise RequestError("--random: expected N key=log(A,B) .., with N at least 1")
+        drawn = random_points(draws, int(count), args.random_seed)
+    return cross(args.grid, args.variants, args.seeds, args.overrides, drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     forget_launch()
-    points = cross(args.grid, args.variants, args.seeds, args.overrides)
+    points = points_of(args)
     check = run_experiment.check_config
     plans = plan_runs(
         args.configs, args.overrides, points, args.dense_twin, args.resume, check, args.imports
     )
+    plans = [replace(plan, processes=args.gpus or 1) for plan in plans]
     if args.one_process and len(plans) > 1:
         refuse_shared_graphs(plans)
-    slots = slots_of(args.gpus, args.runs_per_gpu)
+    options = None
+    slots: list[str | None] = [None] * args.jobs
+    if args.launcher:
+        options = JobOptions(args.partition, args.gpus, args.cpus, args.timeout_min)
+        options.check(args.launcher)
+    if args.launcher != "slurm":
+        slots = slots_of(args.jobs, args.gpus)
     output_dir = Path(next(plan.config for plan in plans if plan.config).logging.output_dir)
     finished = as_written(output_dir, finished_runs(plans))
-    done = [plan.id for plan in plans if args.resume and is_done(plan, finished.get(plan.id))]
+    done = {
+        plan.id: plan_row(plan) | finished[plan.id]
+        for plan in plans
+        if is_done(plan, finished.get(plan.id))
+    }
     if args.dry_run:
-        return show_plan(plans, done, list(finished.values()), len(slots))
+        kept = [*done] if args.resume else []
+        return show_plan(plans, kept, list(finished.values()), len(slots))
     logs = output_dir / "logs"
     require_folder(logs, "logging.output_dir", logs)
-    taken = (
-        f"{output_dir}: another sweep is writing to it; wait for it to end, or set another "
-        f"--output-dir"
-    )
-    with locked(logs / "lock", taken):
-        rows = {plan.id: plan_row(plan) | finished[plan.id] for plan in plans if plan.id in done}
-        summary = open_summary(
-            output_dir, args.resume, list(rows.values()), {plan.id for plan in plans}
-        )
+
+    def begin(started: str) -> Round:
+        rows = list(done.values()) if args.resume else []
+        summary = open_summary(output_dir, args.resume, rows, {plan.id for plan in plans})
+        return Round(str(summary), started, args.resume)
+
+    with joined(logs, begin) as (current, is_joined):
+        if is_joined:
+            print_progress(f"{output_dir}: another command is at work there, this one helps it")
+        plans = hand_over(plans, logs)
+        board = Board(logs, current, plans)
+        board.keep(done if current.resume else {})
         print_progress(
-            f"{len(plans)} runs, {len(done)} of them finished before; their output: {logs}"
+            f"{len(plans)} runs, {len(board.rows)} of them finished before; their output: {logs}"
         )
-        return run_all(args, plans, rows, slots, summary, logs)
+        return run_all(args, board, slots, options)
 
 
 def refuse_shared_graphs(plans: Sequence[Planned]) -> None:
@@ -155,53 +205,42 @@ def refuse_shared_graphs(plans: Sequence[Planned]) -> None:
 
 def run_all(
     args: argparse.Namespace,
-    plans: Sequence[Planned],
-    rows: dict[str, dict[str, Any]],
+    board: Board,
     slots: Sequence[str | None],
-    summary: Path,
-    logs: Path,
+    options: JobOptions | None,
 ) -> int:
-    """Run the `plans` without a line in `rows`, add their lines to the `summary`, and return the
-    exit code.
-    """
-    ahead = [plan for plan in plans if plan.id not in rows]
-    names = {plan.id: plan.name for plan in plans}
+    """Do the runs of the `board` that are free, and return the exit code."""
+    names = {key: plan.name for key, plan in board.plans.items()}
 
-    def record(row: dict[str, Any], still: Sequence[Planned]) -> None:
-        rows[row["id"]] = row
-        append_jsonl(summary, row)
-        left = time_left(rows.values(), still, len(slots)) if still else None
-        ended = f"[{len(plans) - len(still):>3}/{len(plans):<3}]"
-        print_progress(
-            f"{ended} {row_line(row, names[row['id']])}{f'  ({left} left)' if left else ''}"
-        )
+    seen = set(board.rows)
+
+    def record(row: Mapping[str, Any]) -> None:
+        seen.add(row["id"])
+        ahead = [plan for key, plan in board.plans.items() if key not in seen]
+        left = time_left(board.rows.values(), ahead, len(slots)) if ahead else None
+        ended = f"[{len(names) - len(ahead):>3}/{len(names):<3}]"
+        elsewhere = "" if row["id"] in board.tried or options else "  (by another command)"
+        line = f"{ended} {row_line(row, names[row['id']])}{elsewhere}"
+        print_progress(f"{line}{f'  ({left} left)' if left else ''}")
 
     halt = Halt()
     halt.watch_signals()
-    for plan in ahead:
-        if plan.error is not None:
-            wrong = {
-                "status": "failed",
-                "exit_code": 2,
-                "duration_seconds": 0.0,
-                "error": plan.error,
-            }
-            record(
-                plan_row(plan) | wrong,
-                [other for other in ahead if other.id not in rows and other != plan],
-            )
-    sound = hand_over([plan for plan in ahead if plan.error is None], logs)
     if args.one_process:
-        work_off_here(sound, run_experiment.main, logs, halt, record)
+        work_off_here(board, run_experiment.main, halt, record)
+    elif options is not None:
+        launch_jobs(args.launcher, board, RUNNER, slots, options, halt, record)
     else:
-        work_off(sound, RUNNER, slots, logs, halt, record)
-    own = [rows[plan.id] for plan in plans if plan.id in rows]
+        halving = Halving(board, args.halving) if args.halving else None
+        work_off(board, RUNNER, slots, halt, record, halving=halving)
+    own = [board.rows[key] for key in names if key in board.rows]
     bad = [row for row in own if row["exit_code"]]
+    print_progress(f"\n{results_table(own, names)}") if own else None
     print_progress(
-        f"\n{len(own) - len(bad)} of {len(plans)} runs done, {len(plans) - len(own)} not started"
+        f"\n{len(own) - len(bad)} of {len(names)} runs done, {len(names) - len(own)} not started"
     )
     print_progress(
-        "".join(f"{row_line(row, names[row['id']])}\n" for row in bad) + f"summary: {summary}"
+        "".join(f"{row_line(row, names[row['id']])}\n" for row in bad)
+        + f"summary: {board.round.summary}"
     )
     return 128 + halt.signals[0] if halt.signals else int(bool(bad))
 

@@ -35,6 +35,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -130,7 +131,7 @@ from lab.models.forward_once import CannotTrace, Rows
 from lab.models.network import Network, StepResult
 from lab.models.proxy import EVERY, Proxy
 from lab.models.reuse import MARGIN, ReusedForward
-from lab.outputs.banner import Facts, announce, own_pictures, say_if_long
+from lab.outputs.banner import Facts, announce, own_pictures, say_if_long, seconds_left
 from lab.outputs.diet import figures as diet_figures
 from lab.outputs.log import Outputs, open_tensorboard, prepare_outputs
 from lab.outputs.result import build_result, count_diet
@@ -1844,16 +1845,20 @@ class Run:
         passes = 3 if self.config.training.compile == "reduce-overhead" else 1
         compile_all(once, list(network.model.buffers()), passes)
 
-    def live_figures(self) -> dict[str, str]:
+    def live_figures(self, steps: int) -> dict[str, str]:
         """What the progress bar shows. A device read. Raises TrainingFailed on a non-finite
-        loss.
+        loss. steps: of the epoch.
         """
         loss, _ = self.metrics.meter.read()
         shown = {"loss": f"{loss:.3f}" if loss is not None else "-"}
         if self.selection.activations:
-            shown["activation"] = f"{self.selection.activations[-1]:.3f}"
+            shown["active"] = f"{self.selection.activations[-1]:.3f}"
             shown["threshold"] = f"{self.selection.thresholds[-1]:.3f}"
-        return shown
+        done = self.metrics.step / steps
+        sparse = partial(self.schedule.is_sparse, target=self.selection.share)
+        history = self.metrics.history["train_seconds"]
+        left = seconds_left(self.clock, history, sparse, self.metrics.epoch + done)
+        return shown | {"left": str(timedelta(seconds=round(left)))}
 
 
 def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> bool:
@@ -1890,7 +1895,8 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
             if window_full:
                 any_active_in_accum = False
                 trainer.window_forwards = 0
-            heartbeat(metrics.step, len(batch.labels) * run.dist.world, run.live_figures)
+            figures = partial(run.live_figures, steps)
+            heartbeat(metrics.step, len(batch.labels) * run.dist.world, figures)
             is_last = metrics.step == steps
             due = run.outputs.checkpoint_due()
             signalled, capped, due = clock.vote(metrics.step, is_last, due)

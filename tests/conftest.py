@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 
+from lab.base.launch import SIGNALS
 from lab.config.loading import Config
 from lab.data.loading import BatchScores, DeviceBatch
 from train_ast import Run, ast_forward, load_config, train, train_step
@@ -60,7 +61,7 @@ def make_config(*overrides: str) -> Config:
 
 @pytest.fixture(autouse=True)
 def _own_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell's background job ignores it, its children too

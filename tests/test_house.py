@@ -23,7 +23,11 @@ ROOMS = "base config machine data method models engine outputs study".split()  #
 LIGHT = [f"lab.config.{name}" for name in ("grid", "keys", "loading")]
 LIGHT += ["lab.outputs.tables", "lab.study.analysis.report"]
 LIGHT += [f"lab.base.{name}" for name in ("console", "errors", "files", "launch", "reading")]
-LIGHT += [f"lab.study.{name}" for name in ("cli", "results", "sweep")]
+LIGHT += [f"lab.study.{name}" for name in ("cli", "results")]
+LIGHT += [
+    f"lab.study.sweep.{name}"
+    for name in ("halving", "jobs", "plans", "processes", "sharing", "standing", "summary")
+]
 LIGHT += ["lab.study.benchmark.options", "analyze_results", "download_imagenette", "evaluate"]
 LIGHT += ["run_experiment", "run_sweep"]
 HEAVY = ["torch", "torchvision", "timm", "datasets", "sklearn"]

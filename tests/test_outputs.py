@@ -195,15 +195,15 @@ def test_the_newest_summary_is_told_by_utc(tmp_path):
 
 
 def test_two_sweeps_of_one_second_have_two_summaries(tmp_path, monkeypatch):
-    import lab.study.sweep
+    from lab.study.sweep import summary
 
-    class Clock(lab.study.sweep.datetime):
+    class Clock(summary.datetime):
         @classmethod
         def now(cls, *zone):
             return cls(2026, 10, 25, 2, 5, tzinfo=zone[0] if zone else None)
 
-    monkeypatch.setattr(lab.study.sweep, "datetime", Clock)
-    paths = {lab.study.sweep.open_summary(tmp_path, False, [], set()) for _ in range(3)}
+    monkeypatch.setattr(summary, "datetime", Clock)
+    paths = {summary.open_summary(tmp_path, False, [], set()) for _ in range(3)}
     assert {path.name for path in paths} == {
         f"sweep_summary_20261025_020500{tail}.jsonl" for tail in ("", "_1", "_2")
     }

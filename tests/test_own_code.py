@@ -23,7 +23,7 @@ from lab.config.imports import identities, use
 from lab.config.loading import load_config, run_id
 from lab.study.cli import run_cli
 from lab.study.results import load_runs
-from lab.study.sweep import arguments_for, plan_run
+from lab.study.sweep.plans import arguments_for, plan_run
 from runs import command, own_code, ranks
 
 CONFIG = """
@@ -162,14 +162,16 @@ def test_torchrun_hands_it_on(own):
     assert result_of(own)["own_parts"]["ast.rule"]
 
 
-def test_a_sweep_hands_it_on_and_a_table_tells_texts_apart(own):
+@pytest.mark.parametrize("seeds", ["0", pytest.param("0 1", marks=pytest.mark.long)])
+def test_a_sweep_hands_it_on_and_a_table_tells_texts_apart(seeds, own):
     (own / "own.yaml").write_text(CONFIG.replace("imports: [mine.py]", ""))
     (own / "mine.py").write_text(own_code() + "# another text\n")
-    asked = ["--configs", "own.yaml", "--import", "mine.py", "--seeds", "0"]
-    said = run(own, "run_sweep", *asked)  # its run is a process of its own
-    assert "1 of 1 runs done" in said
+    count = len(seeds.split())
+    asked = ["--configs", "own.yaml", "--import", "mine.py", "--jobs", "2", "--seeds"]
+    said = run(own, "run_sweep", *asked, *seeds.split())  # each run is a process of its own
+    assert f"{count} of {count} runs done" in said
     runs, skipped = load_runs([own / "results"])
-    assert len(runs) == 2
+    assert len(runs) == 1 + count
     assert not skipped
     rules = {each.settings["ast.rule"] for each in runs}
     assert rules == {

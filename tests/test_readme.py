@@ -45,6 +45,15 @@ ADDED = {
     "scripts/run_sweep.py --configs configs/digits_smoke.yaml --grid ast.mode=ast,dense,random "
     "--seeds 0 1 2 --output-dir results/sweep": "--grid ast.mode=ast,dense --seeds 0 --one-process "
     "training.epochs=4 dataset.max_train_samples=64",
+    "scripts/run_sweep.py --configs configs/digits_smoke.yaml --seeds 0 1 2 3 --jobs 2 "
+    "--output-dir results/shared": "--one-process --jobs 1 --seeds 0 training.epochs=2 "
+    "ast.warmup_epochs=1",
+    # here there is no SLURM: the same by submitit's own executor, and no GPUs
+    "scripts/run_sweep.py --configs configs/digits_smoke.yaml --random 8 "
+    '"training.lr=log(1e-4,1e-1)" --launcher slurm --gpus 1 --cpus 8 --timeout-min 120 --jobs 4': (
+        "--launcher local --gpus training.epochs=2 ast.warmup_epochs=1 --random 1 "
+        "'training.lr=log(1e-4,1e-1)' --output-dir results/jobs"
+    ),
     "scripts/analyze_results.py --results-dir results/sweep --plot --save-dir results/plots "
     "--report results/report.html": "",
     f"{RUN}/digits_smoke.yaml --import mine.py {OWN}": f"{FEW} --output-dir results/own",

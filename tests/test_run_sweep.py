@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -16,10 +15,11 @@ import pytest
 from conftest import REPO
 from helpers import processes
 from lab.base.errors import RequestError
+from lab.config.grid import random_points
 from lab.data.cache import loaders as cache
 from lab.study.cli import run_cli
 from run_sweep import main
-from runs import command, program, running, wait_until
+from runs import command, exit_code, program, running, untimed, wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
 QUICK = [
@@ -59,7 +59,7 @@ def test_failed_and_killed_runs_are_listed_and_the_others_complete(tmp_path, cap
         "training.lr=-1,1e20,0.002,0.003",
         "--seeds",
         "7",
-        "--runs-per-gpu",
+        "--jobs",
         "3",
     ]
     assert run_cli(lambda: main(args)) == 1
@@ -198,7 +198,22 @@ def test_dry_run_shows_the_plan_once_each_and_writes_nothing(tmp_path, capsys):
             "override 'logging.output_dir=y': a flag says logging.output_dir=x",
         ),
         (["--seeds", "one"], "--seeds: expected whole numbers, got 'one'"),
-        (["--runs-per-gpu", "0"], "--runs-per-gpu: expected at least 1, got 0"),
+        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (
+            ["--gpus", "0", "1"],
+            "--gpus 0 1: expected how many GPUs each run gets, at least 1; which ones are used: "
+            "CUDA_VISIBLE_DEVICES=0,1; how many runs at a time: --jobs",
+        ),
+        (["--cpus", "2"], "--cpus: only with --launcher"),
+        (["--launcher", "local", "--partition", "p"], "--partition: only with --launcher slurm"),
+        (["--launcher", "local", "--timeout-min", "0"], "--timeout-min: expected at least 1, got"),
+        (["--random", "2"], "--random: expected N key=log(A,B) .., with N at least 1"),
+        (["--random", "2", "training.lr=log(0,1)"], "log(0,1): expected two numbers above 0 that"),
+        (["--random", "2", "training.lr=1"], "--random training.lr=1: expected key=log(A,B), uni"),
+        (
+            ["--random", "2", "training.lr=log(1,2)", "--grid", "training.lr=1,2"],
+            "--random training.lr: override 'training.lr=1' sets training.lr too; leave out one",
+        ),
         (["--dense-twin", "ast.mode=dense"], "--dense-twin: none of the runs is sparse"),
         (["--output-dir", "/proc/nowhere"], "logging.output_dir: cannot write to /proc/nowhere"),
         (
@@ -280,7 +295,7 @@ def test_runs_in_one_process_end_as_those_in_their_own(tmp_path):
 
 def test_one_process_takes_no_slots():
     with pytest.raises(RequestError, match="--one-process: one run at a time"):
-        main(["--configs", DIGITS, "--one-process", "--runs-per-gpu", "2"])
+        main(["--configs", DIGITS, "--one-process", "--jobs", "2"])
 
 
 def test_runs_that_record_graphs_of_their_own_get_a_process_each():
@@ -337,33 +352,65 @@ def test_an_empty_config_of_a_sweep_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def share_test(folder, seeds, flags, kill_at):
+    """Two commands on one folder, one of them killed outright once `kill_at` results are there: the
+    other does its runs, and none is done twice.
+    """
+    args = ["--configs", DIGITS, "--output-dir", str(folder), *QUICK, *flags, "--seeds", *seeds]
+    sweep = program(["scripts/run_sweep.py", *args])
+    folder.mkdir()
+    with running(sweep, folder / "first") as first, running(sweep, folder / "second") as second:
+        wait_until(lambda: len(list(folder.glob("final_results_*.json"))) >= kill_at, 300)
+        os.kill(first, signal.SIGKILL)
+        assert exit_code(first) == -signal.SIGKILL
+        assert exit_code(second) == 0
+    results = [json.loads(path.read_text()) for path in folder.glob("final_results_*.json")]
+    completed = [result["seed"] for result in results if result["status"] == "completed"]
+    assert sorted(completed) == sorted(map(int, seeds))
+    rows = [row for row in rows_of(folder) if row["status"] == "completed"]
+    assert sorted(row["seed"] for row in rows) == sorted(map(int, seeds))
+    assert (folder / "first").read_text().count("start ") >= 1
+    assert f"{len(seeds)} of {len(seeds)} runs done" in (folder / "second").read_text()
+    helped = "another command is at work there, this one helps it"
+    assert sum(helped in (folder / name).read_text() for name in ("first", "second")) == 1
+
+
+def test_two_commands_share_a_folder_and_one_does_the_runs_of_the_other_that_dies(tmp_path):
+    share_test(tmp_path / "out", [str(seed) for seed in range(5)], ["--one-process"], 2)
+
+
 @pytest.mark.long
-def test_a_second_sweep_into_the_same_folder_is_refused_and_disturbs_nothing(tmp_path, capsys):
-    args = ["--configs", DIGITS, "--output-dir", str(tmp_path), *ENDLESS]
-    first = subprocess.Popen(
-        [sys.executable, "scripts/run_sweep.py", *args],
-        cwd=REPO,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    (log,) = wait_until(
-        lambda: [path for path in tmp_path.glob("logs/*.log") if "dense" in path.read_text()]
-    )
-    before = log.read_text()
-    for again in (args, [*args, "--resume"], [*args, "--one-process", "--seeds", "5"]):
-        assert run_cli(lambda again=again: main(again)) == 2
-        refusal = (
-            f"error: {tmp_path}: another sweep is writing to it; wait for it to end, or set "
-            f"another --output-dir\n"
-        )
-        assert capsys.readouterr().err == refusal
-    assert main([*args, "--dry-run"]) == 0
-    first.send_signal(signal.SIGINT)
-    first.communicate(timeout=60)
-    assert first.returncode == 130
-    assert log.read_text().startswith(before)
-    (row,) = rows_of(tmp_path)
-    assert (row["status"], row["exit_code"]) == ("interrupted", 130)
+def test_two_commands_of_processes_share_eight_runs_and_one_dies(tmp_path):
+    share_test(tmp_path / "out", [str(seed) for seed in range(8)], ["training.epochs=10"], 3)
+
+
+def test_random_points_are_seeded_and_more_of_them_keep_the_first():
+    draws = [
+        "training.lr=log(1e-4,1e-1)",
+        "training.batch_size=log(16,256)",
+        "ast.target_activation=uniform(0.1,0.5)",
+        "ast.mode=choice(ast,random)",
+    ]
+    few, many = (random_points(draws, count, 3) for count in (20, 200))
+    assert many[:20] == few
+    assert few == random_points(draws, 20, 3) != random_points(draws, 20, 4)
+    values = [dict(text.split("=") for text in point) for point in many]
+    rates = sorted(float(value["training.lr"]) for value in values)
+    assert 1e-4 <= rates[0] < rates[-1] <= 1e-1
+    assert 1.5e-3 < rates[100] < 6e-3  # half lie below the geometric mean
+    shares = sorted(float(value["ast.target_activation"]) for value in values)
+    assert 0.1 <= shares[0] < shares[-1] <= 0.5
+    assert 0.25 < shares[100] < 0.35
+    assert all(16 <= int(value["training.batch_size"]) <= 256 for value in values)
+    assert {value["ast.mode"] for value in values} == {"ast", "random"}
+
+
+def test_random_points_of_a_sweep_are_crossed_with_seeds(tmp_path, capsys):
+    args = ["--configs", DIGITS, "--dry-run", "--output-dir", str(tmp_path / "out")]
+    assert main([*args, "--random", "3", "training.lr=log(1e-3,1e-1)", "--seeds", "0", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert len({line.split("training.lr=")[1].split()[0] for line in lines[:6]}) == 3
 
 
 def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path, image_folder):
@@ -403,3 +450,50 @@ def test_runs_in_one_process_share_pictures_and_what_is_wrong_with_them(tmp_path
     assert listed[0] == listed[1]
     asked = ["dataset.cache: " in Path(row["log"]).read_text() for row in rows]
     assert asked == [True, False]  # the second run needs no memory of its own
+
+
+@pytest.mark.long
+def test_jobs_of_submitit_run_save_and_come_back_by_its_hook(tmp_path):
+    """On this machine, by the path of SLURM. A job that is warned saves, is requeued by submitit,
+    and goes on from its checkpoint; the histories are those of an undisturbed sweep.
+    """
+    pytest.importorskip("submitit")
+    quick = ["--configs", DIGITS, *QUICK, "training.epochs=40", "training.device=cpu"]
+    jobs = [*quick, "--launcher", "local", "--output-dir", str(tmp_path / "jobs")]
+    sweep = program(["scripts/run_sweep.py", *jobs], variables={"OMP_NUM_THREADS": "1"})
+    with running(sweep, tmp_path / "output") as child:
+        wait_until(lambda: list(tmp_path.glob("jobs/checkpoints/*/last.pt")))
+        own = processes(str(tmp_path / "jobs/logs/jobs"))
+        (task,) = {*processes("submitit.core._submit")} & {*own}
+        os.kill(task, signal.SIGUSR2)
+        assert exit_code(child) == 0
+    printed = (tmp_path / "output").read_text()
+    (log,) = tmp_path.glob("jobs/logs/jobs/*_log.out")
+    assert "Requeued job" in log.read_text()
+    assert "interrupted" in log.read_text()
+    assert "1 of 1 runs done" in printed
+    (run_log,) = tmp_path.glob("jobs/logs/*.log")
+    assert "resumed from " in run_log.read_text()
+    assert (
+        run_cli(lambda: main([*quick, "--one-process", "--output-dir", str(tmp_path / "o")])) == 0
+    )
+    results = {"jobs": [], "o": []}
+    for name, found in results.items():
+        for path in tmp_path.glob(f"{name}/final_results_*.json"):
+            result = json.loads(path.read_text())
+            found += [untimed(result)] if result["status"] == "completed" else []
+    assert len(results["o"]) == 1
+    assert results["jobs"] == results["o"]
+
+
+def test_a_launcher_without_its_package_or_scheduler_is_refused(monkeypatch, tmp_path, capsys):
+    args = ["--configs", DIGITS, "--output-dir", str(tmp_path / "out"), "--launcher", "slurm"]
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert run_cli(lambda: main(args)) == 2
+    assert "pip install submitit" in capsys.readouterr().err
+    monkeypatch.undo()
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_cli(lambda: main(args)) == 2
+    assert "--launcher slurm: there is no sbatch here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,9 @@ from tqdm import tqdm
 from lab.base.launch import launched
 from lab.base.streams import print_progress
 
+LINE_SECONDS = 60.0  # between two lines of a run without a terminal
+_line_printed = time.monotonic()  # when there was the last one, of whatever epoch
+
 # title: (key of the row, format); the format gives the width
 Columns = Mapping[str, tuple[str, str]]
 
@@ -55,25 +58,40 @@ def aligned(rows: Mapping[str, str]) -> str:
 def step_bar(
     label: str, steps: int
 ) -> Iterator[Callable[[int, int, Callable[[], dict[str, str]]], None]]:
-    """A bar over an epoch's steps. Yields heartbeat(step, images, facts), to be called after each
-    step.
+    """A bar over an epoch's steps, or a line every minute where there is no terminal. Yields
+    heartbeat(step, images, facts), to be called after each step.
 
-    `facts`, which may read the device, is called about once a second and not after every step.
+    `facts`, which may read the device, is called about once a second, without a terminal once a
+    minute, and after the last step. Its `left` is the time left of the whole run.
     """
     started = shown = time.monotonic()
     total = 0
     with progress_bar(total=steps, desc=label, unit="step") as bar:
 
         def heartbeat(step: int, images: int, facts: Callable[[], dict[str, str]]) -> None:
+            global _line_printed
             nonlocal shown, total
             total += images
             now = time.monotonic()
-            if now - shown < 1.0 and step < steps:
+            is_due = now - _line_printed >= LINE_SECONDS if bar.disable else now - shown >= 1.0
+            if not is_due and step < steps:
                 return
             shown = now
-            bar.set_postfix(
-                facts() | {"images/s": f"{total / max(now - started, 1e-9):,.0f}"}, refresh=False
-            )
+            figures = facts()
+            pace = f"{total / max(now - started, 1e-9):,.0f}"
+            bar.set_postfix(figures | {"images/s": pace}, refresh=False)
             bar.update(step - bar.n)
+            if bar.disable and is_due:
+                _line_printed = now
+                print_rank0(step_line(label, step, steps, figures, pace))
 
         yield heartbeat
+
+
+def step_line(label: str, step: int, steps: int, figures: Mapping[str, str], pace: str) -> str:
+    """What a run without a terminal says of a step. pace: pictures a second."""
+    told = [f"{name} {value}" for name, value in figures.items() if name != "left"]
+    told.append(f"{pace} pictures/s")
+    if "left" in figures:
+        told.append(f"{figures['left']} left")
+    return f"{label}, step {step:,}/{steps:,}: {', '.join(told)}"

@@ -113,15 +113,24 @@ def _acquired(path: Path, **how: Any) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def attempt_lock(path: Path) -> contextlib.AbstractContextManager | None:
+    """A lock on the file `path`, which is made, to be released by `with`; None where another
+    process holds it.
+    """
+    try:
+        return _acquired(path, blocking=False)
+    except Timeout:
+        return None
+
+
 @contextlib.contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
     """Hold a lock on the file `path`, which is made. Raises RequestError(`taken`) at once where
     another process holds it.
     """
-    try:
-        lock = _acquired(path, blocking=False)
-    except Timeout:
-        raise RequestError(taken) from None
+    lock = attempt_lock(path)
+    if lock is None:
+        raise RequestError(taken)
     with lock:
         yield
 
@@ -131,9 +140,8 @@ def locked_in_turn(path: Path, waits: Callable[[], Any]) -> Iterator[None]:
     """Hold a lock on the file `path`, which is made. Where another process holds it, call `waits`
     once, and wait.
     """
-    try:
-        lock = _acquired(path, blocking=False)
-    except Timeout:
+    lock = attempt_lock(path)
+    if lock is None:
         waits()
         lock = _acquired(path, poll_interval=0.2)
     with lock:

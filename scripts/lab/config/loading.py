@@ -191,6 +191,19 @@ def config_keys() -> dict[str, tuple[str, Any]]:
     }
 
 
+def is_whole(key: str) -> bool:
+    """Whether a dotted key takes whole numbers and no others."""
+    section, _, name = key.partition(".")
+    kinds = _kinds(Config.model_fields[section].annotation.model_fields[name].annotation)
+    return int in kinds and float not in kinds
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a type hint is made of."""
+    parts = get_args(annotation)
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
+
+
 SHORT = reprlib.Repr()  # a config may hold far more than its text is long
 SHORT.maxstring = SHORT.maxother = 100
 GONE = {  # keys of earlier days, and what to do instead
@@ -406,8 +419,13 @@ def _nearest(key: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-# What changes no figure of a run: where its files lie, and how many processes read its pictures.
-NO_FIGURE = {"logging": True, "dataset": {"cache_folder"}, "training": {"num_workers"}}
+# What changes no figure of a run: where its files lie, how many processes read its pictures, and
+# how long it waits for them.
+NO_FIGURE = {
+    "logging": True,
+    "dataset": {"cache_folder", "worker_timeout"},
+    "training": {"num_workers"},
+}
 
 
 def run_id(config: Config) -> str:

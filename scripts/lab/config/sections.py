@@ -157,6 +157,12 @@ class DatasetConfig(Section):
             "it to crop from"
         ),
     )
+    worker_timeout: float = Field(
+        300.0,
+        gt=0,
+        description="the run ends as failed, and names the file, where no loader worker has sent a "
+        "batch for so long, seconds: a dead network disk, say",
+    )
     max_bad_images: int = Field(
         0,
         ge=0,

@@ -29,6 +29,7 @@ from lab.config.loading import first_complaint
 from lab.config.sections import DatasetConfig
 from lab.data.folders import composed, read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
+from lab.machine.workers import note_place
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about a picture
 
@@ -175,6 +176,7 @@ class ImageDataset(Dataset):
         for at in range(index, index + self.max_bad_images + 1):
             at = at % len(self)
             source = None
+            note_place(self.name_of, at)
             try:
                 source, label = self.read(at)
                 data = read_picture(source) if isinstance(source, Path) else source

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lab.base.launch import launched_here
+from lab.base.launch import cores_here
 from lab.config.loading import Config
 from lab.config.sections import TrainingConfig
 from lab.data.datasets import ImageDataset, LoaderBatch, ReadErrors, collate
 from lab.data.randomness import UNIFORMS_PER_SAMPLE, uniform
-from lab.machine.devices import available_cores
 from lab.machine.distributed import Dist
 from lab.machine.stateful import Stateful
 
@@ -314,7 +313,7 @@ def loader_processes(training: TrainingConfig, in_memory: bool) -> int:
         return training.num_workers
     if in_memory:
         return 0
-    return min(16, max(1, available_cores() // launched_here()))
+    return min(16, cores_here())
 
 
 def loader_options(config: Config, device: torch.device, dataset: ImageDataset) -> dict[str, Any]:
@@ -322,7 +321,11 @@ def loader_options(config: Config, device: torch.device, dataset: ImageDataset) 
     numbers alone.
     """
     workers = loader_processes(config.training, in_memory=dataset.IN_MEMORY)
-    shared = {"num_workers": workers, "generator": torch.Generator()}
+    shared = {
+        "num_workers": workers,
+        "worker_timeout": config.dataset.worker_timeout,
+        "generator": torch.Generator(),
+    }
     if config.dataset.cache != "none":
         return shared
     return shared | {

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "training.max_minutes",
     "training.num_workers",
     "training.early_stop_patience",
+    "dataset.worker_timeout",
 )
 MAGIC = b"AST-LAB checkpoint, sha256: "
 CAPPED = (

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lab.base.errors import RequestError, TrainingFailed, one_line
-from lab.base.launch import launched
+from lab.base.launch import ENDS, SIGNALS, hears_twice, launched
 from lab.base.streams import forget_unprinted
 from lab.config.sections import TrainingConfig
 from lab.machine.devices import synchronize
@@ -35,13 +35,14 @@ class Stop:
         self.deadline = math.inf  # time.monotonic() seconds
 
     def watch_signals(self) -> None:
-        """Let SIGINT and SIGTERM end the run after the current step, or at once before the first
-        one.
+        """Let SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 end the run after the current step, or at once
+        before the first one.
 
-        A second signal ends it at once, except under torchrun, which may pass on a signal that was
-        sent to all.
+        A second SIGINT or SIGTERM ends it at once, except under torchrun or a sweep, which may pass
+        on a signal that was sent to all. The other two are a scheduler's warnings, and come as
+        often as it likes.
         """
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: Any) -> None:
@@ -54,9 +55,9 @@ class Stop:
             os._exit(128 + number)  # an exception can get lost in an import that is under way
         self.signal = number
         # torchrun passes on to its processes what a scheduler has sent to them too, and kills them
-        # 30 s later
-        alone = launched()[1] == 1
-        signal.signal(number, signal.SIG_DFL if alone else signal.SIG_IGN)
+        # 30 s later; a sweep kills its runs at a second signal
+        at_once = number in ENDS and not hears_twice()
+        signal.signal(number, signal.SIG_DFL if at_once else signal.SIG_IGN)
 
     def status(self, reserve_seconds: float = 0.0) -> str | None:
         """`interrupted`, `time_capped` (where `reserve_seconds` more would pass the deadline) or

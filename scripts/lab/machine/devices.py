@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import torchvision
 from torch import Tensor
 
 from lab.base.errors import RequestError
-from lab.base.launch import launched, launched_here
+from lab.base.launch import available_cores, has_own_gpu, launched, launched_here
 from lab.config.sections import TrainingConfig
 from lab.machine.stateful import Stateful
 
@@ -36,7 +35,9 @@ def resolve_device(training: TrainingConfig) -> torch.device:
     _, world, local = launched()
     if world == 1:
         return torch.device("cuda")
-    if (processes := launched_here(local + 1)) > torch.cuda.device_count():
+    if has_own_gpu():
+        local = 0
+    elif (processes := launched_here(local + 1)) > torch.cuda.device_count():
         raise RequestError(
             f"training.device: {processes} processes and {torch.cuda.device_count()} GPUs here"
         )
@@ -116,13 +117,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "git_commit": commit,
     }
-
-
-def available_cores() -> int:
-    """The CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has, in a container
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def versions(*names: str) -> dict[str, str | None]:

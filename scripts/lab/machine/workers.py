@@ -1,8 +1,8 @@
 """The loader workers of a process: how they start, what they send, and how they end.
 
-A worker ignores SIGINT and SIGTERM: a terminal and a scheduler send them to the whole process
-group, and the main process needs its workers until its step is done. So a worker cannot be
-terminated. `end_workers` kills them instead.
+A worker ignores SIGINT, SIGTERM, SIGUSR1 and SIGUSR2: a terminal and a scheduler send them to the
+whole process group, and the main process needs its workers until its step is done. So a worker
+cannot be terminated. `end_workers` kills them instead.
 
 A worker's batches go through a queue whose thread drops what it cannot pickle; the main process
 would wait for that batch for ever. Here a batch is pickled before it goes into the queue, where an
@@ -21,6 +21,7 @@ import multiprocessing.util
 import os
 import re
 import signal
+import struct
 import sys
 import tempfile
 import threading
@@ -34,9 +35,8 @@ from typing import Any
 from torch.utils.data import DataLoader, default_collate
 
 from lab.base.errors import RequestError, TrainingFailed, one_line
+from lab.base.launch import SIGNALS
 from lab.base.streams import forget_unprinted, print_progress
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # bytes that the path of a worker's temporary folder may have; that of a socket in it has 107
 SOCKET_FOLDER_BYTES = 70
@@ -52,6 +52,13 @@ WORTH_A_LINE = 60.0  # seconds of waiting for a batch, after which a process say
 _iterators: weakref.WeakSet = weakref.WeakSet()  # torch's, those that may have workers
 
 _last_words: mmap.mmap | None = None  # shared with the workers: why one of them gave up
+
+# of a worker, shared with the main process: since when it has been at a sample, time.monotonic()
+# seconds, 0 where it is at none; its process; the sample's name
+PLACE = struct.Struct("dq496s")
+_places: mmap.mmap | None = None  # in the main process, of the workers that start next
+_place: memoryview | None = None  # in a worker, its own
+STATES = {"T": ", stopped", "t": ", stopped", "D": ", in the kernel, for a disk"}  # of a process
 
 
 class PickledBatch:
@@ -71,68 +78,160 @@ class PickledCollate:
         self.collate = collate
 
     def __call__(self, samples: Any) -> PickledBatch:
+        _leave_place()
         return PickledBatch(self.collate(samples))
 
 
-@contextlib.contextmanager
-def _saying_so() -> Iterator[None]:
-    """Where the block waits for data for WORTH_A_LINE seconds, say so, once, and wait on.
-
-    The workers live, and a disk or a network keeps them. That it takes long is no fault: nobody
-    knows how long a file may take. So the run goes on when the batch comes, and whoever reads the
-    line decides. A timer of our own, because the timeout of DataLoader ends the iteration.
+def note_place(name: Callable[[int], str], index: int) -> None:
+    """In a loader worker, keep that it begins to read the sample `name(index)`: where it hangs, the
+    main process says so.
     """
-    line = (
-        f"waiting for data: no loader worker has sent a batch for {WORTH_A_LINE:.0f} s: "
-        f"does the disk answer? a second Ctrl-C ends the run"
-    )
-    timer = threading.Timer(WORTH_A_LINE, print_progress, [line])
-    timer.daemon = True
-    timer.start()
+    if _place is not None:
+        PLACE.pack_into(_place, 0, time.monotonic(), os.getpid(), os.fsencode(name(index)))
+
+
+def _leave_place() -> None:
+    """The sample was read. Its name stays."""
+    if _place is not None:
+        _place[:8] = bytes(8)
+
+
+def _why_nothing_comes(places: mmap.mmap, seconds: float) -> str:
+    """Which worker keeps the run waiting, as far as can be told: the one that has been at a sample
+    for longest, or one that is stopped.
+    """
+    line = f"dataset.worker_timeout: no loader worker has sent a batch for {seconds:g} s"
+    found = []
+    for at in range(0, len(places), PLACE.size):
+        since, process, name = PLACE.unpack_from(places, at)
+        state = _state_of(process)
+        age = time.monotonic() - since if since else 0.0
+        found.append((bool(state), age, process, state, os.fsdecode(name.rstrip(b"\0"))))
+    _, age, process, state, name = max(found)
+    if process:
+        did = f"has been at it for {age:.0f} s" if age else "has read it"
+        line += f"; {name or 'no sample yet'}: process {process}{state}, {did}"
+    return f"{line}; does the disk answer? --resume auto goes on from the last checkpoint"
+
+
+def _state_of(process: int) -> str:
+    """What keeps a process from running, in words; nothing where it may run."""
     try:
-        yield
-    finally:
-        timer.cancel()
+        text = Path(f"/proc/{process}/stat").read_text(errors="replace")
+    except OSError:
+        return ""
+    return STATES.get(text.rpartition(")")[2].split()[0], "")
 
 
-def _batches(iterator: Iterator[Any]) -> Iterator[Any]:
-    """What `iterator` gives, waited for aloud."""
+class _Watch:
+    """Watches over a wait for the workers: it says so once after WORTH_A_LINE seconds, and after
+    so many `seconds` it ends the wait, where the time-out of DataLoader cannot: a worker that is
+    stopped answers for no batch that it has sent.
+
+    Until then nobody knows how long a file may take, and whoever reads the line decides. Time is
+    waited for in halves: where the whole run was stopped meanwhile, the first one ends at once.
+    """
+
+    def __init__(self, places: mmap.mmap, seconds: float):
+        self.places = places
+        self.seconds = seconds
+        self.over = threading.Event()
+        self.why: str | None = None  # the wait was ended
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self._watch, daemon=True, name="watch over workers").start()
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.over.set()
+        if isinstance(error, RuntimeError) and _timed_out(error):
+            self.why = self.why or _why_nothing_comes(self.places, self.seconds)
+        if self.why is not None and isinstance(error, Exception):
+            raise TrainingFailed(self.why) from None
+
+    def _watch(self) -> None:
+        first = min(WORTH_A_LINE, self.seconds / 2)
+        if self.over.wait(first):
+            return
+        if first == WORTH_A_LINE:
+            print_progress(
+                f"waiting for data: no loader worker has sent a batch for {WORTH_A_LINE:.0f} s: "
+                f"does the disk answer? a second Ctrl-C ends the run"
+            )
+        # a little later than the time-outs of DataLoader, which need nobody to be killed
+        rest = self.seconds - first + 0.5
+        if self.over.wait(min(rest, threading.TIMEOUT_MAX)):
+            return
+        self.why = _why_nothing_comes(self.places, self.seconds)
+        kill_workers()
+
+
+def _batches(iterator: Iterator[Any], places: mmap.mmap, seconds: float) -> Iterator[Any]:
+    """What `iterator` gives. Raises TrainingFailed where nothing comes for so many seconds."""
     done = object()
     while True:
-        with _saying_so():
-            batch = next(iterator, done)
+        with _Watch(places, seconds):
+            batch = _next(iterator, done)
         if batch is done:
             return
         yield batch
 
 
+def _next(iterator: Iterator[Any], done: object) -> Any:
+    """The next batch, or `done` at the end, in two attempts of half the time each: see `_Watch`."""
+    try:
+        return next(iterator, done)
+    except RuntimeError as error:
+        if not _timed_out(error):
+            raise
+    return next(iterator, done)
+
+
+def _timed_out(error: RuntimeError) -> bool:
+    return str(error).startswith("DataLoader timed out")
+
+
 class WorkerLoader(DataLoader):
     """A DataLoader whose workers never outlive the run, and never leave it waiting in silence."""
 
-    def __init__(self, *args: Any, collate_fn: Callable[[Any], Any] | None = None, **options: Any):
+    def __init__(
+        self,
+        *args: Any,
+        collate_fn: Callable[[Any], Any] | None = None,
+        worker_timeout: float = math.inf,
+        **options: Any,
+    ):
+        """worker_timeout: seconds without a batch after which iterating raises TrainingFailed."""
         collate_fn = collate_fn or default_collate
+        self.worker_timeout = worker_timeout
+        self.places: mmap.mmap | None = None  # of the workers, one after the other
         if options.get("num_workers"):
             collate_fn = PickledCollate(collate_fn)
             options["worker_init_fn"] = _begin
+            if worker_timeout < math.inf:
+                options["timeout"] = worker_timeout / 2  # see `_Watch`
         super().__init__(*args, collate_fn=collate_fn, **options)
 
     def __iter__(self) -> Iterator[Any]:
         """Raises RequestError or TrainingFailed where the workers cannot be started."""
+        global _places
         if not self.num_workers:
             return super().__iter__()
         _prepare(self.num_workers)
+        if self.places is None:
+            self.places = mmap.mmap(-1, PLACE.size * self.num_workers)
+        _places = self.places
         try:
             # torch leaves workers behind where it fails half-way: so try first what each needs
             queues = [multiprocessing.Queue() for _ in range(self.num_workers + 2)]
             del queues
-            with _signals_held(), _saying_so():
+            with _signals_held(), _Watch(self.places, self.worker_timeout):
                 iterator = super().__iter__()
         except OSError as error:
             full = "; /dev/shm is full" if error.errno == errno.ENOSPC else ""
             why = f"cannot start {self.num_workers} loader workers: {error.strerror}{full}"
             raise TrainingFailed(f"{why}; lower training.num_workers") from None
         _iterators.add(iterator)
-        return _batches(iterator)
+        return _batches(iterator, self.places, self.worker_timeout)
 
 
 @contextlib.contextmanager
@@ -284,7 +383,7 @@ def _require_socket_folder() -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back while workers start: until one ignores them it has the run's own
+    """Hold the SIGNALS back while workers start: until one ignores them it has the run's own
     handler.
     """
     if not hasattr(signal, "pthread_sigmask"):
@@ -297,8 +396,12 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(_: int) -> None:
-    """What a worker does first."""
+def _begin(number: int) -> None:
+    """What worker number `number` does first."""
+    global _place
+    if _places is not None:
+        _place = memoryview(_places)[PLACE.size * number : PLACE.size * (number + 1)]
+        PLACE.pack_into(_place, 0, 0.0, os.getpid(), b"")
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):

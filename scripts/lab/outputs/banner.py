@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +14,7 @@ from lab.config.loading import Config, checkpoint_folder
 from lab.config.sections import TrainingConfig
 from lab.data.cache.device import CachedLoader
 from lab.data.loading import EpochPlan
+from lab.machine.clock import Clock
 
 LONG_HOURS = 1.0  # a run on a CPU that takes longer says so
 
@@ -78,6 +82,30 @@ def mode(config: Config) -> str:
     target = target if isinstance(target, str) else f"{target:g}"
     share = "its own share" if ast.rule == "infobatch" else f"target activation {target}"
     return f"ast: {share} {where}, scoring={ast.scoring}, rule={ast.rule}"
+
+
+def seconds_left(
+    clock: Clock, history: Sequence[float], sparse: Callable[[int], bool], done: float
+) -> float:
+    """How long the rest of the run takes, its validations included: an epoch as long as the last
+    one of its kind, sparse or not; one that has none yet as long as this one.
+
+    history: train_seconds of each finished epoch, cumulative. sparse: whether an epoch is, by its
+    number from 0. done: epochs that are trained, with the part of the one that runs, above 0.
+    """
+    training = clock.training
+    cap = max(0.0, clock.stop.deadline - time.monotonic())
+    if training.lr_decay == "time":
+        return max(0.0, 60 * training.max_minutes - clock.training_seconds())
+    epoch = math.ceil(done) - 1
+    share = done - epoch
+    ends = [0.0, *history]
+    seconds = {sparse(e): ends[e + 1] - ends[e] for e in range(len(history))}
+    here = (clock.training_seconds() - clock.train_seconds) / share
+    seconds[sparse(epoch)] = here
+    later = sum(seconds.get(sparse(e), here) for e in range(epoch + 1, training.epochs))
+    validations = clock.eval_seconds * (training.epochs - epoch)
+    return min(cap, here * (1 - share) + later + validations)
 
 
 def say_if_long(training: TrainingConfig, epoch_seconds: float) -> None:

@@ -40,6 +40,7 @@ def refuse_early(parse: Callable[[], argparse.Namespace]) -> None:
 
     def request() -> int:
         args = parse()
+        launched()
         path = getattr(args, "config", None)
         if path is not None and (os.path.isfile(path) or not os.path.exists(path)):
             load_config(path, args.overrides, imports=args.imports)
@@ -111,8 +112,8 @@ def _reports(code: int, why: str) -> bool:
     try:
         if launched()[1] == 1:
             return True
-    except RequestError:  # it is the error
-        return True
+    except RequestError:  # it is the error, and all tasks of srun have it
+        return os.environ.get("SLURM_PROCID", "0") == "0" or "RANK" in os.environ
     from lab.machine.distributed import claim_failure  # imports torch, which a table does not need
 
     return claim_failure(code, why)

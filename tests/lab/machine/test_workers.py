@@ -3,6 +3,7 @@ long`: many.
 """
 
 import ctypes
+import json
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -238,6 +240,49 @@ def test_a_worker_killed_from_outside_is_named_and_the_others_end(image_folder, 
 
     args = arguments(image_folder, tmp_path / "1", "training.epochs=100000")
     assert_ended(forked_run(args, tmp_path / "1", act=kill), 1, "a loader worker died")
+
+
+def test_a_worker_that_is_stopped_is_told_of_with_its_file_and_the_run_can_go_on(
+    image_folder, tmp_path
+):
+    """As a worker is that hangs on a dead network disk: it lives, and sends nothing."""
+
+    def stop(child: int) -> bool:
+        first = children(child)[:1] if list(tmp_path.glob("1/out/checkpoints/*/last.pt")) else []
+        for worker in first:
+            os.kill(worker, signal.SIGSTOP)
+        return bool(first)
+
+    args = arguments(image_folder, tmp_path / "1", "dataset.worker_timeout=1")
+    ended = forked_run([*args, "training.epochs=100000"], tmp_path / "1", act=stop)
+    assert_ended(ended, 1, "dataset.worker_timeout: no loader worker has sent a batch for 1 s; ")
+    found = re.search(r"; (\S+\.jpg): process (\d+), stopped, has ", ended.errors[0])
+    assert Path(found[1]).exists()
+    assert not Path(f"/proc/{found[2]}").exists()
+    (last,) = tmp_path.glob("1/out/checkpoints/*/last.pt")
+    (path,) = tmp_path.glob("1/out/final_results_*.json")
+    epochs = len(json.loads(path.read_text())["training_history"]["epoch"])
+    more = [f"training.epochs={epochs + 1}", "--resume", str(last)]
+    ended = forked_run([*args, *more], tmp_path / "1")
+    assert (ended.code, ended.status) == (0, "completed"), ended.printed
+    assert f"resumed from {last}: epoch {epochs + 1}, step 0" in ended.printed
+
+
+def test_a_slow_file_ends_no_run_that_was_stopped_as_a_whole():
+    """A terminal or a gang scheduler stops all of a run's processes: the time counts for nothing,
+    whatever the clock says when it goes on.
+    """
+
+    class Slow(Numbers):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            if index == 40:
+                time.sleep(0.7)
+            return super().__getitem__(index)
+
+    loader = workers.WorkerLoader(Slow(), 8, num_workers=1, worker_timeout=1.0)
+    with workers.ending_workers():
+        batches = iter(loader)
+        assert [int(next(batches)[0, 0, 0]) for _ in range(6)] == [0, 8, 16, 24, 32, 40]
 
 
 def test_a_checkpoint_that_has_done_more_than_is_asked_for_is_complete(image_folder, tmp_path):

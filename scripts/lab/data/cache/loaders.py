@@ -214,6 +214,7 @@ def find_or_build_caches(
     splits: Mapping[str, Split], config: Config, options: dict[str, Any]
 ) -> list[CacheFile]:
     """The cache file of each split, by name. options: of the DataLoader that decodes."""
+    options = options | {"worker_timeout": config.dataset.worker_timeout}
     return [
         find_or_build_cache(split.dataset, split.kept, config.dataset, name, options)
         for name, split in splits.items()
