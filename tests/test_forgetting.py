@@ -10,14 +10,15 @@ import torch.nn.functional as F
 
 import lab.method.doubt
 import train_ast
-from conftest import LayerNormNet, make_batch, make_config, trained_on
+from conftest import LayerNormNet, make_batch, make_config
 from helpers import analyze
 from lab.config.loading import checkpoint_folder
 from lab.data.datasets import DigitsDataset
+from lab.data.loading import DeviceBatch
 from lab.method.doubt import LEFT_OUT
 from lab.method.sample_store import Visit
 from runs import StopAfter, final_state, ranks, same
-from train_ast import Run, train
+from train_ast import Run, look_again, train
 
 CPU = torch.device("cpu")
 AUTO = ["ast.scoring=history", "ast.target_activation=1", "ast.explore=0", "ast.forget_rate=auto"]
@@ -68,7 +69,7 @@ def listed(folder):
         return list(csv.DictReader(file))
 
 
-def test_wrong_labels_are_found_left_out_and_listed(tmp_path, monkeypatch):
+def test_wrong_labels_are_found_left_out_and_listed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train_ast.DATASETS, "digits", MistakenDigits)
     settings = [
         *AUTO,
@@ -84,13 +85,19 @@ def test_wrong_labels_are_found_left_out_and_listed(tmp_path, monkeypatch):
     assert history["activation_rate"][-1] == 1.0  # of those that are left
     assert history["samples_loaded"][-1] < history["samples_loaded"][0]
     rows = listed(tmp_path)
-    assert list(rows[0]) == ["index", "sample", "given", "predicted", "score", "left_out"]
-    scores = [float(row["score"]) for row in rows]
-    assert scores == sorted(scores, reverse=True)
+    shares = ["given_probability", "suggested_probability"]
+    assert list(rows[0]) == ["index", "sample", "given", "suggested", *shares, "left_out"]
+    margins = [float(row[shares[1]]) - float(row[shares[0]]) for row in rows]
+    assert np.diff(margins).max() <= 2e-4  # they are rounded
+    assert margins[-1] >= 0
+    found = np.array([int(row["index"]) for row in rows])
+    assert wrong[found].mean() >= 0.85
+    assert wrong[found].sum() >= 0.8 * wrong.sum()
     out = [int(row["index"]) for row in rows if row["left_out"] == "1"]
     assert wrong[out].mean() > 0.9
-    assert len(out) / len(wrong) == pytest.approx(history["forgotten"][-1])
-    assert wrong[[int(row["index"]) for row in rows[:24]]].mean() > 0.9
+    assert len(out) / len(wrong) == pytest.approx(history["forgotten"][-1], abs=0.02)
+    said = f"({len(rows)} of 1,437 samples, {len(out)} of them left out; estimated wrong: "
+    assert said in capsys.readouterr().out
     assert path.with_suffix(".suspected.png").read_bytes().startswith(b"\x89PNG")
     page = tmp_path / "page.html"
     assert analyze(["--results-dir", str(tmp_path), "--report", str(page)]) == 0
@@ -157,7 +164,9 @@ def test_who_is_doubted_is_not_loaded_but_for_a_few(way, epoch, monkeypatch):
     else:  # the target is a share of those that are believed: the upper half of their scores
         assert (weights[1:20:2] == LEFT_OUT).all()
         assert (weights[21::2] == 1).all()
-    assert (run.selection.mask() == (weights != LEFT_OUT)).all()
+    assert (run.selection.mask() == (weights == 1)).all()
+    again = run.selection.doubt.looks(np.arange(39, -1, -1))
+    assert again.tolist() == np.flatnonzero(weights == 0)[::-1].tolist()
 
 
 def test_before_half_of_the_schedule_all_are_believed(monkeypatch):
@@ -168,20 +177,40 @@ def test_before_half_of_the_schedule_all_are_believed(monkeypatch):
     assert run.selection.mask().all()
 
 
-def test_who_is_looked_at_again_is_recorded_and_moves_no_weight(monkeypatch):
+def test_who_is_looked_at_again_is_recorded_and_in_no_step(monkeypatch):
     run = doubting_run(monkeypatch, [], *AUTO, samples=16)
     model = run.network.model
-    (images, labels) = make_batch()
+    before = [p.clone() for p in model.parameters()]
+    images, labels = make_batch()
     run.start_epoch(0, np.arange(16))
-    run.selection.weights[8:] = 0
-    trained_on(run, images, labels, torch.arange(16))
-    got = [p.grad.clone() for p in model.parameters()]
-    losses = F.cross_entropy(model(run.network.normalise(images)), labels, reduction="none")
-    wanted = torch.autograd.grad(losses[:8].sum() / 16, list(model.parameters()))
-    assert all(
-        torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(got, wanted, strict=True)
-    )
-    assert (run.selection.store.last_epoch[8:] == 0).all()
+    with torch.no_grad():
+        logits = model(run.network.normalise(images))
+    parts = [DeviceBatch(images[p], labels[p], torch.arange(16)[p]) for p in ([8, 9], [], [11])]
+    batches = iter([*parts, DeviceBatch(images, labels, torch.arange(16))])
+    look_again(run, batches, 3)
+    assert len(next(batches).labels) == 16  # the first batch of a step is left
+    columns = run.selection.store.columns
+    seen = [8, 9, 11]
+    assert np.flatnonzero(columns["visits"].numpy()).tolist() == seen
+    assert np.flatnonzero(run.selection.store.last_epoch.numpy() == 0).tolist() == seen
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(columns["loss"][seen], losses[seen])
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    ledger = run.metrics.ledger
+    assert (ledger.loaded, ledger.looked, ledger.trained, ledger.scored) == (3, 3, 0, 0)
+    assert run.metrics.meter.trained == 0
+    assert not run.metrics.times_trained.times.any()
+    assert ledger.dense_equivalents() == pytest.approx(1)
+
+
+def test_who_waited_for_a_full_batch_has_its_weight_in_the_next_epoch(monkeypatch):
+    """It was chosen while its label was believed. With weight 0 it would be dead in a step."""
+    run = doubting_run(monkeypatch, [0, 1, 2, 3], "ast.forget_rate=auto", "ast.pack=true")
+    run.start_epoch(0, np.arange(40))
+    images, labels = make_batch(8)
+    weights = run.selection.loss_weights(DeviceBatch(images, labels, torch.arange(8)))
+    assert weights.tolist() == [1.0] * 8
 
 
 # ------------------------------------------------------------------------------ Resumed, and shared
@@ -212,9 +241,8 @@ def test_two_processes_forget_alike_and_one_of_them_lists(tmp_path, monkeypatch)
     assert one["training_history"] == two["training_history"]
     assert one["training_history"]["forgotten"][-1] > 0
     assert (checkpoint_folder(config) / "last.pt").exists()
-    assert len([row for row in listed(tmp_path / "out") if row["left_out"] == "1"]) == round(
-        128 * one["training_history"]["forgotten"][-1]
-    )
+    assert one["ledger"]["looked"] > 0
+    assert sum(row["left_out"] == "1" for row in listed(tmp_path / "out")) > 0
 
 
 def test_a_fixed_rate_says_what_it_leaves_out(tmp_path):
@@ -226,7 +254,8 @@ def test_a_fixed_rate_says_what_it_leaves_out(tmp_path):
     ]
     result, _ = train(make_config(*SMALL, *way, f"logging.output_dir={tmp_path}"))
     assert result["training_history"]["forgotten"] == [0.0, *3 * [pytest.approx(0.25, abs=0.01)]]
-    assert sum(row["left_out"] == "1" for row in listed(tmp_path)) == 32
+    left_out = sum(row["left_out"] == "1" for row in listed(tmp_path))
+    assert 0 < left_out <= 32
 
 
 def test_the_list_holds_no_formula(tmp_path, image_folder):
@@ -255,7 +284,7 @@ def test_the_list_holds_no_formula(tmp_path, image_folder):
         )
     )
     rows = listed(tmp_path / "out")
-    names = {row[name] for row in rows for name in ("given", "predicted")}
+    names = {row[name] for row in rows for name in ("given", "suggested")}
     assert names <= {"'=cmd()", "green", "red"}
     assert "'=cmd()" in names
     assert all(row["sample"].startswith(str(image_folder)) for row in rows)

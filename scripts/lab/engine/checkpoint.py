@@ -20,7 +20,7 @@ from lab.base.files import locked, replace_file, require_folder
 from lab.config.loading import Config, checkpoint_folder, config_keys
 from lab.machine.devices import synchronize
 
-FORMAT = 5  # of the state: a state a part of the run, and one of each process's own
+FORMAT = 6  # of the state: a state a part of the run, and one of each process's own
 MAY_CHANGE = (
     "training.epochs",
     "training.max_minutes",
