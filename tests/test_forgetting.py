@@ -12,9 +12,11 @@ import lab.method.doubt
 import train_ast
 from conftest import LayerNormNet, make_batch, make_config
 from helpers import analyze
+from lab.base.errors import RequestError
 from lab.config.loading import checkpoint_folder
 from lab.data.datasets import DigitsDataset
 from lab.data.loading import DeviceBatch
+from lab.data.randomness import label_shifts, random_subset
 from lab.method.doubt import LEFT_OUT
 from lab.method.sample_store import Visit
 from runs import StopAfter, final_state, ranks, same
@@ -220,7 +222,10 @@ WITH_ROWS = [*AUTO, "training.loss=early_learning"]
 BATCHES = ["ast.target_activation=0.6", "ast.forget_rate=auto", "ast.pack=true"]
 
 
-@pytest.mark.parametrize("way", [WITH_ROWS, BATCHES])
+LISTED = ["ast.mode=dense", "training.list_suspects=true"]
+
+
+@pytest.mark.parametrize("way", [WITH_ROWS, BATCHES, LISTED])
 def test_a_resumed_run_forgets_the_same(way, tmp_path, monkeypatch):
     monkeypatch.setattr(lab.method.doubt, "STREAK", 1)
     whole, parts = (
@@ -228,10 +233,13 @@ def test_a_resumed_run_forgets_the_same(way, tmp_path, monkeypatch):
         for name in ("whole", "parts")
     )
     result, _ = train(whole)
-    assert result["training_history"]["forgotten"][-1] > 0
+    assert way == LISTED or result["training_history"]["forgotten"][-1] > 0
     assert train(parts, StopAfter(9))[0]["status"] == "interrupted"
-    train(parts, resume="auto")
+    resumed, _ = train(parts, resume="auto")
     assert same(final_state(whole), final_state(parts))
+    assert listed(tmp_path / "whole") == listed(tmp_path / "parts")
+    assert resumed["ledger"] == result["ledger"]
+    assert (result["ledger"]["looked"] > 0) == (way != LISTED)
 
 
 def test_two_processes_forget_alike_and_one_of_them_lists(tmp_path, monkeypatch):
@@ -243,6 +251,33 @@ def test_two_processes_forget_alike_and_one_of_them_lists(tmp_path, monkeypatch)
     assert (checkpoint_folder(config) / "last.pt").exists()
     assert one["ledger"]["looked"] > 0
     assert sum(row["left_out"] == "1" for row in listed(tmp_path / "out")) > 0
+
+
+def test_a_dense_run_lists_copies_of_a_picture_once(tmp_path):
+    twice = ["dataset.max_train_samples=300", "training.epochs=5", "dataset.repeat=2"]
+    train(make_config(*SMALL, *LISTED, *twice, f"logging.output_dir={tmp_path}"))
+    rows = listed(tmp_path)
+    indices = [int(row["index"]) for row in rows]
+    assert len(set(indices)) == len(indices)
+    assert [row["sample"] for row in rows] == [f"sample {index}" for index in indices]
+    shifts = label_shifts(1437, 10, 0.3, 0)
+    used = random_subset(1437, 300)
+    assert set(indices) <= set(used.tolist())
+    assert (shifts[indices] > 0).mean() > 0.8
+    assert (shifts[indices] > 0).sum() > 0.7 * (shifts[used] > 0).sum()
+    assert {row["left_out"] for row in rows} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        ("training.mixup=0.2", "training.mixup: training.list_suspects remembers each sample"),
+        ("ast.candidates=0.8", "ast.candidates: 1 for training.list_suspects"),
+    ],
+)
+def test_what_a_list_cannot_be_made_of_is_refused(key, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        make_config("training.list_suspects=true", key)
 
 
 def test_a_fixed_rate_says_what_it_leaves_out(tmp_path):
