@@ -2219,6 +2219,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
             "base_flop_per_sample": run.network.base_flop,
             "idle_keys": sorted(unread_keys(run.config)),
             "val_split": data.val.dataset.split,
+            "suspected_labels": None if suspects is None else suspects.summary(),
         }
         environment = run.outputs.environment
         result = build_result(run.config, outcome, metrics.result(), run.clock, facts, environment)

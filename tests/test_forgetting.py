@@ -104,6 +104,8 @@ def test_wrong_labels_are_found_left_out_and_listed(tmp_path, monkeypatch, capsy
     page = tmp_path / "page.html"
     assert analyze(["--results-dir", str(tmp_path), "--report", str(page)]) == 0
     assert "Suspected labels" in page.read_text()
+    assert result["suspected_labels"].startswith(said[1:])
+    assert f": {result['suspected_labels']}</figcaption>" in page.read_text()
     assert "data:image/png;base64,iVBOR" in page.read_text()
 
 

@@ -23,7 +23,7 @@ HEADER = (
     *("index", "sample", "given", "suggested"),
     *("given_probability", "suggested_probability", "left_out"),
 )
-ODDS = 2  # of the suggested class against the given one: between ODDS and 1 / ODDS it is open
+ODDS = 3  # of the suggested class against the given one: between ODDS and 1 / ODDS it is open
 
 
 class Share(NamedTuple):

@@ -88,10 +88,10 @@ def test_copies_of_a_picture_are_one_row():
 def test_the_share_is_of_those_suspected_and_its_interval_of_the_undecided_too():
     n = 1000
     given = np.full(n, 0.1)
-    other = np.full(n, 0.04)
+    other = np.full(n, 0.02)
     other[:100] = 0.5  # wrong for sure
     other[100:130] = 0.15  # rather wrong
-    other[130:150] = 0.08  # rather right
+    other[130:150] = 0.05  # rather right
     labels = np.zeros(n, dtype=int)
     found = Judged(np.arange(n), labels, labels + 1, given, other, labels > 0)
     share = found.share()
