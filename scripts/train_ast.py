@@ -1035,9 +1035,9 @@ class Selection(Stateful):
                 self.target.value = math.ceil(self.target.value * QUARTERS - 1e-9) / QUARTERS
         self.target.value = self.dist.broadcast(self.target.value)
 
-    def suspects(self, dataset: ImageDataset) -> Suspects | None:
+    def suspects(self, dataset: ImageDataset, error: float) -> Suspects | None:
         """The samples whose labels may be wrong, where `ast.forget_rate` or
-        `training.list_suspects` asks for them. Collective.
+        `training.list_suspects` asks for them. Collective. error: see `Judged.share`.
         """
         out = self.doubt.left_out()
         if self.store is None or not self.store.labels:
@@ -1045,7 +1045,7 @@ class Selection(Stateful):
         columns = self.store.on_host()
         if out is None:
             out = np.zeros(len(columns["visits"]), dtype=bool)
-        return Suspects(dataset, Judged.of_visits(columns, out, len(dataset)))
+        return Suspects(dataset, Judged.of_visits(columns, out, len(dataset)), error)
 
     def alike(self) -> list[float]:
         """Numbers that every process must have alike."""
@@ -2203,7 +2203,8 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
         say_if_dense(run, outcome["status"])
         run.outputs.finish()
         if outcome["status"] != "interrupted":
-            suspects = run.selection.suspects(dataset)
+            error = 100 - max(run.metrics.history["val_acc"], default=0.0)
+            suspects = run.selection.suspects(dataset, error)
     except Exception as error:
         known = explained(error, run.config.logging.output_dir)
         outcome = {"status": "failed", "error": one_line(known)}

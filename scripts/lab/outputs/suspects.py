@@ -94,10 +94,13 @@ class Judged(NamedTuple):
         rows = np.flatnonzero(margin > 0)
         return rows[np.argsort(-margin[rows], kind="stable")]
 
-    def share(self) -> Share | None:
+    def share(self, error: float = 0.0) -> Share | None:
         """Estimated: those suspected. Its interval is that of a count (Wilson 1927), from those
         whose other class is ODDS times as likely as the given one to those for whom it is the other
         way round. None without a picture.
+
+        error: of the network on pictures that it was not trained on, percent. As many of those at
+        the lower end may be its own mistakes.
         """
         n = len(self.given)
         if not n:
@@ -106,13 +109,15 @@ class Judged(NamedTuple):
             int(np.count_nonzero(self.suggested_likely > odds * self.given_likely))
             for odds in (ODDS, 1, 1 / ODDS)
         )
-        return Share(100 * estimate / n, wilson(least, n)[0], wilson(most, n)[1])
+        return Share(100 * estimate / n, max(0.0, wilson(least, n)[0] - error), wilson(most, n)[1])
 
 
 class Suspects:
     """The suspected labels of a data set, as `Judged` says."""
 
-    def __init__(self, dataset: ImageDataset, judged: Judged):
+    def __init__(self, dataset: ImageDataset, judged: Judged, error: float = 0.0):
+        """error: see `Judged.share`."""
+        self.error = error
         self.dataset = dataset
         self.judged = judged
         self.order = judged.suspected()
@@ -132,7 +137,7 @@ class Suspects:
         """How many there are, and the estimated share."""
         out = int(self.judged.left_out[self.order].sum())
         left_out = f", {out:,} of them left out" if out else ""
-        share = self.judged.share()
+        share = self.judged.share(self.error)
         estimate = "" if share is None else f"; estimated wrong: {share}"
         return f"{len(self.order):,} of {len(self.judged.given):,} samples{left_out}{estimate}"
 

@@ -99,6 +99,8 @@ def test_the_share_is_of_those_suspected_and_its_interval_of_the_undecided_too()
     assert 8 < share.low < 10
     assert 15 < share.high < 18
     assert str(share).startswith("13.0 % (95 %: 8.3 to 17.")
+    assert found.share(error=5.0).low == pytest.approx(share.low - 5)
+    assert found.share(error=50.0) == share._replace(low=0.0)  # it may all be its own mistakes
     assert found._replace(given=labels[:0]).share() is None
 
 
