@@ -14,7 +14,8 @@ classes of every picture, prepared as the folder says, or as --config or overrid
 --output-dir it also writes predictions.json. What one would not expect is said on stderr.
 
 --predictions writes a row a picture: path, label where it is known, the likeliest classes with
-their probabilities, why it could not be read. export.py makes other programs' files of a network.
+their probabilities, why it could not be read. --suspects lists the run's own training pictures
+whose labels may be wrong, and a sheet of them. export.py makes other programs' files of a network.
 
 Exit codes: 0 done; 1 pictures that could not be read, with --predictions; 2 the request was wrong.
 """
@@ -28,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lab.base.errors import RequestError, one_line
-from lab.base.files import user_path, user_text, write_outputs
+from lab.base.files import require_folder, user_path, user_text, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
 from lab.config.grid import take_overrides
@@ -38,6 +39,8 @@ from lab.study.finding import Found, config_of, find_run
 from run_experiment import check_config
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lab.data.cache.loaders import Split
     from lab.outputs.evaluation import Predictions
     from lab.outputs.predictions import Guess, Row
@@ -74,6 +77,47 @@ def evaluate(trained: Trained, config: Config) -> tuple[dict[str, Any], list[Row
     rows = rows_of(found, val, errors.found, trained.classes)
     facts = {"bad_images": errors.found, "val_split": val.dataset.split}
     return {**figures, **facts}, rows
+
+
+def judge(trained: Trained, config: Config, path: Path) -> None:
+    """Write --suspects: the training pictures, one row for all copies of one, that the network
+    takes for another class. Raises RequestError where the disk does not take it.
+    """
+    import numpy as np
+
+    from lab.data.datasets import ReadErrors
+    from lab.data.images import Augmentation
+    from lab.data.loading import device_batches
+    from lab.data.randomness import label_shifts
+    from lab.machine.distributed import Dist
+    from lab.machine.workers import ending_workers
+    from lab.outputs.evaluation import predict
+    from lab.outputs.suspects import Judged, Suspects
+    from lab.outputs.trained import class_numbers
+    from train_ast import build_splits, build_val_loader
+
+    config = config.model_copy(deep=True)
+    config.dataset.cache = "none"  # its files are for another order
+    device = trained.network.device
+    train = build_splits(config.dataset)["train"]
+    dataset = train.dataset
+    noise = (config.dataset.label_noise, config.training.seed)
+    dataset.label_shifts = label_shifts(len(dataset), len(dataset.classes), *noise)
+    dataset.augmentation = Augmentation(config.dataset, train=False)
+    dataset.max_bad_images = 0  # no stand-ins, which are other pictures
+    pictures = train._replace(indices=np.unique(train.indices % len(dataset)))
+    numbers = class_numbers(trained, dataset.classes)
+    errors = ReadErrors(config.dataset.max_bad_images)
+    loader = build_val_loader(pictures, config, device, Dist())
+    with ending_workers():
+        found = predict(trained.network, device_batches(loader, device, errors))
+    judged = Judged.of_logits(found.logits[:, numbers], found.labels, found.indices)
+    suspects = Suspects(dataset, judged)
+    try:
+        suspects.save(path, path.with_suffix(".png"))
+    except OSError as error:
+        raise RequestError(f"--suspects: {error.filename}: {error.strerror}") from None
+    print(f"suspected labels: {path} ({suspects.summary()})")
 
 
 def rows_of(
@@ -237,6 +281,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--logits", action="store_true", help="all logits in --predictions too")
     parser.add_argument(
+        "--suspects",
+        type=user_path,
+        metavar="FILE",
+        help="write the training pictures whose labels may be wrong: .csv",
+    )
+    parser.add_argument(
         "--output-dir",
         type=user_path,
         metavar="DIR",
@@ -251,12 +301,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise RequestError("--top: only with --images or --predictions")
     if args.top is not None and args.top < 1:
         raise RequestError("--top: at least 1")
+    if args.suspects is not None:
+        check_suspects(args)
     if args.predictions is None and args.logits:
         raise RequestError("--logits: only with --predictions")
     if args.predictions is not None and args.predictions.suffix.lower() not in FORMS:
         path = one_line(args.predictions)
         raise RequestError(f"--predictions: {path}: its name ends in none of {', '.join(FORMS)}")
     return args
+
+
+def check_suspects(args: argparse.Namespace) -> None:
+    """Raises RequestError where --suspects cannot be had, or with what it does not go."""
+    others = {"images": args.images, "predictions": args.predictions, "output-dir": args.output_dir}
+    other = next((f"--{name}" for name, value in others.items() if value is not None), None)
+    if other is not None:
+        raise RequestError(f"--suspects: not with {other}")
+    if args.suspects.suffix.lower() != ".csv":
+        raise RequestError(f"--suspects: {one_line(args.suspects)}: its name does not end in .csv")
+    require_folder(args.suspects.parent, "--suspects", args.suspects)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,6 +339,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     allowed = config.dataset.max_bad_images
     if args.images is not None:
         return ask(trained, args, allowed)
+    if args.suspects is not None:
+        say(
+            [
+                "the network has trained on these pictures, and may know wrong labels by heart; a "
+                "run with training.list_suspects=true judges them before that"
+            ]
+        )
+        judge(trained, config, args.suspects)
+        return 0
     whole = config.model_copy(deep=True)
     if args.predictions is not None:  # which holds what cannot be read
         whole.dataset.max_bad_images = sys.maxsize

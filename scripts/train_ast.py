@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -121,7 +122,7 @@ from lab.machine.distributed import Dist, average_running_statistics, meet
 from lab.machine.meters import ClassCounts, Ledger, Meter
 from lab.machine.stateful import Stateful
 from lab.machine.workers import WorkerLoader, ending_workers
-from lab.method.doubt import LEFT_OUT, HighestScores, LabelDoubt, UnlikelyLabels
+from lab.method.doubt import FORGET_FROM, LEFT_OUT, HighestScores, LabelDoubt, UnlikelyLabels
 from lab.method.losses import LOSSES, Loss
 from lab.method.sample_store import SampleStore, Visit
 from lab.method.schedule import SCHEDULES, Schedule, Shares
@@ -135,7 +136,7 @@ from lab.outputs.banner import Facts, announce, own_pictures, say_if_long, secon
 from lab.outputs.diet import figures as diet_figures
 from lab.outputs.log import Outputs, open_tensorboard, prepare_outputs
 from lab.outputs.result import build_result, count_diet
-from lab.outputs.suspects import Suspects
+from lab.outputs.suspects import Judged, Suspects
 from lab.outputs.tables import epoch_line, of_all
 
 # ------------------------------------------------------------------------------------ PI controller
@@ -851,7 +852,10 @@ class Selection(Stateful):
     (`start_epoch`, `mask`). Both go through `take`, which is the method.
     """
 
-    STATE = ("scores", "rule", "target", "doubt", "store", "weights", "activations", "thresholds")
+    STATE = (
+        *("scores", "rule", "target", "doubt", "store", "weights", "activations", "thresholds"),
+        "generalises",
+    )
 
     def __init__(
         self, config: Config, network: Network, samples: int, device: torch.device, dist: Dist
@@ -867,14 +871,17 @@ class Selection(Stateful):
         # share of the samples that a sparse epoch loads, by their scores so far
         self.candidates = shares_of(config).candidates
         narrows = self.candidates < 1
-        stores = parts.scores.keeps_visits or self.doubt.keeps_labels or narrows
-        self.store = SampleStore(samples, device, dist, self.doubt.keeps_labels) if stores else None
+        labels = self.doubt.keeps_labels or config.training.list_suspects
+        stores = parts.scores.keeps_visits or labels or narrows
+        self.store = SampleStore(samples, device, dist, labels) if stores else None
         self.scores = parts.scores(config, network, self.store, dist)
         self.rule = parts.rule(config)
         self.target = parts.target(shares_of(config).target)
         self.unseen: ClassCounts | None = None  # of this epoch, see `Target.KEEPS_OUT`
-        # of the losses of this epoch, by index; LEFT_OUT for who is not loaded, 0 for who is only
-        # looked at. Empty where each loaded batch decides
+        # whether the last epoch was no better on its samples than on the validation set
+        self.generalises = False
+        # of the losses of this epoch, by index; LEFT_OUT for who is not loaded, LOOKED_AT for who
+        # is not trained on. Empty where each loaded batch decides
         by_index = stores or (config.ast.mode == "ast" and parts.scores.before_loading)
         self.weights = torch.ones(samples if by_index else 0, dtype=torch.float16, device=device)
         self.activations: list[float] = []  # of this epoch's sparse steps: shares of 0 to 1
@@ -1004,10 +1011,10 @@ class Selection(Stateful):
         return self.rule.choose(pool, target)
 
     def mask(self) -> np.ndarray | None:
-        """uint8 by index, nonzero for the samples that this epoch loads; None: the planned number
-        of them.
+        """uint8 by index, nonzero for the samples that this epoch loads for its steps; None: the
+        planned number of them.
         """
-        return (self.weights != LEFT_OUT).byte().cpu().numpy() if len(self.weights) else None
+        return (self.weights > 0).byte().cpu().numpy() if len(self.weights) else None
 
     def loss_weights(self, batch: DeviceBatch) -> Tensor | None:
         """Of each sample's loss, float32 [batch]; None: all 1. It is one or the other in all epochs
@@ -1018,21 +1025,30 @@ class Selection(Stateful):
             weights = torch.ones_like(batch.labels, dtype=torch.float32)
         if not len(self.weights):
             return weights
-        known = self.weights[batch.indices].float().clamp(min=0)
+        known = self.weights[batch.indices].float()
+        # who was chosen in the last epoch and waited for a full batch is trained on as chosen
+        known = torch.where(known > 0, known, 1.0)
         return known if weights is None else known * weights
 
-    def record(self, batch: DeviceBatch, visit: Visit | None, epoch: int) -> None:
-        """Keep what a training step says of its samples. On the device."""
+    def record(self, batch: DeviceBatch, visit: Visit | None, epoch: int, fair: bool) -> None:
+        """Keep what a training step says of its samples. On the device. fair: see
+        `Run.is_fair`.
+        """
         if self.store is not None and visit is not None:
-            self.store.record(batch.indices, visit, epoch)
+            self.store.record(batch.indices, visit, epoch, fair)
 
-    def end_epoch(self, train_acc: float | None, is_sparse: bool, decides: bool) -> None:
+    def end_epoch(
+        self, train_acc: float | None, is_sparse: bool, decides: bool, val_acc: float = 0.0
+    ) -> None:
         """Set the next epoch's target. Collective.
 
-        train_acc: percent of those predicted. decides: whether that epoch may be sparse.
+        train_acc: percent of those predicted; None on all processes but one. decides: whether that
+        epoch may be sparse. val_acc: percent.
         """
+        all_predicted = self.scores.predicts or not is_sparse
+        fits = train_acc is None or not all_predicted or train_acc > val_acc
+        self.generalises = self.dist.broadcast(not fits)
         if train_acc is not None:
-            all_predicted = self.scores.predicts or not is_sparse
             # those whom the network has not predicted count as right
             predicted = self.loads if is_sparse else 1.0
             wrong = (1 - train_acc / 100) * (predicted if all_predicted else self.share)
@@ -1044,12 +1060,17 @@ class Selection(Stateful):
                 self.target.value = math.ceil(self.target.value * QUARTERS - 1e-9) / QUARTERS
         self.target.value = self.dist.broadcast(self.target.value)
 
-    def suspects(self, dataset: ImageDataset) -> Suspects | None:
-        """The samples whose labels may be wrong, where `ast.forget_rate` asks for them.
-        Collective.
+    def suspects(self, dataset: ImageDataset, error: float) -> Suspects | None:
+        """The samples whose labels may be wrong, where `ast.forget_rate` or
+        `training.list_suspects` asks for them. Collective. error: see `Judged.share`.
         """
         out = self.doubt.left_out()
-        return None if out is None else Suspects(dataset, self.store.on_host(), out)
+        if self.store is None or not self.store.labels:
+            return None
+        columns = self.store.on_host()
+        if out is None:
+            out = np.zeros(len(columns["visits"]), dtype=bool)
+        return Suspects(dataset, Judged.of_visits(columns, out, len(dataset)), error)
 
     def alike(self) -> list[float]:
         """Numbers that every process must have alike."""
@@ -1131,6 +1152,7 @@ def check_together(config: Config) -> None:
         f"training.loss={training.loss}": LOSSES[training.loss].recall is not Loss.recall,
         "ast.scoring=history": parts.scores.keeps_visits,
         f"ast.forget_rate={ast.forget_rate}": parts.doubt.keeps_labels,
+        "training.list_suspects": training.list_suspects,
     }
     keeper = next((name for name, keeps in keepers.items() if keeps), None)
     first_complaint(
@@ -1146,6 +1168,10 @@ def check_together(config: Config) -> None:
         (
             ast.candidates < 1 and ast.forget_rate,
             "ast.candidates: 1 for ast.forget_rate, which is a share of all samples",
+        ),
+        (
+            ast.candidates < 1 and training.list_suspects,
+            "ast.candidates: 1 for training.list_suspects, which judges all samples",
         ),
         (
             ast.candidates < 1 and not is_auto and ast.target_activation > ast.candidates,
@@ -1277,7 +1303,7 @@ def backward_rows(batch: DeviceBatch, local: Tensor, run: Run) -> None:
     active = active._replace(weights=selection.loss_weights(active))
     forward = selection.scores.reuse
     result = run.trainer.backward_rows(forward, selection.scores.told, active, rows)
-    selection.record(active, result.visit, metrics.epoch)
+    selection.record(active, result.visit, metrics.epoch, run.is_fair())
     metrics.add_step(active.indices, result, count_correct=False)
     metrics.ledger.padding += forward.capacity(len(rows)) - len(rows)
 
@@ -1311,9 +1337,24 @@ def train_step(batch: DeviceBatch, run: Run, count_correct: bool = True) -> int:
     result = run.trainer.train_step(batch, weights, metrics.epoch, metrics.step)
     if result is None:
         return 0
-    run.selection.record(batch, result.visit, metrics.epoch)
+    run.selection.record(batch, result.visit, metrics.epoch, run.is_fair())
     metrics.add_step(batch.indices, result, count_correct)
     return len(batch.labels)
+
+
+def look_again(run: Run, batches: Iterable[DeviceBatch], count: int) -> None:
+    """Predict the samples of the first `count` batches, whose labels are not believed, and keep
+    what becomes of these: a part of training, in its time, but no step.
+    """
+    ledger = run.metrics.ledger
+    for batch in islice(batches, count):
+        n = len(batch.labels)
+        ledger.loaded += n
+        ledger.looked += n
+        if n:
+            visit = run.network.look(batch.images, batch.labels)
+            # they have not been trained on since they were left out
+            run.selection.store.record(batch.indices, visit, run.metrics.epoch, fair=True)
 
 
 def dense_step(batch: DeviceBatch, run: Run) -> int:
@@ -1613,7 +1654,8 @@ def close_epoch(
     # a top share of samples never seen has no finite threshold
     thresholds = [float(each) for each in selection.thresholds if math.isfinite(each)]
     active = selection.activations
-    activation = statistics.fmean(active) if active else done.loaded / (considered or dense_samples)
+    in_steps = done.loaded - done.looked
+    activation = statistics.fmean(active) if active else in_steps / (considered or dense_samples)
     is_sparse = run.is_sparse()
     has_target = is_sparse and selection.rule.target is None
     watts = run.config.metrics.gpu_tdp_watts * run.dist.world
@@ -1645,7 +1687,7 @@ def close_epoch(
     if not run.warned_out_of_reach:
         least = run.config.ast.min_threshold
         run.warned_out_of_reach = out_of_reach(least, row["target"], active, thresholds)
-    selection.end_epoch(train_acc, is_sparse, run.decides)
+    selection.end_epoch(train_acc, is_sparse, run.decides, val_acc)
     return row
 
 
@@ -1737,6 +1779,15 @@ class Run:
     def is_sparse(self) -> bool:
         """Whether this epoch trains on a selection."""
         return self.schedule.is_sparse(self.metrics.epoch, self.selection.share)
+
+    def is_fair(self) -> bool:
+        """Whether what a training step says of its labels counts as judgement (`SampleStore`).
+
+        A network learns first what labels have in common, later single ones by heart. It judges in
+        the part of the schedule in which nobody is left out, and after that while it was no better
+        on what it trained on, in the last epoch, than on the validation set.
+        """
+        return self.schedule.progress() < FORGET_FROM or self.selection.generalises
 
     def start_epoch(self, epoch: int, order: np.ndarray) -> None:
         """Begin an epoch; where scores are known before loading, choose what it loads now. order:
@@ -1960,7 +2011,8 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
     if step == 0:
         run.start_epoch(epoch, plan.permutation())
     wide = reuses(run.config) and run.is_sparse()
-    plan.start_epoch(epoch, step, run.selection.mask(), wide)
+    looks = run.selection.doubt.looks(plan.permutation())
+    plan.start_epoch(epoch, step, run.selection.mask(), wide, looks)
     if step == 0:
         run.schedule.begin_epoch(epoch, plan, run.selection.share)
 
@@ -1980,6 +2032,7 @@ def run_epochs(run: Run, data: Data) -> str:
         clock.start()
         begin_epoch(run, plan)
         batches = device_batches(data.train, run.device, metrics.read_errors)
+        look_again(run, batches, plan.look_batches)
         whole = train_one_epoch(run, batches, len(plan))
         predict_kept_out(run, kept_out)
         clock.pause()
@@ -2229,7 +2282,8 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
         say_if_dense(run, outcome["status"])
         run.outputs.finish()
         if outcome["status"] != "interrupted":
-            suspects = run.selection.suspects(dataset)
+            error = 100 - max(run.metrics.history["val_acc"], default=0.0)
+            suspects = run.selection.suspects(dataset, error)
     except Exception as error:
         known = explained(error, run.config.logging.output_dir)
         outcome = {"status": "failed", "error": one_line(known)}
@@ -2246,6 +2300,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
             "idle_keys": sorted(unread_keys(run.config)),
             **code_facts(run),
             "val_split": data.val.dataset.split,
+            "suspected_labels": None if suspects is None else suspects.summary(),
         }
         environment = run.outputs.environment
         result = build_result(run.config, outcome, metrics.result(), run.clock, facts, environment)

@@ -26,6 +26,8 @@ import evaluate
 from conftest import REPO, make_config
 from helpers import folder_config
 from lab.config.loading import checkpoint_folder
+from lab.data.datasets import DigitsDataset
+from lab.data.randomness import label_shifts
 from lab.models.building import get_model
 from lab.outputs.evaluation import calibration
 from lab.study.cli import run_cli
@@ -295,6 +297,35 @@ def test_wrong_options_of_predictions_are_one_line(digits, drawn, tmp_path, caps
     ):
         code, out, err = asked(capsys, *images, *options)
         assert (code, out, err.count("\n")) == (2, "", 1)
+        assert complaint in err
+
+
+def test_wrong_labels_of_the_training_set_are_listed(digits, tmp_path, capsys):
+    """Labels that were right in training are wrong now; every picture comes twice."""
+    file = tmp_path / "new" / "wrong.csv"
+    noise = ["dataset.label_noise=0.2", "training.seed=3", "dataset.repeat=2"]
+    weights = ["--weights", digits[0] / "latest"]
+    code, out, err = asked(capsys, *weights, "--suspects", file, *noise)
+    assert code == 0
+    assert "training.list_suspects=true judges them before" in err
+    table = pd.read_csv(file)
+    assert not table["index"].duplicated().any()
+    train_set, _ = DigitsDataset.splits(None)
+    wrong = label_shifts(len(train_set), 10, 0.2, 3) > 0
+    found = wrong[table["index"]]
+    assert found.mean() > 0.8
+    assert found.sum() > 0.8 * wrong.sum()
+    right = train_set.labels()[table["index"]]
+    assert (table["suggested"] == right)[found].mean() > 0.8
+    assert f"suspected labels: {file} ({len(table)} of 1,437 samples; estimated wrong: " in out
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for options, complaint in (
+        (["--suspects", "a.txt"], "--suspects: a.txt: its name does not end in .csv"),
+        (["--suspects", file, "--output-dir", tmp_path], "--suspects: not with --output-dir"),
+        (["--suspects", "/proc/nowhere/a.csv"], "--suspects: cannot write to /proc/nowhere"),
+    ):
+        code, out, err = asked(capsys, *weights, *options)
+        assert (code, out) == (2, "")
         assert complaint in err
 
 

@@ -30,7 +30,7 @@ def trained(scoring, rule, target, doubt, tmp_path, *overrides):
 
 
 def left_out(tmp_path) -> int:
-    """How many samples the list of suspects says were left out."""
+    """How many of the suspected samples were left out."""
     (path,) = tmp_path.glob("suspected_labels_*.csv")
     with path.open(newline="") as file:
         return sum(int(row["left_out"]) for row in csv.DictReader(file))
@@ -57,7 +57,7 @@ def check(scoring, rule, target, doubt, tmp_path):
         assert list(tmp_path.glob("suspected*")) == []
     elif doubt == "0.2":
         assert history["forgotten"][1] == pytest.approx(0.2, abs=1 / 512)
-        assert left_out(tmp_path) == round(history["forgotten"][1] * 512)
+        assert left_out(tmp_path) <= round(history["forgotten"][1] * 512)
     else:  # needs four visits, see the test below
         assert history["forgotten"] == [0.0] * 3
         assert left_out(tmp_path) == 0
@@ -82,4 +82,4 @@ def test_labels_that_are_not_believed_are_left_out_with_every_pair(scoring, rule
     history = trained(scoring, rule, "0.4", "auto", tmp_path, *epochs)
     assert history["forgotten"][:6] == [0.0] * 6
     assert 0.01 < history["forgotten"][-1] < 0.3
-    assert left_out(tmp_path) == round(history["forgotten"][-1] * 512)
+    assert 0 < left_out(tmp_path) <= round(history["forgotten"][-1] * 512)

@@ -364,6 +364,11 @@ class TrainingConfig(Section):
         "with 17 % of them early_learning helped, most in 80 epochs, and "
         "generalised_cross_entropy did not",
     )
+    list_suspects: bool = Field(
+        False,
+        description="write a list of the training samples whose labels may be wrong, and a sheet "
+        "of their pictures, beside the results file; ast.forget_rate does so anyway",
+    )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
         description="weights of the training loss, not of the significance; balanced: the inverse "

@@ -54,6 +54,9 @@ class EpochPlan(Sampler):
     a training step takes a part; what is planned is planned in those of a step. With several
     processes, each gets its part of every batch. What a batch holds does not depend on their
     number.
+
+    Before its first training batch an epoch may have batches to look at, without training on them.
+    They are no steps: a number of batches never counts them.
     """
 
     def __init__(
@@ -92,16 +95,24 @@ class EpochPlan(Sampler):
         first_batch: int = 0,
         mask: np.ndarray | None = None,
         wide: bool = False,
+        looks: np.ndarray | None = None,
     ) -> None:
         """Make `epoch` the current one. A resumed epoch starts at batch number `first_batch`.
 
         mask: uint8, by index, not 0 for the samples to load; None loads a random `share(epoch)` of
-        them. wide: whether batches hold `wide_size` samples.
+        them. wide: whether batches hold `wide_size` samples. looks: int64, the samples to look at
+        before batch number 0.
         """
         self.epoch = epoch
         self.batch_size = self.wide_size if wide else self.step_size
         self.first_batch = first_batch
         self.mask = mask
+        self.looks = self.all_indices[:0] if looks is None else looks
+
+    @property
+    def look_batches(self) -> int:
+        """How many batches come before the training's."""
+        return 0 if self.first_batch else math.ceil(len(self.looks) / self.step_size)
 
     @property
     def indices(self) -> np.ndarray:
@@ -172,10 +183,20 @@ class EpochPlan(Sampler):
             order = order[self.mask[order] > 0]
         return order[: self._in_full_batches(len(order), self.batch_size)]
 
-    def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
+    def batches(self) -> Iterator[np.ndarray]:
+        """The indices of each batch, of all processes, int64 [batch]: those to look at, and from
+        batch number `first_batch` on those to train on.
+        """
+        size = self.step_size
+        for number in range(self.look_batches):
+            yield self.looks[number * size : (number + 1) * size]
         order = self.indices_to_load()
         for start in range(self.first_batch * self.batch_size, len(order), self.batch_size):
-            indices = self.dist.shard(order[start : start + self.batch_size])
+            yield order[start : start + self.batch_size]
+
+    def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
+        for batch in self.batches():
+            indices = self.dist.shard(batch)
             uniforms = uniform(
                 self.seed, self.epoch, torch.from_numpy(indices), UNIFORMS_PER_SAMPLE
             )

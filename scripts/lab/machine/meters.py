@@ -22,7 +22,7 @@ class Ledger(Stateful):
     """Work done, in samples and optimizer steps."""
 
     SAMPLES: ClassVar[tuple[str, ...]] = (
-        *("loaded", "scored", "trained", "reused", "padding", "learned"),
+        *("loaded", "scored", "trained", "reused", "padding", "learned", "looked"),
     )
     STATE: ClassVar[tuple[str, ...]] = (*SAMPLES, "steps")
 
@@ -33,6 +33,7 @@ class Ledger(Stateful):
     reused: int = 0  # of the trained, those whose forward was the scoring one
     padding: int = 0  # rows of weight 0 that went backward, to fill up a shape
     learned: int = 0  # samples that the proxy was trained on
+    looked: int = 0  # samples that the network predicted, and that no step had
 
     def reduce_to_rank0(self, dist: Dist) -> None:
         """Move to rank 0 the samples that all processes have counted. Collective."""
@@ -49,10 +50,11 @@ class Ledger(Stateful):
 
     def dense_equivalents(self, scoring_cost: float = 1 / 3, learning_cost: float = 0.0) -> float:
         """The forward + backward passes this work amounts to. A scored sample costs `scoring_cost`
-        of one, one that the proxy learns from `learning_cost`, a backward two thirds.
+        of one, one that the proxy learns from `learning_cost`, a forward a third.
         """
         backward = 2 / 3
         repeated = self.trained - (1 - backward) * self.reused + backward * self.padding
+        repeated += (1 - backward) * self.looked
         return repeated + self.scored * scoring_cost + self.learned * learning_cost
 
     def since(self, earlier: Ledger) -> Ledger:

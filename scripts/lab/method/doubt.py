@@ -22,6 +22,7 @@ CERTAIN_UNTIL = 0.75
 REVISIT = 0.25
 
 LEFT_OUT = -1.0  # in place of a weight: the epoch does not load the sample
+LOOKED_AT = 0.0  # likewise: it forwards the sample, and does not train on it
 
 
 class LabelDoubt(Stateful):
@@ -69,8 +70,14 @@ class LabelDoubt(Stateful):
         return 0.0
 
     def left_out(self) -> np.ndarray | None:
-        """Who was left out last, bool by index. Collective."""
+        """Who was left out last, bool by index; None: nobody is doubted. Collective."""
         return None
+
+    def looks(self, order: np.ndarray) -> np.ndarray:
+        """Those of int64 [n] samples that this epoch looks at without training on them, in that
+        order.
+        """
+        return order[:0]
 
 
 class HighestScores(LabelDoubt):
@@ -143,8 +150,8 @@ class UnlikelyLabels(LabelDoubt):
     """From FORGET_FROM of the schedule on, those whose label the network does not believe: see
     `doubted`.
 
-    A few of them, drawn by the seed, the epoch and the index, are looked at again, with weight 0. A
-    sample comes back once the network predicts its label.
+    A few of them, drawn by the seed, the epoch and the index, are looked at again before the
+    epoch's training steps. A sample comes back once the network predicts its label.
     """
 
     STATE = ("weights", "share_out")
@@ -165,15 +172,15 @@ class UnlikelyLabels(LabelDoubt):
             return
         out = doubted(store.on_host(), self.left_out(), progress)
         again = np.random.default_rng((self.seed, epoch, 2)).random(len(out)) < REVISIT
-        weights = np.where(out, np.where(again, 0.0, LEFT_OUT), 1.0)
+        weights = np.where(out, np.where(again, LOOKED_AT, LEFT_OUT), 1.0)
         self.weights.copy_(torch.from_numpy(weights))
         self.share_out = float(out[order].mean())
 
     def forgotten(self) -> float:
         return self.share_out
 
-    def mispredicted(self, all_predicted: bool) -> float:
-        return REVISIT * self.share_out
+    def looks(self, order: np.ndarray) -> np.ndarray:
+        return order[self.weights.numpy()[order] == LOOKED_AT]
 
     def left_out(self) -> np.ndarray:
         return self.weights.numpy() != 1

@@ -86,7 +86,8 @@ class GeneralisedCrossEntropy(Loss):
     """(1 - p^q) / q of the label's probability p, with q = 0.7 (Zhang & Sabuncu 2018, "Generalized
     cross entropy loss for training deep neural networks with noisy labels", equation 6).
 
-    A label that the network finds unlikely has a smaller gradient than with cross-entropy.
+    A label that the network finds unlikely has a smaller gradient than with cross-entropy. Of mixed
+    labels, float32 [batch, classes], the loss is the mean of the losses of their classes, by share.
     """
 
     Q = 0.7
@@ -94,8 +95,11 @@ class GeneralisedCrossEntropy(Loss):
     def __call__(
         self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        unlikely = F.cross_entropy(logits, labels, reduction="none")
-        return -torch.expm1(-self.Q * unlikely) / self.Q, None
+        if labels.ndim == 1:
+            likely = -F.cross_entropy(logits, labels, reduction="none")
+            return -torch.expm1(self.Q * likely) / self.Q, None
+        of_classes = -torch.expm1(self.Q * logits.log_softmax(-1)) / self.Q
+        return (labels * of_classes).sum(-1), None
 
 
 class EarlyLearning(Loss):
@@ -127,9 +131,16 @@ class EarlyLearning(Loss):
     ) -> tuple[Tensor, Tensor | None]:
         losses, _ = super().__call__(logits, labels)
         probabilities = logits.softmax(-1).clamp(1e-4, 1 - 1e-4)
-        predicted = probabilities.detach()
-        rows = self.DECAY * rows + (1 - self.DECAY) * predicted / predicted.sum(-1, keepdim=True)
+        rows = self.updated(rows, probabilities.detach())
         return losses + self.WEIGHT * torch.log1p(-(rows * probabilities).sum(-1)), rows
+
+    def updated(self, rows: Tensor, probabilities: Tensor) -> Tensor:
+        """The targets with one more prediction in them; of one that is not finite, as they were.
+        Both float32 [batch, classes].
+        """
+        predicted = probabilities / probabilities.sum(-1, keepdim=True)
+        finite = predicted.isfinite().all(-1, keepdim=True)
+        return torch.where(finite, self.DECAY * rows + (1 - self.DECAY) * predicted, rows)
 
     def recall(self, indices: Tensor) -> Tensor:
         return self.targets[indices]

@@ -15,6 +15,8 @@ from lab.machine.distributed import Dist
 
 LEAST = 1e-6  # nats: what a score of 0 is taken for, so that doubling it tells
 MEMORY = 4  # visits that the running means of loss and confidence are taken over
+# columns of what fair visits say of labels, see `SampleStore`
+JUDGED = ("visits", "likely", "rival", "rival_likely", "votes")
 
 
 class Visit(NamedTuple):
@@ -34,10 +36,14 @@ class SampleStore:
     last_epoch: int16, epoch of the last visit, -1 for never. 6 bytes a sample, indexed by the data
     set's own index.
 
-    With `labels`, 17 bytes more. loss and confidence: float32, exponential running means over some
+    With `labels`, 37 bytes more. loss and confidence: float32, exponential running means over some
     MEMORY visits. predicted: int32, the class of the last visit. given: int32, the label. streak:
     uint8, at how many visits in a row up to the last one the network has predicted this same class
-    and not the label.
+    and not the label. Over the visits at which the label was hardly learned by heart (`record`),
+    visits: int32, their number; likely: float32, the sum of the label's probabilities; rival:
+    int32, the class most often predicted in its place, -1 for none; rival_likely: float32, the sum
+    of its probabilities where it was predicted; votes: float32, of these what no other class's
+    predictions outweigh.
 
     Of several processes each keeps a range of the indices, a share of those bytes. What a process
     records is sent to the rank that keeps it when the store is read or saved.
@@ -63,7 +69,12 @@ class SampleStore:
             }
             self.columns |= {
                 name: torch.full_like(self.last_epoch, -1, dtype=torch.int32)
-                for name in ("predicted", "given")
+                for name in ("predicted", "given", "rival")
+            }
+            self.columns["visits"] = torch.zeros_like(self.last_epoch, dtype=torch.int32)
+            self.columns |= {
+                name: torch.zeros_like(self.significance)
+                for name in ("likely", "rival_likely", "votes")
             }
             self.columns["streak"] = torch.zeros_like(self.last_epoch, dtype=torch.uint8)
         self.unsent: list[
@@ -71,12 +82,17 @@ class SampleStore:
         ] = []  # (indices, rows) recorded by one of several processes
         self.unsent_epoch = -1
 
-    def record(self, indices: Tensor, visit: Visit, epoch: int) -> None:
-        """Keep what a visit says of the samples int64 [batch]."""
+    def record(self, indices: Tensor, visit: Visit, epoch: int, fair: bool = False) -> None:
+        """Keep what a visit says of the samples int64 [batch].
+
+        fair: whether what the network says of their labels counts as judgement: it has hardly
+        learned them by heart.
+        """
         given = visit if self.labels else visit[:1]
-        rows = torch.stack(
-            [column.float() for column in given]
-        )  # float32 holds every class's number
+        columns = [column.float() for column in given]  # which holds every class's number
+        if self.labels:
+            columns.append(torch.full_like(columns[0], float(fair)))
+        rows = torch.stack(columns)
         rows = torch.nan_to_num(rows, nan=math.inf, posinf=math.inf)
         if self.dist.world > 1:
             self.unsent.append((indices, rows))
@@ -92,9 +108,10 @@ class SampleStore:
         self.record(indices, Visit(scores, nothing, nothing, nothing, nothing), epoch)
 
     def _keep(self, indices: Tensor, rows: Tensor, epoch: int) -> None:
-        """rows: float32 [1 or 5, batch], the fields of a Visit."""
+        """rows: float32 [1 or 6, batch], the fields of a Visit and 1 for a fair one."""
         if self.labels:
-            self._keep_labels(indices, *rows[1:])
+            self._keep_labels(indices, *rows[1:5])
+            self._judge(indices, *rows[1:])
         self.significance.index_copy_(0, indices, rows[0])
         self.last_epoch.index_fill_(
             0, indices, epoch
@@ -117,15 +134,45 @@ class SampleStore:
         for name, new in (("streak", streak), ("predicted", predicted), ("given", given)):
             self.columns[name].index_copy_(0, indices, new.to(self.columns[name].dtype))
 
+    def _judge(
+        self,
+        indices: Tensor,
+        loss: Tensor,
+        confidence: Tensor,
+        predicted: Tensor,
+        given: Tensor,
+        fair: Tensor,
+    ) -> None:
+        """Count what fair visits say of labels. The rival is found by a weighted majority vote
+        (Boyer & Moore 1991, "MJRTY: a fast majority vote algorithm"), for which one class a sample
+        is enough to remember.
+        """
+        before = {name: self.columns[name][indices] for name in JUDGED}
+        counts = loss.isfinite() * fair
+        against = counts * confidence * (predicted != given)
+        same = predicted == before["rival"]
+        votes = before["votes"] + torch.where(same, against, -against)
+        falls = votes < 0
+        sums = before["rival_likely"] + torch.where(same, against, 0.0)
+        new = {
+            "visits": before["visits"] + counts,
+            "likely": before["likely"] + torch.where(counts > 0, torch.exp(-loss), 0.0),
+            "rival": torch.where(falls, predicted, before["rival"]),
+            "rival_likely": torch.where(falls, against, sums),
+            "votes": votes.abs(),
+        }
+        for name, values in new.items():
+            self.columns[name].index_copy_(0, indices, values.to(self.columns[name].dtype))
+
     def merge(self) -> None:
-        """Send what was recorded since the last merge, 12 bytes a sample and 16 more with labels,
+        """Send what was recorded since the last merge, 12 bytes a sample and 20 more with labels,
         to the ranks that keep it. Collective; at least once an epoch.
         """
         if self.dist.world == 1:
             return
         nothing = (
             self.significance[:0].long(),
-            self.significance.new_empty(5 if self.labels else 1, 0),
+            self.significance.new_empty(6 if self.labels else 1, 0),
         )
         indices, rows = (torch.cat(each, -1) for each in zip(nothing, *self.unsent, strict=True))
         self.unsent = []

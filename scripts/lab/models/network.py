@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.config.loading import Config
@@ -43,6 +44,12 @@ class StepResult(NamedTuple):
     memory: Tensor | None  # the new rows of a loss that remembers its samples, see `Loss`
 
 
+def visit_of(logits: Tensor, labels: Tensor, plain: Tensor, measure: Callable) -> Visit:
+    """What logits [batch, classes] without gradient say of samples. plain: their cross-entropy."""
+    confidence, predicted = logits.float().softmax(-1).max(-1)
+    return Visit(measure(logits, labels), plain, confidence, predicted, labels)
+
+
 def training_forward(
     model: nn.Module, normalise: Normalise, measure: Callable, loss: Loss
 ) -> Callable[..., StepResult]:
@@ -64,8 +71,7 @@ def training_forward(
         losses, plain, memory = loss.of_batch(logits.float(), labels, memory)
         if weights is None:
             return StepResult(losses.sum(), plain.sum(), correct, None, memory)
-        confidence, predicted = logits.detach().float().softmax(-1).max(-1)
-        visit = Visit(measure(logits.detach(), labels), plain, confidence, predicted, labels)
+        visit = visit_of(logits.detach(), labels, plain, measure)
         return StepResult((losses * weights).sum(), plain.sum(), correct, visit, memory)
 
     return forward
@@ -234,6 +240,21 @@ class Network(Stateful):
                 return model(self.normalise(images))
 
         return forward
+
+    @cached_property
+    def look_forward(self) -> Callable[[Tensor], Tensor]:
+        return self.predictor()
+
+    @torch.no_grad()
+    def look(self, images: Tensor, labels: Tensor) -> Visit:
+        """What validation would see of uint8 images [batch, 3, H, W], padded to one shape. Nothing
+        is trained; BatchNorm's statistics stay.
+        """
+        n = len(labels)
+        padding = images.new_zeros(max(0, self.local_batch - n), *images.shape[1:])
+        logits = self.look_forward(torch.cat([images, padding]))[:n].float()
+        plain = F.cross_entropy(logits, labels, reduction="none")
+        return visit_of(logits, labels, plain, self.measure)
 
     def normalise_by(self, moments: dict[str, Sequence[float]]) -> None:
         """Normalise pixels by this `mean` and `std` from now on; before anything is compiled."""

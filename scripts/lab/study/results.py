@@ -74,6 +74,7 @@ class ResultsFile:
     # how and when it was run, as text by its name; older files do not say
     told: dict[str, str] = field(default_factory=dict)
     diet: Diet | None = None  # likewise
+    suspected: str = ""  # how many labels are suspected, in words
 
     @property
     def finished_utc(self) -> str | None:
@@ -256,7 +257,16 @@ def read_run(path: Path) -> ResultsFile:
         if is_guessed(environment, settings):
             history.pop("est_energy_kj", None)
         figures = run_figures(result, history, settings) | {"non_finite": len(non_finite)}
-        return ResultsFile(path, settings, history, figures, environment, told, read_diet(result))
+        return ResultsFile(
+            path,
+            settings,
+            history,
+            figures,
+            environment,
+            told,
+            read_diet(result),
+            one_line(result.get("suspected_labels") or "", 200),
+        )
     except (
         TypeError,
         ValueError,

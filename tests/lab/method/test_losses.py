@@ -132,6 +132,38 @@ def test_a_certain_network_has_a_finite_loss():
     assert logits.grad.isfinite().all()
 
 
+def test_a_prediction_that_is_not_finite_leaves_no_trace_in_the_targets():
+    """A step that a scaler skips, or an error that is forgiven: later steps must not suffer."""
+    loss = early_learning()
+    indices = torch.tensor([5, 2])
+    _, rows = loss(torch.randn(2, 3), torch.tensor([0, 1]), loss.recall(indices))
+    loss.remember(indices, rows)
+    logits = torch.tensor([[math.nan, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    _, rows = loss(logits, torch.tensor([0, 1]), loss.recall(indices))
+    before = loss.targets[5].clone()
+    loss.remember(indices, rows)
+    assert torch.equal(loss.targets[5], before)
+    assert (loss.targets[2] > 0.3 * logits[1].softmax(-1)).all()  # both predictions are in it
+    assert loss.state_dict()["targets"].isfinite().all()
+    losses, _ = loss(torch.randn(2, 3), torch.tensor([0, 1]), loss.recall(indices))
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("shares", [[0.3, 0.7, 0.0], [0.2, 0.5, 0.3], [0.0, 0.0, 1.0]])
+def test_the_generalised_loss_of_a_mixture_is_the_mixture_of_losses(shares):
+    """Value and gradient."""
+    config = make_config("training.loss=generalised_cross_entropy")
+    loss = LOSSES["generalised_cross_entropy"](config.training, 1, 3, CPU, Dist())
+    logits = torch.tensor([[6.0, 0.0, -4.0]], requires_grad=True)
+    mixed, _ = loss(logits, torch.tensor([shares]))
+    single = [generalised(logits, torch.tensor([number])) for number in range(3)]
+    expected = sum(share * each for share, each in zip(shares, single, strict=True))
+    torch.testing.assert_close(mixed, expected)
+    (ours,) = torch.autograd.grad(mixed.sum(), logits, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_processes_share_the_targets_that_any_of_them_has_stored(tmp_path):
     values = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
 

@@ -117,14 +117,15 @@ class CachedLoader:
 
     def parts(self) -> Iterator[BatchPart]:
         """This process's part of each batch."""
-        order = self.indices if self.plan is None else self.plan.indices_to_load()
-        order = np.searchsorted(self.indices, order)
-        order = order if self.plan else order[self.readable[order]]
-        size = self.plan.batch_size if self.plan else self.batch_size
-        first = size * (self.plan.first_batch if self.plan else 0)
-        self._draw_erasures(order[first:])
-        for start in range(first, len(order), size):
-            yield self._part(order[start : start + size])
+        if self.plan is None:
+            order = np.flatnonzero(self.readable)
+            starts = range(self.batch_size, len(order), self.batch_size)
+            batches = np.split(order, starts) if len(order) else []
+        else:
+            batches = [np.searchsorted(self.indices, batch) for batch in self.plan.batches()]
+        self._draw_erasures(np.concatenate([np.empty(0, dtype=np.int64), *batches]))
+        for batch in batches:
+            yield self._part(batch)
 
     def _draw_erasures(self, rows: np.ndarray) -> None:
         """The boxes that are erased in the current epoch, float64 [n, 4] by row: one batch after
