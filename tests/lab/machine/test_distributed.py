@@ -712,7 +712,7 @@ def test_a_store_in_parts_is_one_store(tmp_path):
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     assert all(scores.tolist() == one.significance[order].tolist() for _, scores, _ in results)
-    assert sum(size for *_, size in results) == 23 * 50
+    assert sum(size for *_, size in results) == 43 * 50
     assert one.columns["streak"].max() == 2
 
 
