@@ -213,7 +213,7 @@ def test_loader_workers_that_are_spawned_know_it(own):
 import multiprocessing, os, sys
 sys.path.insert(0, {str(REPO / "scripts")!r})
 if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
+    multiprocessing.set_start_method("spawn", force=True)
     import run_experiment
     sys.exit(run_experiment.main(["--config", "own.yaml", "training.num_workers=1",
         "training.epochs=2", "training.seed=1", "logging.output_dir=spawned"]))
