@@ -2008,10 +2008,12 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
     epoch = run.metrics.epoch
     step = run.metrics.step
     plan.start_epoch(epoch, step)
+    looks = None  # they come before step 0
     if step == 0:
-        run.start_epoch(epoch, plan.permutation())
+        order = plan.permutation()
+        run.start_epoch(epoch, order)
+        looks = run.selection.doubt.looks(order)
     wide = reuses(run.config) and run.is_sparse()
-    looks = run.selection.doubt.looks(plan.permutation())
     plan.start_epoch(epoch, step, run.selection.mask(), wide, looks)
     if step == 0:
         run.schedule.begin_epoch(epoch, plan, run.selection.share)
