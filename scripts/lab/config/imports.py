@@ -31,6 +31,7 @@ from lab.base.files import expand_home
 from lab.config.tables import Entry, WrongPart, recorded
 
 DIGITS = 16  # of a hash, hexadecimal
+IMPORTS = "imports"  # beside weights: a folder with the code that they were trained with
 
 
 class Import(NamedTuple):
@@ -295,6 +296,14 @@ def _restore(asked: Import, loaded: Loaded) -> None:
         dict.__setitem__(table, name, part)
     sys.modules[loaded.module.__name__] = loaded.module
     sys.path.append(loaded.folder)
+
+
+def options_beside(weights: Path) -> str:
+    """The options that import the code in a weights folder; where that is gone, with FILE in its
+    place.
+    """
+    files = sorted((weights / IMPORTS).glob("*.py")) or [Path("FILE")]
+    return " ".join(f"--import {one_line(file)}" for file in files)
 
 
 def changed_code(before: Iterable[str], now: Iterable[str]) -> list[str]:

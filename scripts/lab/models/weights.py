@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lab.base.errors import RequestError, one_line
 from lab.base.files import replace_file, replace_text
+from lab.config.imports import IMPORTS, options_beside
 from lab.config.sections import DatasetConfig, ModelConfig
 from lab.machine.devices import IMAGENET_MOMENTS
 from lab.models.description import FACTS, Description, View, digest_of, read_description
@@ -30,7 +31,6 @@ WEIGHTS = "model.safetensors"
 # of a folder, in the order in which timm looks for them
 FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 CHECKPOINTS = ("best.pt", "last.pt")  # of a run; its weights folder lies beside them
-IMPORTS = "imports"  # beside the weights: a folder with the code that they were trained with
 DIGEST = "description"  # in the header of the weights: the hash of the config.json of their own
 
 
@@ -80,8 +80,7 @@ def find_weights(path: str, key: str = "model.weights", of: str | None = None) -
 def how_to_import(imports: Sequence[str], folder: Path) -> str:
     """What a refusal says of code that is beside weights in a folder, or is not there any more."""
     names = ", ".join(one_line(each.partition("@")[0], 60) for each in imports)
-    files = sorted((folder / IMPORTS).glob("*.py")) or [Path("FILE")]
-    options = " ".join(f"--import {one_line(file)}" for file in files)
+    options = options_beside(folder)
     return f"; the code {names} came with it and is not run by itself: if you trust it, {options}"
 
 

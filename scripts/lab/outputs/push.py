@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lab.base.errors import RequestError, one_line
 from lab.base.hub import hub_answers
+from lab.config.imports import IMPORTS
 from lab.models.description import FACTS
-from lab.models.weights import IMPORTS, WEIGHTS
+from lab.models.weights import WEIGHTS
 from lab.outputs.card import CARD
 
 UPLOADED = (WEIGHTS, FACTS, CARD)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lab.base.errors import RequestError, one_line
+from lab.config.imports import options_beside
 from lab.study.results import finished_at
 
 LATEST = "latest"
@@ -118,10 +119,8 @@ def config_of(found: Found, imports: Sequence[str] = ()) -> str:
     own = config.get("imports")
     if own and not imports:
         place = one_line(found.weights)
-        files = sorted((Path(found.weights) / "imports").glob("*.py")) or [Path("FILE")]
-        options = " ".join(f"--import {one_line(file)}" for file in files)
         raise RequestError(
             f"--weights: {place}: its run imports code, which is not run by itself; if you trust "
-            f"it, add {options}"
+            f"it, add {options_beside(Path(found.weights))}"
         )
     return json.dumps({key: value for key, value in config.items() if key != "imports"})
