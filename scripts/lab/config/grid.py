@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 from lab.base.errors import RequestError, one_line
-from lab.config.loading import config_keys, is_whole, load_config
+from lab.config.loading import config_keys, load_config, takes_whole_numbers
 
 
 def is_override(text: str) -> bool:
@@ -109,7 +109,7 @@ def _bounds(key: str, kind: str, values: Sequence[str]) -> tuple[float, float, b
         raise RequestError(
             f"--random {key}: {kind}({','.join(values)}): expected two numbers {above}that ascend"
         )
-    return low, high, is_whole(key)
+    return low, high, takes_whole_numbers(key)
 
 
 def _choose(values: Sequence[str], dice: random.Random) -> str:

@@ -191,15 +191,15 @@ def config_keys() -> dict[str, tuple[str, Any]]:
     }
 
 
-def is_whole(key: str) -> bool:
+def takes_whole_numbers(key: str) -> bool:
     """Whether a dotted key takes whole numbers and no others."""
     section, _, name = key.partition(".")
-    kinds = _kinds(Config.model_fields[section].annotation.model_fields[name].annotation)
+    kinds = _kinds(SECTIONS[section].model_fields[name].annotation)
     return int in kinds and float not in kinds
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that a type hint is made of."""
+    """The types that a type hint is made of, and the values of a Literal."""
     parts = get_args(annotation)
     return set().union(*map(_kinds, parts)) if parts else {annotation}
 
@@ -233,12 +233,9 @@ def takes_text(section: str, name: str) -> tuple[bool, bool]:
     info = part and part.model_fields.get(name)
     if not info:
         return False, False
-    kinds = [info.annotation]
-    for _ in range(2):  # a union, and the words of a Literal
-        kinds = [kind for each in kinds for kind in (get_args(each) or [each])]
-    return all(
-        kind in (str, NoneType) or isinstance(kind, str) for kind in kinds
-    ), NoneType in kinds
+    kinds = _kinds(info.annotation)
+    is_text = all(kind in (str, NoneType) or isinstance(kind, str) for kind in kinds)
+    return is_text, NoneType in kinds
 
 
 def parse_override(override: str) -> tuple[str, str, Any]:
