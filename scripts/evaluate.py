@@ -88,7 +88,6 @@ def judge(trained: Trained, config: Config, path: Path) -> None:
     from lab.data.datasets import ReadErrors
     from lab.data.images import Augmentation
     from lab.data.loading import device_batches
-    from lab.data.randomness import label_shifts
     from lab.machine.distributed import Dist
     from lab.machine.workers import ending_workers
     from lab.outputs.evaluation import predict
@@ -101,8 +100,7 @@ def judge(trained: Trained, config: Config, path: Path) -> None:
     device = trained.network.device
     train = build_splits(config.dataset)["train"]
     dataset = train.dataset
-    noise = (config.dataset.label_noise, config.training.seed)
-    dataset.label_shifts = label_shifts(len(dataset), len(dataset.classes), *noise)
+    dataset.mislabel(config.dataset.label_noise, config.training.seed)
     dataset.augmentation = Augmentation(config.dataset, train=False)
     dataset.max_bad_images = 0  # no stand-ins, which are other pictures
     pictures = train._replace(indices=np.unique(train.indices % len(dataset)))

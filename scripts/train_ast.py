@@ -96,7 +96,7 @@ from lab.data.loading import (
     loader_processes,
 )
 from lab.data.queue import ActiveQueue
-from lab.data.randomness import UNIFORMS_PER_SAMPLE, label_shifts, random_subset, uniform
+from lab.data.randomness import UNIFORMS_PER_SAMPLE, random_subset, uniform
 from lab.data.splitting import both_parts, repeated, validation_part
 from lab.data.tables import CSVDataset
 from lab.engine.checkpoint import (
@@ -1478,9 +1478,7 @@ def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = 
         dist.require_same(
             "dataset: the processes see different data", [train.fingerprint(), val.fingerprint()]
         )
-    train.label_shifts = label_shifts(
-        len(train), len(train.classes), dataset.label_noise, training.seed
-    )
+    train.mislabel(dataset.label_noise, training.seed)
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
     late = kept_out_of(indices, len(train), parts_of(config).target.KEEPS_OUT, training.seed)

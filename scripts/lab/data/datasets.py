@@ -29,6 +29,7 @@ from lab.config.loading import first_complaint
 from lab.config.sections import DatasetConfig
 from lab.data.folders import composed, read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
+from lab.data.randomness import label_shifts
 from lab.machine.workers import note_place
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing about a picture
@@ -207,6 +208,12 @@ class ImageDataset(Dataset):
         if self.label_shifts is None:
             return labels
         return (labels + self.label_shifts[np.asarray(indices) % len(self)]) % len(self.classes)
+
+    def mislabel(self, share: float, seed: int) -> None:
+        """Give a `share` of the samples another class from now on, as `dataset.label_noise` does
+        with `training.seed`.
+        """
+        self.label_shifts = label_shifts(len(self), len(self.classes), share, seed)
 
     def labels(self) -> np.ndarray:
         """The label of every sample, int64 [n], without noise; -1 for one that is no class."""
