@@ -1137,6 +1137,15 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
         part.check(config)
 
 
+def needs_of_reuse(config: Config) -> list[str]:
+    """What other keys would have to be for `ast.reuse_forward`; nothing where it is false or they
+    are so.
+    """
+    if not reuses(config):
+        return []
+    return list(unmet("ast.reuse_forward", spelled(config.model_dump()), OTHER_NEEDS))
+
+
 def check_together(config: Config) -> None:
     """Raises ValueError naming the key: for values that do not go together."""
     ast = config.ast
@@ -1146,7 +1155,7 @@ def check_together(config: Config) -> None:
     is_number = not is_auto and parts.rule.target is None and parts.doubt is HighestScores
     too_few = is_number and ast.forget_rate + ast.target_activation > 1 + 1e-9
     varies = training.compile != "off" and not fixed_shape(config)
-    unmet_reuse = list(unmet("ast.reuse_forward", spelled(config.model_dump()), OTHER_NEEDS))
+    unmet_reuse = needs_of_reuse(config)
     mixing = next((key for key in ("mixup", "cutmix") if getattr(training, key)), None)
     keepers = {
         f"training.loss={training.loss}": LOSSES[training.loss].recall is not Loss.recall,
@@ -1179,7 +1188,7 @@ def check_together(config: Config) -> None:
             f"{spell(ast.target_activation)}",
         ),
         (
-            reuses(config) and unmet_reuse,
+            unmet_reuse,
             f"ast.reuse_forward: {spell(ast.reuse_forward)} needs {' and '.join(unmet_reuse)}",
         ),
         (
