@@ -8,7 +8,6 @@ has saved, and its line says `pruned`: a sweep without halving takes it up again
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 from lab.base.errors import RequestError
 from lab.study.sweep.sharing import Board
+from lab.study.sweep.standing import EPOCH
 
 FACTOR = 3  # one in so many goes on from a rung; the next rung is so many times as far
-# a row of the table of epochs (`outputs.tables.epoch_line`): its epoch, and the fourth figure
-ROW = re.compile(r"^ *(\d+)(?:/\d+)? +(?:dense|ast|random) +\S+ +\S+ +([\d.]+) ", re.MULTILINE)
 
 
 def library() -> Any:
@@ -54,6 +52,7 @@ class Halving:
         )
         self.trials: dict[str, Any] = {}
         self.reported: dict[str, int] = {}  # the last epoch, by run
+        self.sizes: dict[str, int] = {}  # of each run's log, at the last look
         self.pruned: set[str] = set()
 
     def look(self, running: Iterable[Any]) -> None:
@@ -71,12 +70,19 @@ class Halving:
                 run.process.send_signal(signal.SIGTERM)
 
     def _is_behind(self, key: str, log: Path) -> bool:
+        """Whether a run is to be stopped, by the epochs that it has printed since the last look."""
+        size = log.stat().st_size
+        if size == self.sizes.get(key):
+            return False
+        self.sizes[key] = size
         trial = self.trials[key]
-        for epoch, accuracy in ROW.findall(log.read_text(encoding="utf-8", errors="replace")):
-            if int(epoch) <= self.reported.get(key, 0):
+        rows = map(EPOCH.match, log.read_text(encoding="utf-8", errors="replace").splitlines())
+        for row in (row for row in rows if row is not None and row[3] is not None):
+            epoch = int(row[1])
+            if epoch <= self.reported.get(key, 0):
                 continue
-            self.reported[key] = int(epoch)
-            trial.report(float(accuracy), int(epoch))
+            self.reported[key] = epoch
+            trial.report(float(row[3]), epoch)
             if trial.should_prune():
                 return True
         return False

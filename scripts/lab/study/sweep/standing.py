@@ -13,9 +13,10 @@ from lab.study.sweep.sharing import Board
 
 SHOW_SECONDS = 60.0  # between two lines of a run
 TAIL_BYTES = 4096  # of what a run prints: a few lines
-# a row of the table of epochs (`outputs.tables.epoch_line`), and the line that a run without a
-# terminal prints every minute (`base.console.step_bar`)
-EPOCH = re.compile(r"^ *(\d+)(?:/(\d+))? +(?:dense|ast|random) ")
+# a row of the table of epochs (`outputs.tables.epoch_line`), its epoch, of how many, and where it
+# is a number the validation accuracy; and the line that a run without a terminal prints every
+# minute (`base.console.step_bar`)
+EPOCH = re.compile(r"^ *(\d+)(?:/(\d+))? +(?:dense|ast|random) (?: *\S+ +\S+ +([\d.]+) )?")
 MINUTE = re.compile(r"^epoch (\d+)(?:/(\d+))?, step .*?(?:, ([\d:]+(?: days?, [\d:]+)?) left)?$")
 
 
