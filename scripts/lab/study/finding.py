@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from lab.base.errors import RequestError, one_line
 from lab.config.imports import options_beside
-from lab.study.results import finished_at
+from lab.study.results import RESULTS, finished_at
 
 LATEST = "latest"
-RESULTS = "final_results_*.json"
 
 
 class Found(NamedTuple):

@@ -21,6 +21,7 @@ from lab.base.errors import RequestError, one_line
 from lab.base.reading import spell
 from lab.config.loading import config_keys, sparse_span
 
+RESULTS = "final_results_*.json"  # the files of a results folder
 REQUIRED = ("best_accuracy", "total_time_hours", "epochs_completed", "training_history")
 ACTIVATION_BAND = 0.02  # an epoch's activation further than this from its target is worth a warning
 # a share: runs whose dense steps are further apart had machines of another speed
@@ -486,15 +487,13 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[ResultsFile], dict[str, 
     for folder in dict.fromkeys(folders):
         if not folder.is_dir():
             raise RequestError(f"--results-dir: {folder}: no such folder")
-        for path in sorted(folder.glob("final_results_*.json")):
+        for path in sorted(folder.glob(RESULTS)):
             try:
                 runs.append(read_run(path))
             except (OSError, ValueError) as error:
                 unreadable[shown(path)] = one_line(error)
     if not runs and not unreadable:
-        raise RequestError(
-            f"--results-dir: {', '.join(map(str, folders))}: no final_results_*.json in it"
-        )
+        raise RequestError(f"--results-dir: {', '.join(map(str, folders))}: no {RESULTS} in it")
     return runs, unreadable
 
 

@@ -13,10 +13,9 @@ from typing import Any
 from lab.base.console import Columns, table_line
 from lab.base.files import replace_text
 from lab.config.loading import Config, run_id
-from lab.study.results import finished_at, read_run
+from lab.study.results import RESULTS, finished_at, read_run
 from lab.study.sweep.plans import Planned
 
-RESULTS = "final_results_*.json"
 FINISHED = ("completed", "early_stopped", "time_capped")  # a run with one of these is not repeated
 
 
