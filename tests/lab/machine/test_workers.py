@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,14 +232,19 @@ def test_workers_that_are_ended_early_let_the_pinning_thread_end_in_silence(monk
     assert failed == []
 
 
-def test_a_worker_killed_from_outside_is_named_and_the_others_end(image_folder, tmp_path):
-    def kill(child: int) -> bool:
-        first = children(child)[:1] if list(tmp_path.glob("1/out/checkpoints/*/last.pt")) else []
-        for worker in first:
-            os.kill(worker, signal.SIGKILL)
-        return bool(first)
+def signal_a_worker(folder: Path, number: int, child: int) -> bool:
+    """Once the run `child` has saved in the folder, send a signal to its first loader worker.
+    Returns whether it did.
+    """
+    first = children(child)[:1] if list(folder.glob("out/checkpoints/*/last.pt")) else []
+    for worker in first:
+        os.kill(worker, number)
+    return bool(first)
 
+
+def test_a_worker_killed_from_outside_is_named_and_the_others_end(image_folder, tmp_path):
     args = arguments(image_folder, tmp_path / "1", "training.epochs=100000")
+    kill = partial(signal_a_worker, tmp_path / "1", signal.SIGKILL)
     assert_ended(forked_run(args, tmp_path / "1", act=kill), 1, "a loader worker died")
 
 
@@ -246,14 +252,8 @@ def test_a_worker_that_is_stopped_is_told_of_with_its_file_and_the_run_can_go_on
     image_folder, tmp_path
 ):
     """As a worker is that hangs on a dead network disk: it lives, and sends nothing."""
-
-    def stop(child: int) -> bool:
-        first = children(child)[:1] if list(tmp_path.glob("1/out/checkpoints/*/last.pt")) else []
-        for worker in first:
-            os.kill(worker, signal.SIGSTOP)
-        return bool(first)
-
     args = arguments(image_folder, tmp_path / "1", "dataset.worker_timeout=1")
+    stop = partial(signal_a_worker, tmp_path / "1", signal.SIGSTOP)
     ended = forked_run([*args, "training.epochs=100000"], tmp_path / "1", act=stop)
     assert_ended(ended, 1, "dataset.worker_timeout: no loader worker has sent a batch for 1 s; ")
     found = re.search(r"; (\S+\.jpg): process (\d+), stopped, has ", ended.errors[0])
