@@ -136,9 +136,8 @@ def figures_of(study: Study, tail: str) -> list[dict[str, Any]]:
     styles = choose_styles(study)
     found = []
     for name, (title, panels) in FIGURES.items():
-        alone = (
-            panels[0].y is None and len(study.table) == 1
-        )  # a point has nothing to stand against
+        # a point alone has nothing to stand against
+        alone = panels[0].y is None and len(study.table) == 1
         figure = None if alone else draw(study, name, legend=False)
         if figure is not None:
             entries = [(label, key_of(look)) for label, look in legend_entries(study, styles, name)]
