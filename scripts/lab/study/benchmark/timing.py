@@ -236,12 +236,12 @@ def over_processes(
 def time_collectives(
     steps: Step, device: torch.device, count: int, dist: TimedDist
 ) -> dict[str, dict[str, float]]:
-    """The collectives of one pass over `count` considered batches, by kind:
+    """The collectives of one pass over `count` considered batches, by kind.
 
-    calls        a considered batch; an epoch begins with one agreement more bytes        of a
-    process's own tensor ms           of a call: the mean over calls and processes, their waiting
-    for each other included transfer_ms  of a call, without waiting: the median over calls of the
-    time of the process that arrived last
+    `calls`: a considered batch; an epoch begins with one agreement more. `bytes`: of a process's
+    own tensor. `ms`: of a call, the mean over calls and processes, their waiting for each other
+    included. `transfer_ms`: of a call, without waiting; the median over calls of the time of the
+    process that arrived last.
     """
     dist.watch(device)
     steps(count)
