@@ -195,8 +195,8 @@ WAYS = {
         ),
         *("model.name=small_conv", "training.lr=0.2"),
     ],
-    "target unseen, mixed": [
-        "ast.target_activation=unseen",
+    "target auto, mixed": [
+        "ast.target_activation=auto",
         "ast.anneal_epochs=1",
         "ast.rule=topk",
         "training.mixup=0.2",
