@@ -54,7 +54,7 @@ def require_known(key: str, value: str, known: Iterable[str]) -> None:
     """Raises ValueError naming `key` where its value is not among the known ones."""
     if value not in (names := list(known)):
         expected = " or ".join(filter(None, [", ".join(map(repr, names[:-1])), repr(names[-1])]))
-        complaint = GONE.get(f"{key}={value}", f"expected {expected}, got {value!r}")
+        complaint = GONE_VALUES.get((key, value), f"expected {expected}, got {value!r}")
         raise ValueError(f"{key}: {complaint}")
 
 
@@ -207,18 +207,20 @@ def _kinds(annotation: Any) -> set[Any]:
 
 SHORT = reprlib.Repr()  # a config may hold far more than its text is long
 SHORT.maxstring = SHORT.maxother = 100
-GONE = {  # keys of earlier days, and values (key=value), and what to do instead
+GONE = {  # keys of earlier days, and what to do instead
     "ast.leave_out": "is now called ast.forget_rate",
     "ast.explore_weight_cap": "is gone: an explored sample weighs 1",
     "ast.proxy_every": "is gone: a proxy learns from one scored batch in four",
     "ast.proxy_resolution": "is now ast.score_resolution",
-    "ast.target_activation=unseen": "unseen is gone: auto judges by pictures kept out",
     "ast.score_ahead": "is gone: batches are scored ahead wherever that helps",
     "dataset.cache_dir": "is gone: the environment variable HF_HOME says where downloads are kept",
     "training.amp_dtype": "is now training.mixed_precision=bfloat16 or float16",
     "training.compile_scoring": "is gone: training.compile holds for scoring too",
     "training.loss_weight": "is gone: early_learning has the weight of its paper, 3",
     "training.max_nonfinite_steps": "is gone: a loss that is not finite ends the run",
+}
+GONE_VALUES = {  # likewise
+    ("ast.target_activation", "unseen"): "unseen is gone: auto judges by pictures kept out",
 }
 
 
