@@ -193,7 +193,9 @@ WAYS = {
             "ast.rule=topk",
             "ast.pack=true",
         ),
-        *("model.name=small_conv", "training.lr=0.2"),
+        *("model.name=small_conv", "training.optimizer=adamw", "training.lr=0.01"),
+        # 6 steps an epoch; after 12 it is decided: two pictures come in, and a selection begins
+        *("dataset.repeat=2", "training.batch_size=32", "training.epochs=5"),
     ],
     "target auto, mixed": [
         "ast.target_activation=auto",
