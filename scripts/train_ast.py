@@ -326,7 +326,7 @@ class Scores(Stateful):
         """Of an epoch with this share of active samples among all that are scored, as a share of a
         dense one.
         """
-        return self.cost + target * (1 if self.reuse is None else 2 / 3)
+        return self.cost + (target if self.reuse is None else in_quarters(target) * 2 / 3)
 
     def observe(self, batch: DeviceBatch, lr_share: float) -> int:
         """Learn from a whole batch. Returns from how many samples. lr_share: the rate as a share of
@@ -368,6 +368,11 @@ class NetworkScores(Scores):
 
 
 QUARTERS = 4  # in which an automatic target moves, where each share is compiled for itself
+
+
+def in_quarters(share: float) -> float:
+    """The smallest of these shares that is no smaller."""
+    return math.ceil(share * QUARTERS - 1e-9) / QUARTERS
 
 
 def reuses(config: Config) -> bool:
@@ -790,8 +795,8 @@ class AutoTarget(Target):
                 f"{100 * self.active_wrong:.1f} %: it knows these by heart; more or more varied "
                 "pictures would change it"
             )
-        begins = min(1.0, (1 - cost(0.0)) / (cost(1.0) - cost(0.0)))  # where it costs as much
-        bar = self.WRONG_SHARE * begins
+        dearest = max((n for n in range(1000) if cost(n / 1000) < 1), default=0) / 1000
+        bar = self.WRONG_SHARE * dearest
         return (
             f"{100 * self.fewest_wrong:.1f} % of the samples were predicted wrongly at best while "
             f"half of the sparse epochs were left, and a selection begins below {100 * bar:.1f} %: "
@@ -1094,7 +1099,7 @@ class Selection(Stateful):
             self.target.end_epoch(evidence, self.scores.epoch_cost)
             # each share is compiled for itself
             if self.target.MOVES and self.scores.reuse is not None:
-                self.target.value = math.ceil(self.target.value * QUARTERS - 1e-9) / QUARTERS
+                self.target.value = in_quarters(self.target.value)
         self.target.load_state_dict(self.dist.broadcast(self.target.state_dict()))
 
     def unseen_evidence(self) -> tuple[int, float]:
@@ -1836,10 +1841,14 @@ class Run:
 
     @property
     def sparse_left(self) -> float:
-        """Which share of the epochs that may be sparse comes after the next epoch."""
+        """Which share of the epochs that may be sparse comes after the next epoch; where the time
+        ends the run, no more than is left of it.
+        """
         span = self.schedule.shares.span
         later = range(max(self.metrics.epoch + 2, span.start), span.stop)
-        return len(later) / max(1, len(span))
+        by_time = self.config.training.lr_decay == "time"
+        left = 1 - self.schedule.progress() if by_time else 1.0
+        return min(left, len(later) / max(1, len(span)))
 
     def is_sparse(self) -> bool:
         """Whether this epoch trains on a selection."""

@@ -1,6 +1,7 @@
 """What gives the scores, and what a target of auto makes of the predictions."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,16 @@ def test_dense_epochs_before_the_sparse_ones_decide_nothing():
     auto.end_epoch(Evidence(0.01, decides=False, left=0.0), two_passes)  # nor is there one left
     assert not auto.keeps_out
     assert auto.value == 1
+
+
+def test_where_time_ends_the_run_half_of_it_is_the_last_moment():
+    run = make_run(LayerNormNet(), "training.lr_decay=time", "training.max_minutes=1")
+    run.schedule.shares = dataclasses.replace(run.schedule.shares, span=range(2, 10))
+    assert run.sparse_left == 1
+    run.metrics.epoch = 4
+    assert run.sparse_left == 4 / 8
+    run.clock.train_seconds = 45
+    assert run.sparse_left == 0.25
 
 
 def test_a_picture_that_is_kept_out_is_in_no_copy_and_comes_once_it_is_decided():
