@@ -326,7 +326,7 @@ class Scores(Stateful):
         """Of an epoch with this share of active samples among all that are scored, as a share of a
         dense one.
         """
-        return self.cost + target * (1 if self.reuse is None else 2 / 3)
+        return self.cost + (target if self.reuse is None else in_quarters(target) * 2 / 3)
 
     def observe(self, batch: DeviceBatch, lr_share: float) -> int:
         """Learn from a whole batch. Returns from how many samples. lr_share: the rate as a share of
@@ -368,6 +368,11 @@ class NetworkScores(Scores):
 
 
 QUARTERS = 4  # in which an automatic target moves, where each share is compiled for itself
+
+
+def in_quarters(share: float) -> float:
+    """The smallest of these shares that is no smaller."""
+    return math.ceil(share * QUARTERS - 1e-9) / QUARTERS
 
 
 def reuses(config: Config) -> bool:
@@ -673,7 +678,9 @@ class Evidence(NamedTuple):
 
     wrong: float  # share of the samples predicted wrongly, of those whose labels are believed
     decides: bool  # whether the next epoch may train on a selection
-    unseen: ClassCounts | None = None  # of the pictures kept out, see `Target.KEEPS_OUT`
+    left: float  # share of the run's sparse epochs that come after the next epoch
+    kept_out: int = 0  # how many pictures were kept out and predicted, see `Target.KEEPS_OUT`
+    unseen_wrong: float = 0.0  # share of these predicted wrongly, less that of doubted labels
 
 
 class Target(Stateful):
@@ -682,12 +689,17 @@ class Target(Stateful):
     KEYS: ClassVar[tuple[str, ...]] = ("target_activation",)
     MOVES: ClassVar[bool] = False  # whether it changes from epoch to epoch
     # training pictures, a fortieth of all at most, that are predicted after every epoch that
-    # decides, and trained on once no epoch does
+    # decides, and trained on once `keeps_out` is false
     KEEPS_OUT: ClassVar[int] = 0
     STATE = ("value",)
 
     def __init__(self, value: float):
         self.value = value
+
+    @property
+    def keeps_out(self) -> bool:
+        """Whether the next epoch is without the pictures kept out."""
+        return False
 
     def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
         """Set the next epoch's share."""
@@ -698,6 +710,10 @@ class Target(Stateful):
         """
         return None
 
+    def facts(self) -> dict[str, Any] | None:
+        """What results say of it, as JSON; None: nothing."""
+        return None
+
 
 class AutoTarget(Target):
     """All samples while many are predicted wrongly, later three times their share.
@@ -705,72 +721,92 @@ class AutoTarget(Target):
     At most WRONG_SHARE of the active ones are wrongly predicted: a network that has far to go
     cannot learn from the hardest samples alone. No fewer than LEAST are active. Where that and the
     scoring cost more than training on all samples, all are.
+
+    Whether a selection begins is decided once, by pictures that are kept out until then. The first
+    time that it would cost less, it begins, unless the pictures kept out are predicted wrongly more
+    often than those that it would train on, by two standard errors of a share, at most
+    1 / sqrt(pictures). Then the network knows its samples by heart: it lacks other pictures, not
+    more of the hardest. After TRIALS such epochs, or once fewer than LEFT of the sparse epochs
+    would be left, all samples are trained on to the end.
     """
 
     MOVES = True
-    STATE = ("value", "fewest_wrong")
+    KEEPS_OUT = 250
+    STATE = (
+        *("value", "selects", "refused", "epochs_without", "fewest_wrong"),
+        *("kept_out", "unseen_wrong", "active_wrong"),
+    )
     LEAST: ClassVar[float] = 0.5
     WRONG_SHARE: ClassVar[float] = 1 / 3
+    TRIALS: ClassVar[int] = 3  # predictions of one epoch scatter with its last steps
+    LEFT: ClassVar[float] = 0.5  # no selection that began later has shown a gain
 
     def __init__(self, value: float):
         super().__init__(value)
-        self.fewest_wrong = math.inf  # of the epochs that decided; a share
+        self.selects: bool | None = None  # None: not decided yet
+        self.refused = 0  # epochs after which a selection would have cost less and did not begin
+        self.epochs_without = 0  # the pictures kept out
+        self.fewest_wrong = math.inf  # of the epochs after which it could begin; a share
+        # at the last of these after which it would have cost less: how many were kept out, the
+        # share of them that was wrong, and that of those whom it would have trained on
+        self.kept_out = 0
+        self.unseen_wrong: float | None = None
+        self.active_wrong: float | None = None
+
+    @property
+    def keeps_out(self) -> bool:
+        return self.selects is None
 
     def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
         target = max(self.LEAST, evidence.wrong / self.WRONG_SHARE)
         self.value = target if cost(target) < 1 else 1.0
-        if evidence.decides:
-            self.fewest_wrong = min(self.fewest_wrong, evidence.wrong)
+        if self.selects is None:
+            self.epochs_without += 1
+            if evidence.decides:
+                self.judge(evidence)
+            if self.selects is None and evidence.left < self.LEFT:
+                self.selects = False
+        if not self.selects:
+            self.value = 1.0
+
+    def judge(self, evidence: Evidence) -> None:
+        """Decide whether a selection begins, where this epoch can tell."""
+        self.fewest_wrong = min(self.fewest_wrong, evidence.wrong)
+        if self.value == 1:
+            return
+        self.kept_out = evidence.kept_out
+        self.unseen_wrong = evidence.unseen_wrong
+        self.active_wrong = evidence.wrong / self.value
+        margin = 1 / math.sqrt(max(1, self.kept_out))
+        if self.unseen_wrong - margin <= self.active_wrong:
+            self.selects = True
+            return
+        self.refused += 1
+        if self.refused == self.TRIALS:
+            self.selects = False
 
     def why_dense(self, cost: Cost) -> str:
         if self.fewest_wrong == math.inf:
             return "no sparse epoch came after its first; see ast.warmup_epochs and anneal_epochs"
-        begins = min(1.0, (1 - cost(0.0)) / (cost(1.0) - cost(0.0)))  # where it costs as much
-        bar = self.WRONG_SHARE * begins
+        if self.refused:
+            return (
+                f"{100 * self.unseen_wrong:.1f} % of {self.kept_out} pictures kept out were "
+                "predicted wrongly, and of those that a selection would train on "
+                f"{100 * self.active_wrong:.1f} %: it knows these by heart; more or more varied "
+                "pictures would change it"
+            )
+        dearest = max((n for n in range(1000) if cost(n / 1000) < 1), default=0) / 1000
+        bar = self.WRONG_SHARE * dearest
         return (
-            f"{100 * self.fewest_wrong:.1f} % of the samples were predicted wrongly at best, and a "
-            f"selection begins below {100 * bar:.1f} %: train longer, score at less cost "
-            "(ast.score_resolution), or give ast.target_activation a number"
+            f"{100 * self.fewest_wrong:.1f} % of the samples were predicted wrongly at best while "
+            f"half of the sparse epochs were left, and a selection begins below {100 * bar:.1f} %: "
+            "train longer, score at less cost (ast.score_resolution), or give "
+            "ast.target_activation a number"
         )
 
-
-class UnseenTarget(AutoTarget):
-    """As AutoTarget, while the active samples are harder than pictures that were never trained on.
-
-    All wrongly predicted samples are active. Where a smaller share of the active is wrong than of
-    pictures kept out, the network knows by heart even the hardest of what it trains on: it lacks
-    more pictures, not more of those, and trains on all. The kept out must be worse by two standard
-    errors of a share, which are at most 1 / sqrt(pictures).
-    """
-
-    KEEPS_OUT = 500
-    STATE = (*AutoTarget.STATE, "unseen_wrong", "active_wrong")
-
-    def __init__(self, value: float):
-        super().__init__(value)
-        # at the last epoch that a selection would have followed, shares: of the kept out, and of
-        # those whom it would have trained on
-        self.unseen_wrong: float | None = None
-        self.active_wrong: float | None = None
-
-    def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
-        super().end_epoch(evidence, cost)
-        if self.value == 1 or evidence.unseen is None:
-            return
-        pictures = sum(evidence.unseen.count)
-        self.unseen_wrong = 1 - evidence.unseen.accuracy() / 100
-        self.active_wrong = evidence.wrong / self.value
-        if self.unseen_wrong - 1 / math.sqrt(pictures) > self.active_wrong:
-            self.value = 1.0
-
-    def why_dense(self, cost: Cost) -> str:
-        if self.unseen_wrong is None:
-            return super().why_dense(cost)
-        return (
-            f"{100 * self.unseen_wrong:.1f} % of the pictures kept out were predicted wrongly, and "
-            f"of the half or more that a selection would train on {100 * self.active_wrong:.1f} %: "
-            "it knows these by heart; more or more varied pictures would change it"
-        )
+    def facts(self) -> dict[str, Any]:
+        names = ("selects", "epochs_without", "unseen_wrong", "active_wrong")
+        return {name: getattr(self, name) for name in names}
 
 
 class Parts(NamedTuple):
@@ -783,7 +819,7 @@ class Parts(NamedTuple):
 
 
 # where the values are no numbers
-TARGETS = Table("ast.target_activation", Target, {"auto": AutoTarget, "unseen": UnseenTarget})
+TARGETS = Table("ast.target_activation", Target, {"auto": AutoTarget})
 DOUBTS = Table("ast.forget_rate", LabelDoubt, {"auto": UnlikelyLabels})
 
 
@@ -1038,12 +1074,17 @@ class Selection(Stateful):
             self.store.record(batch.indices, visit, epoch, fair)
 
     def end_epoch(
-        self, train_acc: float | None, is_sparse: bool, decides: bool, val_acc: float = 0.0
+        self,
+        train_acc: float | None,
+        is_sparse: bool,
+        decides: bool,
+        left: float,
+        val_acc: float = 0.0,
     ) -> None:
         """Set the next epoch's target. Collective.
 
-        train_acc: percent of those predicted; None on all processes but one. decides: whether that
-        epoch may be sparse. val_acc: percent.
+        train_acc: percent of those predicted; None on all processes but one. decides, left: see
+        `Evidence`. val_acc: percent.
         """
         all_predicted = self.scores.predicts or not is_sparse
         fits = train_acc is None or not all_predicted or train_acc > val_acc
@@ -1053,12 +1094,20 @@ class Selection(Stateful):
             predicted = self.loads if is_sparse else 1.0
             wrong = (1 - train_acc / 100) * (predicted if all_predicted else self.share)
             doubted = self.doubt.mispredicted(all_predicted)
-            evidence = Evidence(max(0.0, wrong - doubted), decides, self.unseen)
+            unseen = self.unseen_evidence()
+            evidence = Evidence(max(0.0, wrong - doubted), decides, left, *unseen)
             self.target.end_epoch(evidence, self.scores.epoch_cost)
             # each share is compiled for itself
             if self.target.MOVES and self.scores.reuse is not None:
-                self.target.value = math.ceil(self.target.value * QUARTERS - 1e-9) / QUARTERS
-        self.target.value = self.dist.broadcast(self.target.value)
+                self.target.value = in_quarters(self.target.value)
+        self.target.load_state_dict(self.dist.broadcast(self.target.state_dict()))
+
+    def unseen_evidence(self) -> tuple[int, float]:
+        """Of the pictures kept out that could be predicted: how many, and which share wrongly."""
+        if self.unseen is None:
+            return 0, 0.0
+        wrong = 1 - self.unseen.accuracy() / 100
+        return sum(self.unseen.count), max(0.0, wrong - (self.doubt.forgotten() or 0.0))
 
     def suspects(self, dataset: ImageDataset, error: float) -> Suspects | None:
         """The samples whose labels may be wrong, where `ast.forget_rate` or
@@ -1443,23 +1492,33 @@ class Data(NamedTuple):
     plan: EpochPlan  # drives the first
     classes: int
 
+    @property
+    def kept_out(self) -> np.ndarray:
+        """The pictures that are kept out at first, int64, each once."""
+        return np.unique(self.plan.kept_out % len(self.train.dataset))
+
 
 def kept_out_of(indices: np.ndarray, size: int, most: int, seed: int) -> np.ndarray:
     """Those of int64 [n] training samples that are kept out: `most` pictures, a fortieth at most,
     with all their copies (`dataset.repeat`). size: of the data set.
     """
     pictures = np.unique(indices % size)
-    count = min(most, math.ceil(len(pictures) / 40))
+    count = min(most, len(pictures) // 40)
     drawn = np.random.default_rng((seed, 3)).permutation(pictures)[:count]
     return indices[np.isin(indices % size, drawn)]
 
 
-def load_kept_out(data: Data, config: Config) -> list[LoaderBatch]:
-    """This process's part of the pictures that are kept out, as validation would show them."""
+def load_kept_out(data: Data, config: Config) -> list[LoaderBatch] | None:
+    """This process's part of the pictures that are kept out, as validation would show them; None
+    where there are none, or none can be read: nothing stands in for them. Collective.
+    """
     plain = copy.copy(data.train.dataset)
     plain.augmentation = Augmentation(config.dataset, train=False)
-    batches = in_order(np.unique(data.plan.late % len(plain)), config, data.plan.dist)
-    return [collate(plain.__getitems__(batch)) for batch in batches]
+    plain.max_bad_images = 0
+    batches = in_order(data.kept_out, config, data.plan.dist)
+    loaded = [collate(plain.__getitems__(batch)) for batch in batches]
+    readable = data.plan.dist.all_gather([sum(len(batch.labels) for batch in loaded)])
+    return loaded if readable.any() else None
 
 
 def in_order(indices: np.ndarray, config: Config, dist: Dist) -> list[list[tuple[int, np.ndarray]]]:
@@ -1490,13 +1549,10 @@ def build_dataloaders(config: Config, device: torch.device, dist: Dist | None = 
     train.mislabel(dataset.label_noise, training.seed)
     if len(indices) < dist.world:
         raise RequestError(f"dataset: {len(indices)} training samples for {dist.world} processes")
-    late = kept_out_of(indices, len(train), parts_of(config).target.KEEPS_OUT, training.seed)
+    kept_out = kept_out_of(indices, len(train), parts_of(config).target.KEEPS_OUT, training.seed)
     share = shares_of(config).loaded
     wide = candidate_batch(config, dist.world)
-    late_from = config.sparse_span().stop
-    plan = EpochPlan(
-        indices, training.batch_size, training.seed, share, dist, wide, late, late_from
-    )
+    plan = EpochPlan(indices, training.batch_size, training.seed, share, dist, wide, kept_out)
     options = loader_options(config, device, train)
     if dataset.cache != "none":
         loaders = cached_loaders(splits, plan, config, device, dist, options)
@@ -1694,7 +1750,7 @@ def close_epoch(
     if not run.warned_out_of_reach:
         least = run.config.ast.min_threshold
         run.warned_out_of_reach = out_of_reach(least, row["target"], active, thresholds)
-    selection.end_epoch(train_acc, is_sparse, run.decides, val_acc)
+    selection.end_epoch(train_acc, is_sparse, run.decides, run.sparse_left, val_acc)
     return row
 
 
@@ -1782,6 +1838,17 @@ class Run:
     def decides(self) -> bool:
         """Whether the next epoch may train on a selection, by what this one shows."""
         return self.metrics.epoch + 1 in self.schedule.shares.span
+
+    @property
+    def sparse_left(self) -> float:
+        """Which share of the epochs that may be sparse comes after the next epoch; where the time
+        ends the run, no more than is left of it.
+        """
+        span = self.schedule.shares.span
+        later = range(max(self.metrics.epoch + 2, span.start), span.stop)
+        by_time = self.config.training.lr_decay == "time"
+        left = 1 - self.schedule.progress() if by_time else 1.0
+        return min(left, len(later) / max(1, len(span)))
 
     def is_sparse(self) -> bool:
         """Whether this epoch trains on a selection."""
@@ -1999,12 +2066,12 @@ def evaluate(network: Network, batches: Iterable[DeviceBatch], clock: Clock) -> 
     return ClassCounts.of(clock.dist.all_gather_objects(torch.cat(found, 1).cpu().numpy()))
 
 
-def predict_kept_out(run: Run, kept_out: Sequence[LoaderBatch]) -> None:
+def predict_kept_out(run: Run, kept_out: Sequence[LoaderBatch] | None) -> None:
     """After an epoch that decides, predict the pictures kept out: a part of training, in its time.
     Collective.
     """
     selection = run.selection
-    if not selection.target.KEEPS_OUT or not run.decides:
+    if kept_out is None or not selection.target.keeps_out or not run.decides:
         return
     batches = device_batches(kept_out, run.device, run.metrics.read_errors)
     selection.unseen = evaluate(run.network, batches, run.clock)
@@ -2014,6 +2081,7 @@ def begin_epoch(run: Run, plan: EpochPlan) -> None:
     """Take `plan` to where the run stands. At an epoch's start, choose what it trains on."""
     epoch = run.metrics.epoch
     step = run.metrics.step
+    plan.keeps_out = run.selection.target.keeps_out
     plan.start_epoch(epoch, step)
     looks = None  # they come before step 0
     if step == 0:
@@ -2034,7 +2102,7 @@ def run_epochs(run: Run, data: Data) -> str:
     clock = run.clock
     outputs = run.outputs
     plan = data.plan
-    kept_out = load_kept_out(data, run.config)
+    kept_out = load_kept_out(data, run.config) if run.selection.target.keeps_out else None
     print_rank0(epoch_line(run.config))
     clock.eval_steps = len(data.val)
     while (status := clock.ending(metrics.epoch, metrics.step, metrics.history["val_acc"])) is None:
@@ -2224,12 +2292,12 @@ def introduce(run: Run, data: Data) -> None:
     pictures = run.dist.all_gather([own_pictures(data.val)])
     facts = Facts(run.outputs.environment["gpu"], run.dist.world, size, run.network.base_flop)
     announce(run.config, facts, data.plan, data.classes, int(pictures.sum()))
-    kept_out = len(data.plan.all_indices) - len(data.plan.indices)
+    kept_out = len(data.kept_out)
     if kept_out:
         key = f"ast.target_activation={run.config.ast.target_activation}"
-        last = data.plan.late_from
         print_rank0(
-            f"note: {key} keeps {kept_out:,} pictures out until epoch {last} and judges by them"
+            f"note: {key} keeps {kept_out:,} pictures out until it is decided by them whether a "
+            "selection begins"
         )
     unread = unread_keys(run.config)
     if unread:
@@ -2256,16 +2324,23 @@ def continue_from(run: Run, path: Path | None, state: dict[str, Any] | None) -> 
     print_rank0(f"resumed from {path}: epoch {run.metrics.epoch + 1}, step {run.metrics.step}")
 
 
-def say_if_dense(run: Run, status: str) -> None:
-    """At a run's end, say why an automatic target let every epoch train on all samples."""
-    selection = run.selection
-    targets = run.metrics.history["target"]
-    if status == "interrupted" or any(target is not None for target in targets):
+def say_of_target(run: Run, status: str, kept_out: int) -> None:
+    """At a run's end, say what an automatic target did without, and why it let every epoch train on
+    all samples, where it did. kept_out: how many pictures were kept out at first.
+    """
+    target = run.selection.target
+    facts = target.facts()
+    if status == "interrupted":
         return
-    why = selection.target.why_dense(selection.scores.epoch_cost)
-    if why is not None:
+    said = []
+    if all(share is None for share in run.metrics.history["target"]):
+        why = target.why_dense(run.selection.scores.epoch_cost)
+        said += [] if why is None else [f"trained on all samples in every epoch: {why}"]
+    if kept_out and facts is not None:
+        said.append(f"kept {kept_out:,} pictures out of {facts['epochs_without']} epochs")
+    if said:
         key = f"ast.target_activation={run.config.ast.target_activation}"
-        print_rank0(f"note: {key} trained on all samples in every epoch: {why}")
+        print_rank0(f"note: {key} {'; it '.join(said)}")
 
 
 def code_facts(run: Run) -> dict[str, Any]:
@@ -2288,7 +2363,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
     try:
         with ending_workers():
             outcome = {"status": run_epochs(run, data)}
-        say_if_dense(run, outcome["status"])
+        say_of_target(run, outcome["status"], len(data.kept_out))
         run.outputs.finish()
         if outcome["status"] != "interrupted":
             error = 100 - max(run.metrics.history["val_acc"], default=0.0)
@@ -2303,6 +2378,10 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
         metrics = run.metrics
         counts = metrics.times_trained if run.outputs.checkpoints else None
         diet = count_diet(dataset, data.plan.all_indices, counts)
+        target = run.selection.target.facts()
+        target = (
+            {} if target is None else {"auto_target": {"kept_out": len(data.kept_out), **target}}
+        )
         facts = {
             **diet_figures(diet, metrics.by_class),
             "base_flop_per_sample": run.network.base_flop,
@@ -2310,6 +2389,7 @@ def train_and_report(run: Run, data: Data) -> tuple[dict[str, Any], Path]:
             **code_facts(run),
             "val_split": data.val.dataset.split,
             "suspected_labels": None if suspects is None else suspects.summary(),
+            **target,
         }
         environment = run.outputs.environment
         result = build_result(run.config, outcome, metrics.result(), run.clock, facts, environment)

@@ -193,10 +193,12 @@ WAYS = {
             "ast.rule=topk",
             "ast.pack=true",
         ),
-        *("model.name=small_conv", "training.lr=0.2"),
+        *("model.name=small_conv", "training.optimizer=adamw", "training.lr=0.01"),
+        # 6 steps an epoch; after 12 it is decided: two pictures come in, and a selection begins
+        *("dataset.repeat=2", "training.batch_size=32", "training.epochs=5"),
     ],
-    "target unseen, mixed": [
-        "ast.target_activation=unseen",
+    "target auto, mixed": [
+        "ast.target_activation=auto",
         "ast.anneal_epochs=1",
         "ast.rule=topk",
         "training.mixup=0.2",

@@ -144,11 +144,15 @@ def test_a_rule_holds_its_target(rule, target, tmp_path):
     assert history["val_acc"][-1] > 50
     # a sparse epoch has batches of 32 / 0.4 or 32 / 0.5 samples, one step each
     wide = 80 if target == "0.4" else 64
-    steps = [16 if each == 1 else 512 // wide for each in targets]
-    assert history["optimizer_steps"] == steps
-    assert history["samples_scored"] == [0 if n == 16 else n * wide for n in steps]
+    # and a dense one 16, or 15 of 500 samples while an automatic target keeps 12 pictures out
+    without = result["auto_target"]["epochs_without"] if target == "auto" else 0
+    dense = [15] * without + [16] * (len(targets) - without)
+    sparse = np.array(targets) < 1
+    assert history["optimizer_steps"] == np.where(sparse, 512 // wide, dense).tolist()
+    kept_out = [12] * without + [0] * (len(targets) - without)
+    assert history["samples_scored"] == np.where(sparse, 512 // wide * wide, kept_out).tolist()
     trained = np.array(history["samples_trained"])
-    assert result["ledger"]["reused"] == trained[np.array(steps) < 16].sum() > 0
+    assert result["ledger"]["reused"] == trained[sparse].sum() > 0
     if rule == "topk" and target == "0.4":  # no padding
         assert history["energy_savings"][-1] == pytest.approx(1 - (480 + 2 * 192) / 3 / 512)
 

@@ -1,9 +1,13 @@
 """What gives the scores, and what a target of auto makes of the predictions."""
 
 import copy
+import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from conftest import (
@@ -18,12 +22,10 @@ from conftest import (
 from helpers import run_digits
 from lab.config.sections import ModelConfig
 from lab.engine.checkpoint import load_checkpoint
-from lab.machine.meters import ClassCounts
 from lab.models.building import count_flops, eval_view, get_model
 from train_ast import (
     AutoTarget,
     Evidence,
-    UnseenTarget,
     build_dataloaders,
     kept_out_of,
     load_kept_out,
@@ -43,6 +45,8 @@ CIFAR += [
     "training.num_workers=0",
     "ast.warmup_epochs=1",
 ]
+QUICK = [*CIFAR, "dataset.repeat=2", "training.optimizer=adamw", "training.lr=0.01"]
+QUICK += ["ast.rule=topk"]
 
 
 @pytest.mark.parametrize(
@@ -64,48 +68,46 @@ def test_auto_follows_the_share_of_wrong_predictions(wrong, cost, target):
 def auto_after(wrong: float, cost: float) -> float:
     """The target after an epoch with so many wrong predictions."""
     auto = AutoTarget(1.0)
-    auto.end_epoch(Evidence(wrong, decides=True), lambda target: target + cost)
+    auto.end_epoch(Evidence(wrong, decides=True, left=1), lambda target: target + cost)
     return auto.value
 
 
-def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path):
-    keys = [
-        "ast.target_activation=auto",
-        "ast.warmup_epochs=1",
-        "training.epochs=8",
-        "ast.pack=true",
-        *CIFAR,
-    ]
-    result, _ = train(make_config(*keys, "ast.rule=topk", f"logging.output_dir={tmp_path}"))
+def test_a_run_with_a_target_of_auto_is_dense_until_enough_is_learned(tmp_path, capsys):
+    keys = ["ast.target_activation=auto", "training.epochs=8", "ast.pack=true", *QUICK]
+    result, _ = train(make_config(*keys, f"logging.output_dir={tmp_path}"))
     history = result["training_history"]
-    sparse = [target is not None for target in history["target"]]
-    assert sparse[0] is False
-    assert True in sparse
+    target = result["auto_target"]
+    without = target["epochs_without"]
+    assert (target["kept_out"], target["selects"]) == (6, True)
+    assert 1 < without < 5
     for epoch in range(1, 8):
-        target = auto_after(1 - history["train_acc"][epoch - 1] / 100, 1 / 3)
-        assert history["target"][epoch] == (None if target == 1 else pytest.approx(target))
-        assert history["samples_scored"][epoch] == (
-            0 if target == 1 else 256
-        )  # dense epochs score nothing
-        assert history["activation_rate"][epoch] == pytest.approx(target, abs=1 / 32)
+        share = auto_after(1 - history["train_acc"][epoch - 1] / 100, 1 / 3)
+        assert (share < 1) is (epoch >= without)
+        assert history["target"][epoch] == (None if share == 1 else pytest.approx(share))
+        assert history["activation_rate"][epoch] == pytest.approx(share, abs=1 / 32)
+    # dense epochs score the pictures kept out alone, two copies of which they do without
+    assert history["samples_scored"] == [6] * without + [512] * (8 - without)
+    assert history["samples_loaded"] == [480] * without + [512] * (8 - without)
     assert (
-        history["lr"][-1] < 0.1 * 0.1
+        history["lr"][-1] < 0.1 * 0.01
     )  # planned anew with each target, the schedule still ends at its end
     assert history["lr"] == sorted(history["lr"], reverse=True)
+    said = f"note: ast.target_activation=auto kept 6 pictures out of {without} epochs"
+    assert said in capsys.readouterr().out
 
 
 def test_mixed_pictures_are_judged_before_they_are_mixed(tmp_path):
     """MixUp of equal parts: of a mixture about half of the answers are wrong whatever the network
     knows, so that by its answers a selection would never begin.
     """
-    keys = ["ast.target_activation=auto", "training.epochs=8", "ast.pack=true", *CIFAR]
-    keys += ["training.mixup=1000", "ast.rule=topk", "training.optimizer=adamw", "training.lr=0.01"]
-    result, _ = train(make_config(*keys, f"logging.output_dir={tmp_path}"))
+    keys = ["ast.target_activation=auto", "training.epochs=7", "ast.pack=true", *QUICK]
+    result, _ = train(make_config(*keys, "training.mixup=1000", f"logging.output_dir={tmp_path}"))
     history = result["training_history"]
     assert history["target"][0] is None
-    assert history["samples_scored"][0] == 32  # a batch, of the 8 of a dense epoch
+    # a batch, of the 15 of a dense epoch, and the pictures kept out
+    assert history["samples_scored"][0] == 32 + 6
     assert history["target"][-1] == 0.5
-    assert history["samples_scored"][-1] == 256
+    assert history["samples_scored"][-1] == 512
     assert history["train_acc"][-1] > 85
 
 
@@ -120,9 +122,10 @@ def test_a_run_that_stayed_dense_says_by_which_figure_and_what_would_change_it(t
     wrong = 100 - max(result["training_history"]["train_acc"][:2])  # the last decides nothing
     assert note_of(capsys.readouterr().out) == (
         "note: ast.target_activation=auto trained on all samples in every epoch: "
-        f"{wrong:.1f} % of the samples were predicted wrongly at best, and a selection begins "
-        "below 22.2 %: train longer, score at less cost (ast.score_resolution), or give "
-        "ast.target_activation a number"
+        f"{wrong:.1f} % of the samples were predicted wrongly at best while half of the sparse "
+        "epochs were left, and a selection begins below 22.2 %: train longer, score at less cost "
+        "(ast.score_resolution), or give ast.target_activation a number; it kept 6 pictures out "
+        "of 2 epochs"
     )
     train(make_config(*keys, "training.epochs=1", "ast.warmup_epochs=0"))
     assert "no sparse epoch came after its first" in note_of(capsys.readouterr().out)
@@ -131,31 +134,81 @@ def test_a_run_that_stayed_dense_says_by_which_figure_and_what_would_change_it(t
 # ------------------------------------------------------------------------------- Pictures kept out
 
 
+def two_passes(target: float) -> float:
+    return target + 1 / 3
+
+
 @pytest.mark.parametrize(
-    ("wrong", "unseen", "target"),
+    ("wrong", "unseen_wrong", "target"),
     [
-        (0.06, 45, 1.0),  # memorised: of the active half 12 % are wrong
-        (0.06, 16, 0.5),  # within two standard errors, 4.5 points
-        (0.06, 17, 1.0),
-        (0.20, 37, 0.6),  # of the active 33 % are wrong
-        (0.20, 38, 1.0),
-        (0.50, 10, 1.0),  # as auto
+        (0.06, 0.45, 1.0),  # learned by heart: of the active half 12 % are wrong
+        (0.06, 0.18, 0.5),  # within two standard errors, 6.3 points
+        (0.06, 0.19, 1.0),
+        (0.20, 0.39, 0.6),  # of the active 33 % are wrong
+        (0.20, 0.40, 1.0),
+        (0.50, 0.10, 1.0),  # too far to go
     ],
 )
-def test_unseen_selects_while_the_active_are_harder_than_pictures_kept_out(wrong, unseen, target):
-    found = UnseenTarget(1.0)
-    counts = ClassCounts([5 * (100 - unseen), 0], [490, 10])  # of 500
-    found.end_epoch(Evidence(wrong, True, counts), lambda target: target + 1 / 3)
-    assert found.value == pytest.approx(target)
+def test_auto_selects_while_the_active_are_harder_than_pictures_kept_out(
+    wrong, unseen_wrong, target
+):
+    auto = AutoTarget(1.0)
+    auto.end_epoch(Evidence(wrong, True, 1, 250, unseen_wrong), two_passes)
+    assert auto.value == pytest.approx(target)
+    assert auto.keeps_out is (target == 1)
 
 
-def test_a_picture_that_is_kept_out_is_in_no_copy_and_comes_once_no_epoch_decides():
+@pytest.mark.parametrize(
+    ("epochs", "selects", "without"),
+    [
+        # of each epoch: the share wrong, that of the kept out, the sparse epochs left
+        ([(0.5, 0.6, 1.0), (0.2, 0.5, 0.9), (0.2, 0.5, 0.8), (0.1, 0.5, 0.7)], False, 4),
+        ([(0.2, 0.5, 0.9), (0.2, 0.5, 0.8), (0.2, 0.3, 0.7), (0.2, 0.9, 0.6)], True, 3),
+        ([(0.5, 0.6, 0.6), (0.4, 0.5, 0.5), (0.3, 0.4, 0.4), (0.2, 0.3, 0.3)], False, 3),
+        ([(0.5, 0.6, 0.6), (0.2, 0.3, 0.4)], True, 2),
+        ([(0.2, 0.5, 0.0)], False, 1),  # the only one that decides
+        ([(0.5, 0.6, 1.0), (0.3, 0.6, 0.9)], None, 2),
+    ],
+)
+def test_auto_decides_once(epochs, selects, without):
+    """By three epochs, or in the first half of the sparse ones; whatever comes later."""
+    auto = AutoTarget(1.0)
+    for wrong, unseen_wrong, left in epochs:
+        auto.end_epoch(Evidence(wrong, True, left, 250, unseen_wrong), two_passes)
+    for wrong in (0.05, 0.3, 0.05) if selects is not None else ():
+        auto.end_epoch(Evidence(wrong, True, 0.0), two_passes)
+        assert auto.value == (0.5 if selects and wrong == 0.05 else 1.0)
+    assert auto.facts()["selects"] is selects
+    assert auto.facts()["epochs_without"] == without
+    assert auto.keeps_out is (selects is None)
+
+
+def test_dense_epochs_before_the_sparse_ones_decide_nothing():
+    auto = AutoTarget(1.0)
+    auto.end_epoch(Evidence(0.01, decides=False, left=1.0), two_passes)
+    assert auto.keeps_out
+    assert auto.value == 1
+    auto.end_epoch(Evidence(0.01, decides=False, left=0.0), two_passes)  # nor is there one left
+    assert not auto.keeps_out
+    assert auto.value == 1
+
+
+def test_where_time_ends_the_run_half_of_it_is_the_last_moment():
+    run = make_run(LayerNormNet(), "training.lr_decay=time", "training.max_minutes=1")
+    run.schedule.shares = dataclasses.replace(run.schedule.shares, span=range(2, 10))
+    assert run.sparse_left == 1
+    run.metrics.epoch = 4
+    assert run.sparse_left == 4 / 8
+    run.clock.train_seconds = 45
+    assert run.sparse_left == 0.25
+
+
+def test_a_picture_that_is_kept_out_is_in_no_copy_and_comes_once_it_is_decided():
     config = make_config(
         *CIFAR,
         "dataset.repeat=2",
-        "ast.target_activation=unseen",
+        "ast.target_activation=auto",
         "training.epochs=4",
-        "ast.anneal_epochs=1",
         "dataset.label_noise=0.5",
     )
     data = build_dataloaders(config, torch.device("cpu"))
@@ -163,36 +216,61 @@ def test_a_picture_that_is_kept_out_is_in_no_copy_and_comes_once_no_epoch_decide
     batches = load_kept_out(data, config)
     labels = torch.cat([batch.labels for batch in batches]).tolist()
     kept_out = torch.cat([batch.indices for batch in batches]).tolist()
-    assert len(kept_out) == 7  # a fortieth of 256
+    assert len(kept_out) == 6  # a fortieth of 256
     shifts = data.train.dataset.label_shifts[kept_out]
     clean = [data.train.dataset.load(index).label for index in kept_out]
     assert labels == [(a + b) % 10 for a, b in zip(clean, shifts.tolist(), strict=True)]
-    for epoch in range(4):
-        data.plan.start_epoch(epoch)
+    for keeps_out in (True, False):
+        data.plan.keeps_out = keeps_out
+        data.plan.start_epoch(2)
         loaded = {index % size for batch in data.plan for index, _ in batch}
-        assert loaded.isdisjoint(kept_out) is (epoch < 3)
+        assert loaded.isdisjoint(kept_out) is keeps_out
     for seed in (0, 1):
         fewer = kept_out_of(data.plan.all_indices, size, 5, seed)
         assert len(fewer) == 10  # each comes twice
         assert (set(fewer % size) < set(kept_out)) is (seed == 0)
-    assert len(kept_out_of(data.plan.all_indices, size, 0, 0)) == 0
+    for pictures, count in ((39, 0), (40, 1), (1_437, 35), (50_000, 250)):
+        assert len(kept_out_of(np.arange(pictures), pictures, AutoTarget.KEEPS_OUT, 0)) == count
 
 
 def test_what_is_learned_by_heart_is_trained_on_whole(tmp_path, capsys):
     """Nine labels of ten are random: by what the network answers of these pictures half of them
     would do, by what it answers of others it knows nothing but them.
     """
-    keys = [*CIFAR, "dataset.label_noise=0.9", "training.epochs=24", "ast.rule=topk"]
-    keys += ["training.optimizer=adamw", "training.lr=0.01", f"logging.output_dir={tmp_path}"]
-    result, _ = train(make_config(*keys, "ast.target_activation=unseen"))
+    keys = [*QUICK, "dataset.label_noise=0.9", "dataset.repeat=7", "training.epochs=4"]
+    keys += ["training.seed=1"]
+    keys += ["training.lr=0.002", "training.lr_schedule=constant", "ast.warmup_epochs=2"]
+    keys += ["ast.target_activation=auto", f"logging.output_dir={tmp_path}"]
+    result, _ = train(make_config(*keys))
     history = result["training_history"]
-    assert auto_after(1 - history["train_acc"][-2] / 100, 1 / 3) == 0.5
+    target = result["auto_target"]
+    assert auto_after(1 - history["train_acc"][2] / 100, 1 / 3) < 1
     assert set(history["target"]) == {None}
-    assert history["samples_scored"] == [7] * 23 + [0]  # the last epoch decides nothing
-    assert history["samples_loaded"] == [224] * 24
+    assert (target["kept_out"], target["selects"], target["epochs_without"]) == (6, False, 3)
+    assert target["unseen_wrong"] - 6**-0.5 > target["active_wrong"]
+    assert history["samples_scored"] == [0, 6, 6, 0]
+    assert history["samples_loaded"] == [1728, 1728, 1728, 1792]
     printed = capsys.readouterr().out
-    assert "keeps 7 pictures out until epoch 24 and judges by them" in printed
-    assert "of the pictures kept out were predicted wrongly" in note_of(printed)
+    assert "keeps 6 pictures out until it is decided by them whether" in printed
+    assert "of 6 pictures kept out were predicted wrongly" in note_of(printed)
+    assert note_of(printed).endswith("; it kept 6 pictures out of 3 epochs")
+
+
+def test_kept_out_pictures_that_cannot_be_read_decide_nothing(tmp_path):
+    """Nor do others stand in for them."""
+    for index in range(48):
+        folder = tmp_path / "train" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (200 * (index % 2), 0, index)).save(folder / f"{index}.png")
+    keys = ["dataset.type=folder", f"dataset.train_dir={tmp_path / 'train'}"]
+    keys += [f"dataset.val_dir={tmp_path / 'train'}", "dataset.max_bad_images=1"]
+    keys += ["dataset.image_size=8", "ast.target_activation=auto"]
+    config = make_config(*keys)
+    data = build_dataloaders(config, torch.device("cpu"))
+    (index,) = data.plan.kept_out
+    assert len(load_kept_out(data, config)[0].labels) == 1
+    Path(data.train.dataset.name_of(index)).write_bytes(b"no picture")
+    assert load_kept_out(data, config) is None
 
 
 @pytest.mark.parametrize(

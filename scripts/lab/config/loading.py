@@ -54,7 +54,8 @@ def require_known(key: str, value: str, known: Iterable[str]) -> None:
     """Raises ValueError naming `key` where its value is not among the known ones."""
     if value not in (names := list(known)):
         expected = " or ".join(filter(None, [", ".join(map(repr, names[:-1])), repr(names[-1])]))
-        raise ValueError(f"{key}: expected {expected}, got {value!r}")
+        complaint = GONE_VALUES.get((key, value), f"expected {expected}, got {value!r}")
+        raise ValueError(f"{key}: {complaint}")
 
 
 class Config(Section):
@@ -217,6 +218,9 @@ GONE = {  # keys of earlier days, and what to do instead
     "training.compile_scoring": "is gone: training.compile holds for scoring too",
     "training.loss_weight": "is gone: early_learning has the weight of its paper, 3",
     "training.max_nonfinite_steps": "is gone: a loss that is not finite ends the run",
+}
+GONE_VALUES = {  # likewise
+    ("ast.target_activation", "unseen"): "unseen is gone: auto judges by pictures kept out",
 }
 
 

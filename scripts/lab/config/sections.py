@@ -259,9 +259,9 @@ class ASTConfig(Section):
         0.25,
         description="share of all samples to be active, 0 to 1; auto: all while many are predicted "
         "wrongly, later three times their share, at least 0.5; set at each epoch's end, never by "
-        "pictures that are mixed. At most what forget_rate leaves. unseen: as auto, but all where "
-        "500 pictures (a fortieth at most) that are kept out until no sparse epoch is left are "
-        "wrong more often than the active ones",
+        "pictures that are mixed. At most what forget_rate leaves. All to the end where that did "
+        "not begin in the first half of the sparse epochs, or where 250 pictures (a fortieth at "
+        "most), kept out until that is decided, are wrong more often than the active ones",
     )
     kp: float = Field(
         0.1, ge=0, description="proportional gain, threshold units per unit of activation error"

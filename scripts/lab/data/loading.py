@@ -67,25 +67,24 @@ class EpochPlan(Sampler):
         share: Callable[[int], float],
         dist: Dist | None = None,
         wide_size: int | None = None,
-        late: np.ndarray | None = None,
-        late_from: int = 0,
+        kept_out: np.ndarray | None = None,
     ):
         """indices: int64 [n], the samples that a dense epoch goes through. share: the part of them,
         0 to 1, that the epoch of this number loads. wide_size: of the batches of a wide epoch, by
-        default `batch_size`. late: those of the indices that come from the epoch of number
-        `late_from` on alone.
+        default `batch_size`. kept_out: those of the indices that no epoch loads before `keeps_out`
+        is set to false.
         """
         self.all_indices = indices
-        self.late = indices[:0] if late is None else late
-        self.early_indices = indices[~np.isin(indices, self.late)]
-        self.late_from = late_from
+        self.kept_out = indices[:0] if kept_out is None else kept_out
+        self.others = indices[~np.isin(indices, self.kept_out)]
+        self.keeps_out = True
         self.epoch = 0
         self.step_size = batch_size
         self.wide_size = wide_size or batch_size
         self.seed = seed
         self.share = share
         self.dist = dist or Dist()
-        self._permuted_epoch = -1  # the epoch that `_permutation` is of; -1: of none
+        self._permuted = (-1, 0)  # the epoch that `_permutation` is of, and its size; -1: of none
         self._permutation = indices
         self.start_epoch(0)
 
@@ -117,7 +116,7 @@ class EpochPlan(Sampler):
     @property
     def indices(self) -> np.ndarray:
         """The samples that the current epoch would go through densely."""
-        return self.all_indices if self.epoch >= self.late_from else self.early_indices
+        return self.others if self.keeps_out else self.all_indices
 
     def _in_full_batches(self, samples: int, size: int) -> int:
         """How many of so many samples fill whole batches of a size; all, where they do not fill a
@@ -166,10 +165,10 @@ class EpochPlan(Sampler):
         """All indices in the order of the current epoch, int64 [n], whether it loads them or
         not.
         """
-        if self._permuted_epoch != self.epoch:
+        if self._permuted != (self.epoch, len(self.indices)):
             generator = np.random.default_rng((self.seed, self.epoch))
             self._permutation = generator.permutation(self.indices)
-            self._permuted_epoch = self.epoch
+            self._permuted = (self.epoch, len(self.indices))
         return self._permutation
 
     def indices_to_load(self) -> np.ndarray:

@@ -47,8 +47,8 @@ def announce(
         "device": device if facts.processes == 1 else f"{facts.processes} x {device}",
         "model": f"{config.model.name}, {facts.parameters / 1e6:,.2f} M parameters, "
         f"{facts.base_flop / 1e9:.3g} GFLOP per picture (forward and backward)",
-        "data": f"{config.dataset.type}, {classes:,} classes, {len(plan.indices):,} pictures in "
-        f"training, {val_pictures:,} in validation",
+        "data": f"{config.dataset.type}, {classes:,} classes, {len(plan.all_indices):,} pictures "
+        f"in training, {val_pictures:,} in validation",
         "schedule": schedule(config, f"{steps:,} step{'s' * (steps > 1)} of {batch:,} pictures"),
         "mode": mode(config),
         **({"imports": ", ".join(config.imports)} if config.imports else {}),

@@ -170,9 +170,10 @@ def test_resolved_config_loads_again(tmp_path):
         ("ast.rule=top", "ast.rule: expected 'pi', 'topk' or 'infobatch', got 'top'"),
         ("ast.measure=loss", "ast.measure: expected 'loss_entropy', got 'loss'"),
         ("ast.forget_rate=half", "ast.forget_rate: expected 'auto', got 'half'"),
+        ("ast.target_activation=half", "ast.target_activation: expected 'auto', got 'half'"),
         (
-            "ast.target_activation=half",
-            "ast.target_activation: expected 'auto' or 'unseen', got 'half'",
+            "ast.target_activation=unseen",
+            "ast.target_activation: unseen is gone: auto judges by pictures kept out",
         ),
         (
             "ast.mode=random ast.target_activation=auto",

@@ -83,7 +83,10 @@ WAYS = {
         "ast.target_activation=0.6",
     ],
     "top-k": ["ast.rule=topk", "ast.pack=true"],
-    "target auto, packed": ["ast.target_activation=auto", "ast.warmup_epochs=1", "ast.pack=true"],
+    "target auto, packed": [
+        *("ast.target_activation=auto", "ast.warmup_epochs=1", "ast.pack=true"),
+        *("training.optimizer=adamw", "training.lr=0.02"),  # so that a selection begins
+    ],
     "history": HISTORY,
     "history, top-k, doubted": [*HISTORY, "ast.rule=topk", "ast.forget_rate=0.2"],
     "history, doubted by prediction": [
@@ -171,6 +174,8 @@ def test_weights_after_twenty_steps_are_those_of_one_process(way, world, tmp_pat
     assert len(list((tmp_path / "many").glob("final_results_*.json"))) == 1
     assert result.keys() == whole.keys()
     assert result["ledger"] == whole["ledger"]
+    assert result.get("auto_target") == whole.get("auto_target")
+    assert "target auto" not in way or result["auto_target"]["selects"]
     if "few" in way:
         assert any(0 in counts and sum(counts) for counts in seen)  # a rank without any takes part
     expected = last(one)
