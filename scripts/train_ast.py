@@ -421,7 +421,7 @@ class ProxyScores(Scores):
         return self.cost + self.learning_cost / EVERY + target
 
     def observe(self, batch: DeviceBatch, lr_share: float) -> int:
-        return self.proxy.learn(batch, lr_share)
+        return 0 if self.proxy.learn(batch, lr_share) is None else len(batch.labels)
 
 
 class StoredScores(Scores):

@@ -296,8 +296,6 @@ def test_a_proxy_scores_learns_and_is_counted(rule, tmp_path):
     state = load_checkpoint(next(tmp_path.glob("checkpoints/*/last.pt")), config)["selection"]
     state = state["scores"]["proxy"]
     assert state["batches"] == 6 * 8  # it learns in the dense epoch too
-    steps = {int(each["step"]) for each in state["optimizer"]["state"].values()}
-    assert steps == {6 * 8 // 4}
     assert ledger["learned"] == 6 * 256 // 4
     # the total holds the proxy's forward of each scored sample, and its training on every fourth
     # batch
