@@ -103,7 +103,11 @@ def lab_steps(
         train_one_epoch(run, islice(repeat(batch), n), n)
 
     activations = run.selection.activations
-    return Loop(steps, lambda: statistics.mean(activations) if activations else None)
+
+    def activation() -> float | None:
+        return statistics.mean(activations) if activations else None
+
+    return Loop(steps, activation, lambda: run.selection.scores.epoch_cost(activation() or share))
 
 
 def choose_active(scores: torch.Tensor, activation: float) -> None:
@@ -161,7 +165,10 @@ STEP_ROWS = [
         "forward once, a={activation:g}",
         partial(lab_steps, mode="ast", rule="topk", reuse_forward=True),
     ),
-    StepRow("proxy-scored loop, a={activation:g}", partial(lab_steps, mode="ast", scoring="proxy")),
+    StepRow(
+        "proxy-scored loop, a={activation:g}",
+        partial(lab_steps, mode="ast", rule="topk", scoring="proxy"),
+    ),
     StepRow("random loop, a={activation:g}", partial(lab_steps, mode="random")),
     StepRow(
         "stored scores, a={activation:g}",
@@ -191,7 +198,6 @@ def benchmark_steps(args: argparse.Namespace) -> dict[str, Any]:
     config.training.batch_size = args.batch_size
     config.training.lr = 0.01
     config.training.device = args.device
-    config.metrics.base_flop_per_sample = 1.0  # not reported here
     device = resolve_device(config.training)
     dist = TimedDist.join(device)
     lab = {

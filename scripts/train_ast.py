@@ -301,7 +301,7 @@ class Scores(Stateful):
     reuse: ReusedForward | None = None  # where the forward that scores is the one trained on
     told: Rows | None = None  # by `reuse`, of the batch that was scored last
     cost: float = 0.0  # of a scored sample, as a share of a training forward + backward
-    learning_cost: float = 0.0  # of a sample that the scores are learned from, likewise
+    learning_cost: float = 0.0  # of one that the scores are learned from, on top of that
     explored: float = 0.0  # share of the samples that are trained on whatever their scores
 
     def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
@@ -329,8 +329,8 @@ class Scores(Stateful):
         return self.cost + (target if self.reuse is None else in_quarters(target) * 2 / 3)
 
     def observe(self, batch: DeviceBatch, lr_share: float) -> int:
-        """Learn from a whole batch. Returns from how many samples. lr_share: the rate as a share of
-        its peak.
+        """Learn from a whole batch, before it is scored. Returns from how many samples. lr_share:
+        the rate as a share of its peak.
         """
         return 0
 
@@ -419,14 +419,19 @@ class ProxyScores(Scores):
     def __init__(self, config: Config, network: Network, store: SampleStore | None, dist: Dist):
         self.proxy = Proxy(network, config.ast, config.training, dist)
         self.forward = self.proxy.scores
+        self.known: Tensor | None = None  # the scores of the observed batch
         self.cost = self.proxy.cost / 3
-        self.learning_cost = self.proxy.cost
+        self.learning_cost = self.proxy.cost * 2 / 3
 
     def epoch_cost(self, target: float) -> float:
         return self.cost + self.learning_cost / EVERY + target
 
     def observe(self, batch: DeviceBatch, lr_share: float) -> int:
-        return self.proxy.learn(batch, lr_share)
+        self.known = self.proxy.learn(batch, lr_share)
+        return 0 if self.known is None else len(batch.labels)
+
+    def of_batch(self, batch: DeviceBatch) -> Tensor:
+        return super().of_batch(batch) if self.known is None else self.known
 
 
 class StoredScores(Scores):
@@ -1262,20 +1267,15 @@ load_config = partial(lab.config.loading.load_config, check=check_config)
 # ------------------------------------------------------------------------------------- AST forward
 
 
-@torch.no_grad()
-def score(
-    scores: Scores,
-    local_batch: int,
-    on_device: bool,
-    dist: Dist,
-    batch: DeviceBatch,
-) -> BatchScores:
-    """Start scoring a batch, without gradient. The device is not waited for.
-
-    on_device: whether the rule chooses there, so that no score need travel to the host.
-    """
-    rows = dist.all_gather_columns(scores.of_batch(batch), local_batch)
-    if not rows.is_cuda or (on_device and dist.world == 1):
+def score(run: Run, batch: DeviceBatch) -> BatchScores:
+    """Start scoring a batch, from which the scores may learn. The device is not waited for."""
+    observe(batch, run)
+    dist = run.dist
+    local_batch = candidate_batch(run.config, dist.world) // dist.world
+    with torch.no_grad():
+        rows = dist.all_gather_columns(run.selection.scores.of_batch(batch), local_batch)
+    # where the rule chooses on the device, no score need travel to the host
+    if not rows.is_cuda or (run.selection.rule.on_device and dist.world == 1):
         return BatchScores(rows)
     host = torch.empty(rows.shape, pin_memory=True)
     arrived = torch.cuda.Event()
@@ -1306,7 +1306,6 @@ def ast_forward(
     selection.note_scores(batch.indices, significances, run.metrics.epoch)
     choice = selection.choose(batch.indices, significances, sparse_epochs)
     local, counts = dist.local_choice(choice.rows, len(significances))
-    observe(batch, run)
     if selection.scores.told is not None:
         backward_rows(batch, local, run)
         return sum(counts)
@@ -1323,10 +1322,14 @@ def ast_forward(
     return trained
 
 
-def observe(batch: DeviceBatch, run: Run) -> None:
-    """Let what scores learn from a loaded batch, as much of it as is this process's."""
+def observe(batch: DeviceBatch, run: Run) -> int:
+    """Let what scores learn from a loaded batch, as much of it as is this process's. Returns from
+    how many samples it did.
+    """
     lr_share = run.schedule.lr / run.config.training.lr
-    run.metrics.ledger.learned += run.selection.scores.observe(batch, lr_share)
+    learned = run.selection.scores.observe(batch, lr_share)
+    run.metrics.ledger.learned += learned
+    return learned
 
 
 def active_rows(
@@ -1418,7 +1421,7 @@ def look_again(run: Run, batches: Iterable[DeviceBatch], count: int) -> None:
 def dense_step(batch: DeviceBatch, run: Run) -> int:
     """Train on a whole batch. Before the sparse epochs, what will score learns from it too."""
     if run.metrics.epoch < run.schedule.shares.span.start:
-        observe(batch, run)
+        run.metrics.ledger.scored += observe(batch, run)  # by the forward that it learns from
     return train_step(batch, run) or int(run.dist.world > 1)  # another rank has some
 
 
@@ -1806,14 +1809,8 @@ class Run:
         is_auto = parts_of(config).target.MOVES
         schedule = Schedule(training, shares_of(config), planned_steps, clock, is_auto)
         trainer = Trainer(network, training, schedule, dist)
-        queue = None
-        scoring = None
-        on_device = selection.rule.on_device
-        if not selection.scores.before_loading:
-            size = candidate_batch(config, dist.world) // dist.world
-            scoring = partial(score, selection.scores, size, on_device, dist)
-            packs = packs_batches(config)
-            queue = ActiveQueue(training.batch_size, device, dist) if packs else None
+        queue = ActiveQueue(training.batch_size, device, dist) if packs_batches(config) else None
+        waits = not selection.scores.before_loading and not selection.rule.on_device
         return cls(
             config,
             device,
@@ -1823,7 +1820,7 @@ class Run:
             schedule,
             trainer,
             queue,
-            ScoreAhead(scoring, ahead=not on_device and not reuses(config)),
+            ScoreAhead(ahead=waits and not reuses(config)),
             Metrics(device, dist, samples, config.dataset.max_bad_images),
             clock,
             Outputs(config.logging, checkpoint_folder(config), device, dist),
@@ -2000,7 +1997,8 @@ def train_one_epoch(run: Run, batches: Iterable[DeviceBatch], steps: int) -> boo
     signalled = False
     label = f"epoch {metrics.epoch + 1}{of_all(run.config)}"
     batches = () if clock.out_of_time() else batches
-    scoring = not run.selection.scores.before_loading and run.is_sparse()
+    scores_batches = not run.selection.scores.before_loading and run.is_sparse()
+    scoring = partial(score, run) if scores_batches else None
     with step_bar(label, steps) as heartbeat:
         for batch, scores in run.ahead.pairs(batches, scoring):
             metrics.ledger.loaded += len(batch.labels)

@@ -19,7 +19,7 @@ from torch import nn
 from lab.base.launch import SIGNALS
 from lab.config.loading import Config
 from lab.data.loading import BatchScores, DeviceBatch
-from train_ast import Run, ast_forward, load_config, train, train_step
+from train_ast import Run, ast_forward, load_config, score, train, train_step
 
 REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # three test processes side by side on two cores
@@ -119,7 +119,7 @@ def as_batch(
 
 def scores_of(run: Run, images: torch.Tensor, labels: torch.Tensor) -> BatchScores:
     """The scores of a batch by the run's scoring."""
-    return run.ahead.score(as_batch(images, labels))
+    return score(run, as_batch(images, labels))
 
 
 def sparse_step(

@@ -8,7 +8,8 @@ import torch
 
 import benchmark
 from lab.config.loading import Config
-from lab.models.building import get_model
+from lab.config.sections import ModelConfig
+from lab.models.building import count_flops, get_model
 from lab.study.benchmark.timing import Loop, StepRow, show_steps
 from lab.study.cli import run_cli
 from runs import command
@@ -48,7 +49,17 @@ def test_every_step_is_measured(tmp_path, capsys):
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
         assert row["ratio"] == pytest.approx(row["ms"] / best)
         assert row["images_per_second"] == pytest.approx(16_000 / row["ms"])
-    assert 0 <= saved["rows"][LOOPS[2]]["activation"] <= 1
+    batch_scored, forward_once, by_proxy = (saved["rows"][LOOPS[i]] for i in (2, 4, 5))
+    assert 0 <= batch_scored["activation"] <= 1
+    assert batch_scored["limit"] == pytest.approx(1 / 3 + batch_scored["activation"])
+    assert forward_once["limit"] == pytest.approx(1 / 3 + 0.25 * 2 / 3)
+    proxy, network = (
+        count_flops(get_model(ModelConfig(name=name), 10, 16), 16)
+        for name in ("small_conv", "test_resnet")
+    )
+    # a forward of each, a backward of every fourth, and the network's training on a quarter
+    assert by_proxy["limit"] == pytest.approx(proxy / network * (1 + 2 / 4) / 3 + 0.25)
+    assert [saved["rows"][name]["limit"] for name in LOOPS[:2]] == [None, 1]
     assert set(saved["break_even"]) == {"batch-scored loop, a=0.25", "scored at 8 px"}
     shown = capsys.readouterr().out
     assert all(

@@ -3,6 +3,7 @@ scaling.
 """
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from lab.data.mixing import Mixing
 from lab.data.queue import ActiveQueue
 from lab.machine.distributed import Dist
 from lab.models.building import count_flops
-from train_ast import Choice, train_one_epoch, with_floor
+from train_ast import Choice, score, train_one_epoch, with_floor
 
 NETS = [LayerNormNet, BatchNormNet]
 PLAIN_SGD = (
@@ -378,7 +379,7 @@ def test_scoring_ahead_is_one_training_step_older_and_loses_no_batch(rule, ahead
     batches = [make_batch(seed=s) for s in range(5)]
     weights = [copy.deepcopy(model)]
     seen = []
-    for batch, scores in run.ahead.pairs(loaded(batches), scoring=True):
+    for batch, scores in run.ahead.pairs(loaded(batches), partial(score, run)):
         seen.append((batch.labels, scores.read()[0].clone()))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -395,9 +396,9 @@ def test_scoring_ahead_is_for_scoring_alone():
     batches = [make_batch(seed=s) for s in range(3)]
     assert run.selection.scores.before_loading
     assert run.ahead.depth == 0
-    assert [scores for _, scores in run.ahead.pairs(loaded(batches), False)] == [None] * 3
+    assert [scores for _, scores in run.ahead.pairs(loaded(batches), None)] == [None] * 3
     sparse = make_run(LayerNormNet())  # and for sparse epochs
-    assert [scores for _, scores in sparse.ahead.pairs(loaded(batches), False)] == [None] * 3
+    assert [scores for _, scores in sparse.ahead.pairs(loaded(batches), None)] == [None] * 3
 
 
 def test_scores_come_from_the_stated_resolution_and_training_from_the_full_one():

@@ -13,7 +13,7 @@ from conftest import REPO, loaded, make_config
 from lab.config.loading import checkpoint_folder
 from lab.config.sections import ModelConfig
 from lab.data.images import pad_crop, resize_weights
-from lab.data.loading import device_batches
+from lab.data.loading import DeviceBatch, device_batches
 from lab.data.randomness import uniform
 from lab.engine.checkpoint import load_checkpoint
 from lab.machine.devices import configure_backends
@@ -95,6 +95,45 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
     for name, moved in ended["off"].items():
         assert moved.norm() > 0, name
         assert (ended["reduce-overhead"][name] - moved).norm() < 0.1 * moved.norm(), name
+
+
+def test_a_proxys_step_is_one_cuda_graph_and_learns_as_the_eager_one(monkeypatch):
+    """Scores and weights after six steps of it, in float32, at a lower resolution."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    skips = torch._dynamo.utils.counters["inductor"]
+    skips.clear()
+    ended = {}
+    for compile_ in ("off", "reduce-overhead"):
+        torch.manual_seed(0)
+        keys = ["ast.scoring=proxy", "ast.pack=true", "ast.score_resolution=24"]
+        keys += ["training.device=cuda", "training.mixed_precision=false"]
+        config = make_config(
+            *keys, f"training.compile={compile_}", "training.batch_size=64", "dataset.image_size=32"
+        )
+        model = get_model(ModelConfig(name="resnet18", small_stem=True), 10, 32)
+        configure_backends(True, GPU)
+        torch.set_float32_matmul_precision("highest")
+        run = Run.build(config, model, GPU, planned_steps=24, samples=64)
+        run.start_epoch(0, np.arange(64))
+        run.warm_up()
+        proxy = run.selection.scores.proxy
+        start = proxy.optimizer.weights.clone()
+        scores = []
+        for number in range(24):
+            generator = torch.Generator().manual_seed(number)
+            size = (64, 3, 32, 32)
+            images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).to(GPU)
+            labels = torch.randint(0, 10, (64,), generator=generator).to(GPU)
+            batch = DeviceBatch(images, labels, torch.arange(64, device=GPU))
+            run.selection.scores.observe(batch, 0.1)
+            with torch.no_grad():
+                scores.append(run.selection.scores.of_batch(batch)[0].clone())
+        ended[compile_] = (torch.cat(scores), proxy.optimizer.weights - start)
+    assert not skips["cudagraph_skips"]
+    (eager, moved), (graphed, ours) = ended.values()
+    assert torch.allclose(eager, graphed, rtol=0.02, atol=0.02)
+    assert moved.norm() > 0
+    assert (ours - moved).norm() < 0.1 * moved.norm()
 
 
 def test_streamed_and_resident_batches_reach_the_gpu_as_they_are(image_folder):

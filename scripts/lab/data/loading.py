@@ -290,12 +290,9 @@ class ScoreAhead(Stateful):
     chooses.
     """
 
-    def __init__(self, score: Callable[[DeviceBatch], BatchScores] | None, ahead: bool):
-        """score: starts scoring a batch; None: nothing is scored. ahead: if false, each is scored
-        at its turn.
-        """
-        self.score = score
-        self.depth = int(ahead and score is not None)
+    def __init__(self, ahead: bool):
+        """ahead: if false, each is scored at its turn."""
+        self.depth = int(ahead)
         self.pending: BatchScores | None = None  # of a batch that is scored and not yet trained on
 
     def state_dict(self) -> dict[str, Tensor | None]:
@@ -305,16 +302,16 @@ class ScoreAhead(Stateful):
         self.pending = None if state["pending"] is None else BatchScores(state["pending"])
 
     def pairs(
-        self, batches: Iterable[DeviceBatch], scoring: bool
+        self, batches: Iterable[DeviceBatch], score: Callable[[DeviceBatch], BatchScores] | None
     ) -> Iterator[tuple[DeviceBatch, BatchScores | None]]:
-        """The batches with their scores; with None where `scoring` is false."""
+        """The batches with their scores. score: starts scoring a batch; None: nothing is scored."""
         waiting: list[tuple[DeviceBatch, BatchScores | None]] = []
-        depth = self.depth if scoring else 0
+        depth = 0 if score is None else self.depth
         # of a checkpoint: the weights that gave these scores are gone
         restored = self.pending
         self.pending = None
         for batch in batches:
-            scores = restored or (self.score(batch) if scoring else None)
+            scores = restored or (score and score(batch))
             restored = None
             waiting.append((batch, scores))
             if len(waiting) > depth:

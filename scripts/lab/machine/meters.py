@@ -50,7 +50,7 @@ class Ledger(Stateful):
 
     def dense_equivalents(self, scoring_cost: float = 1 / 3, learning_cost: float = 0.0) -> float:
         """The forward + backward passes this work amounts to. A scored sample costs `scoring_cost`
-        of one, one that the proxy learns from `learning_cost`, a forward a third.
+        of one, one that the proxy learns from `learning_cost` more, a forward a third.
         """
         backward = 2 / 3
         repeated = self.trained - (1 - backward) * self.reused + backward * self.padding

@@ -94,9 +94,10 @@ class Loop(NamedTuple):
     """A training loop, ready to be timed."""
 
     steps: Step
-    activation: Callable[[], float | None] = lambda: (
-        None
-    )  # mean share of active samples so far; None: not measured
+    # mean share of active samples so far; None: not measured
+    activation: Callable[[], float | None] = lambda: None
+    # what its FLOPs are at that share, of a dense step's; None: not known
+    limit: Callable[[], float | None] = lambda: None
 
 
 class Workload(NamedTuple):
@@ -185,6 +186,7 @@ def time_loop(loop: Loop, workload: Workload, count: int, repeats: int) -> dict[
     row["joules_per_sample"] = None if row["joules"] is None else row["joules"] / batch_size
     if (activation := loop.activation()) is not None:
         row["activation"] = activation
+    row["limit"] = loop.limit()
     if dist.world > 1 and (collectives := time_collectives(loop.steps, device, count, dist)):
         row["collectives"] = collectives
         row["collective_share"] = (
@@ -271,6 +273,7 @@ STEP_COLUMNS: Columns = {
     "min": ("ms_min", "9.2f"),
     "max": ("ms_max", "9.2f"),
     "ratio": ("ratio", "7.3f"),  # over the fastest dense loop
+    "limit": ("limit", "7.3f"),  # of that ratio, by the FLOPs
     "images/s": ("images_per_second", "9,.0f"),
     "active": ("activation", "7.3f"),
     "GiB": ("peak_gib", "7.2f"),
