@@ -87,8 +87,8 @@ def row_forward(normalise: Normalise, measure: Callable, loss: Loss) -> Compute:
 
 
 def filled(rows: Tensor, capacity: int, total: int) -> tuple[Tensor, Tensor]:
-    """(int64 [capacity] distinct rows, float32 [capacity] weights): the chosen `rows` with weight
-    1, then rows of the batch that were not chosen with weight 0. The device is not waited for.
+    """(int64 [capacity] distinct rows, float32 [capacity] weights): first the chosen `rows`, of
+    weight 1, then others of the batch, of weight 0. The device is not waited for.
     """
     free = torch.ones(total, device=rows.device).index_fill_(0, rows, 0.0)
     others = free.sort(descending=True, stable=True).indices[: capacity - len(rows)]
@@ -137,10 +137,10 @@ class ForwardOnce:
         told = once.forward(images, labels)           # Rows: losses, significance, correct, ...
         once.backward(rows, weights)                  # adds to every parameter's .grad
 
-    The batch has one shape, and so has each number of rows (`prepare`). Frozen when it is traced:
-    train and eval mode, `requires_grad`, autocast, and whatever else the network's code decides by.
-    A changed mode or `requires_grad` is refused; weights may be replaced by others of their shape.
-    All activations of the batch are kept until the backward, or the next forward.
+    All batches have one shape. Each number of rows has a backward of its own (`prepare`). The trace
+    fixes train and eval mode, `requires_grad`, autocast, and all else that the network's code
+    decides by. A changed mode or `requires_grad` is refused; weights may be replaced by others of
+    their shape. All activations of the batch are kept until the backward, or the next forward.
     """
 
     def __init__(
@@ -191,8 +191,8 @@ class ForwardOnce:
     ) -> ForwardOnce:
         """Trace, check against autograd, and compile.
 
-        compute: see `row_forward`. inputs: a batch as training has it (images, labels, perhaps rows
-        of the loss), its samples all different: random pixels will do. It is kept for `prepare`.
+        compute: see `row_forward`. inputs: a batch as in training (images, labels, perhaps rows of
+        the loss). Its samples are all different; random pixels will do. It is kept for `prepare`.
         capacity: rows of a backward. mode: off, default or reduce-overhead, see `compiled`.
         seconds: how long a trace may take. Weights, buffers and random generators are left as they
         were. Raises CannotTrace with the reason.
@@ -230,8 +230,8 @@ class ForwardOnce:
         """Add the gradient of sum(weights * losses[rows]) to the parameters' `.grad`.
 
         rows: int64, as many as were prepared, all different, in any order. weights: float32, one
-        each: what the sum is divided by, the weight of a sample and the GradScaler's scale go into
-        them. Once a forward.
+        each. They hold the divisor of the sum, the weights of the samples and the GradScaler's
+        scale. To be called once for each forward.
         """
         saved = self.saved
         if saved is None:
@@ -269,8 +269,8 @@ class ForwardOnce:
             self.lent = owned
 
     def _keep_gradients(self) -> None:
-        """Copy the gradients that lie where the next replay writes: those of a window that goes
-        on.
+        """Copy the gradients that lie where the next replay writes: an accumulation window may need
+        them.
         """
         for parameter in self.state()[: self.parameters] if self.lent else ():
             if parameter.grad is not None and parameter.grad.data_ptr() in self.lent:
@@ -338,15 +338,15 @@ class ForwardOnce:
 
     @contextlib.contextmanager
     def _kernels(self, seconds: float = math.inf) -> Iterator[None]:
-        """Trace, or compute what is compared with a trace: BatchNorm without cuDNN, and attention
-        by single operations where a fused kernel would drop. It keeps a seed, and no mask of rows.
+        """For a trace, and for what is compared with one: BatchNorm without cuDNN, and attention
+        with dropout by single operations. A fused kernel keeps a seed, not the mask of each row.
         """
         exact = sdpa_kernel(SDPBackend.MATH) if self.exact_attention else contextlib.nullcontext()
         with Tracing(time.thread_time() + seconds), exact:
             yield
 
     def _trace_forward(self, capacity: int) -> None:
-        """Trace all rows and another number, and cut."""
+        """Trace the forward for all rows and for another number, and cut it."""
         full = self._trace(self.total)
         if any(drops_in_attention(node) for node in full.nodes):
             self.exact_attention = True
@@ -406,7 +406,7 @@ class ForwardOnce:
 
     @torch.no_grad()
     def prepare(self, capacity: int) -> None:
-        """Trace, check and compile the backward of another number of rows; again does nothing.
+        """Trace, check and compile the backward of another number of rows, if there is none yet.
 
         Raises CannotTrace with the reason.
         """
@@ -427,8 +427,8 @@ class ForwardOnce:
                 self._capture()
 
     def _capture(self) -> None:
-        """Record the forward and every backward as CUDA graphs, in one pool: what the forward saved
-        stays until a backward has run, which may then use the room of the forward's own.
+        """Record the forward and every backward as CUDA graphs, in one memory pool. There, what the
+        forward saved stays until a backward has run; a backward may use the rest.
         """
         self.captured = None
         self.replays = {}
@@ -469,9 +469,8 @@ class ForwardOnce:
         return 0.5 + torch.rand(rows, device=self.device)
 
     def _check_all_rows(self) -> None:
-        """Gradient of all rows in another order, losses and buffers: all are autograd's.
-
-        That finds a tensor whose rows are not where they are taken to be.
+        """Compare the losses, the buffers and the gradient of all rows with autograd's. The rows
+        have another order: it finds a tensor whose rows are not where they are taken to be.
         """
         weights = self._weights(self.total)
         order = torch.randperm(self.total, device=self.device)
@@ -492,13 +491,13 @@ class ForwardOnce:
         self._compare("gradient", found, [gradients.get(id(p)) for p in trained])
 
     def _check_some_rows(self, part: Joint, backward: fx.GraphModule, capacity: int) -> None:
-        """The gradient of some rows is that of a batch of these rows alone, where the whole batch
-        is copies of them: then BatchNorm's statistics are alike.
+        """Compare the gradient of some rows with that of a batch of these rows alone. The whole
+        batch is made of copies of them, random masks too, so BatchNorm has the same statistics.
 
-        That finds a mean over rows that the backward takes again. Random masks are copied too. With
-        fewer than 8 different samples nothing is checked: BatchNorm over so few is no even ground.
-        In float32, for a deep network with BatchNorm makes much of bfloat16's rounding: a ResNet-50
-        at its start turned it into 95 % of the gradient.
+        That finds a mean over rows that the backward takes again. With fewer than 8 different
+        samples nothing is checked: BatchNorm over so few amplifies rounding. It is done in float32,
+        because a deep network with BatchNorm amplifies the rounding of bfloat16: to 95 % of the
+        gradient in a ResNet-50 at its start.
         """
         different = math.gcd(self.total, capacity)
         if different < 8 or capacity == self.total:
@@ -537,7 +536,7 @@ class ForwardOnce:
         return value if layout is None else take_rows(value, *layout, rows)
 
     def _check_compiled(self, eager: Callable, backward: Callable, capacity: int) -> None:
-        """What is compiled computes what the graphs do, of the same saved tensors."""
+        """Compare what is compiled with the graphs it comes from, by the same saved tensors."""
         if backward is eager:
             return
         state = self.state()
@@ -558,8 +557,8 @@ class ForwardOnce:
         expected: Sequence[Tensor | None],
         exact: bool = False,
     ) -> None:
-        """Raises CannotTrace where they differ by more than rounding; exact: by that of
-        float32, of which a ResNet-50 on a GPU makes 2 %. Rows in a wrong place give more than all.
+        """Raises CannotTrace where they differ by more than rounding. exact: by that of float32, of
+        which a ResNet-50 on a GPU makes 2 %. Rows in a wrong place give more than 100 %.
         """
         types = {n.meta["val"].dtype for n in self.full.nodes if shape_of(n) is not None}
         allowed = 1e-3 if self.device.type == "cpu" else 1e-2  # TF32
@@ -588,8 +587,8 @@ def without_tf32() -> Iterator[None]:
 
 
 def difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
-    """The largest relative error of a tensor, by norms; of a small one relative to a hundredth of
-    all. None is zero.
+    """The largest relative error of a tensor, by norms. To each norm a hundredth of the norm of all
+    is added, for small tensors. None counts as zero.
     """
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if not (a is None and b is None)]
     if not pairs:
@@ -619,8 +618,8 @@ class _Whole(nn.Module):
 
 @contextlib.contextmanager
 def _reasons() -> Iterator[None]:
-    """Turn what tracing and compiling may raise into one line. Memory that is lacking stays what it
-    is: a network may be traced all the same.
+    """Turn what tracing and compiling may raise into one line. A lack of memory is passed on: the
+    network may be traceable.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The graph of a network's forward and backward together, traced for a number of rows: which of its
+"""The joint graph of a network's forward and backward, traced for a number of rows: which of its
 tensors carry rows, and where to cut it. See `forward_once`.
 """
 
@@ -69,10 +69,10 @@ class Joint:
 
 
 class Tracing(TorchFunctionMode):
-    """BatchNorm without cuDNN, whose backward needs an opaque reserve; and a limit of the time."""
+    """Traces BatchNorm without cuDNN, whose backward needs an opaque reserve; limits the time."""
 
     def __init__(self, deadline: float):
-        """deadline: on the thread's own clock, so that a busy machine refuses nothing."""
+        """deadline: by the thread's own clock: a busy machine refuses no network."""
         super().__init__()
         self.deadline = deadline
 
@@ -114,7 +114,7 @@ def is_view(node: Node) -> bool:
 
 
 def is_widened(node: Node) -> bool:
-    """Whether it is a copy in a type of more bytes, as autocast makes for some operations."""
+    """Whether it is a copy in a type of more bytes, as autocast makes some."""
     if node.target is not aten._to_copy.default:
         return False
     before = node.args[0].meta["val"].dtype
@@ -122,13 +122,13 @@ def is_widened(node: Node) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    """Whether it draws. Fused attention has the tag, and draws only where it drops."""
+    """Whether it draws random numbers. Fused attention has the tag, but draws only for dropout."""
     seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return seeded and (not is_attention(node) or drops_in_attention(node))
 
 
 def is_pointwise(node: Node) -> bool:
-    """Whether each number is made of the numbers at its place alone, and again the same."""
+    """Whether each number depends on the numbers at its own place alone, and not on chance."""
     tags = getattr(node.target, "tags", ())
     return node.target in COPIES or (torch.Tag.pointwise in tags and not is_random(node))
 
@@ -171,9 +171,9 @@ PIECE = 512  # positions of a picture that one partial sum takes at most
 
 
 def _sum_of_channels(values: Tensor) -> Tensor:
-    """[rows, channels, ...] -> [channels]. In two steps: partial sums over pieces of each row, then
-    their sum. Of gathered rows inductor splits no sum by itself, and one a channel, or one a row of
-    a large picture, keeps a few of the GPU's cores busy.
+    """[rows, channels, ...] -> [channels], in two steps: first sums over pieces of each row.
+    Inductor does not split a sum over gathered rows. One for each channel, or one for each row of
+    a large picture, would leave most of the GPU's cores idle.
     """
     places = values.flatten(2) if values.ndim > 2 else values.unsqueeze(2)
     positions = places.shape[2]
@@ -193,15 +193,16 @@ def batch_norm_backward(
     eps: float,
     _mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of BatchNorm over some rows of a batch that it normalised by the statistics of
-    all: (gradients of the images, the weight, the bias).
+    """The backward of BatchNorm over some rows of a batch that was normalised by the statistics of
+    all its rows: (gradients of the images, the weight, the bias).
 
-    images, gradient: [rows, channels, ...]; mean, inverse_std: [channels], of all rows. Of a batch
-    of its own the gradient of the images has no part along their mean and their deviations from it,
-    because BatchNorm takes both out. That holds here for the mean and the deviations of these rows,
-    so that the weights before have a gradient at right angles to them, as with autograd. On a
-    ResNet-18 and the harder half of 256 pictures it has a cosine of .970 to .989 with autograd's
-    through the whole batch; with the usual formula over these rows it is .893 to .948.
+    images, gradient: [rows, channels, ...]; mean, inverse_std: [channels], of all rows. BatchNorm's
+    output changes neither with the mean of its input nor with its scale. So the usual backward of a
+    whole batch has no part along these two directions. Here the mean and the deviations of the
+    chosen rows are taken out of the gradient likewise. The gradient of the weights before BatchNorm
+    then stands at right angles to these weights, as with autograd. On a ResNet-18 and the harder
+    half of 256 pictures its cosine with autograd's gradient through the whole batch is .970 to
+    .989. With the usual formula over these rows it is .893 to .948.
     """
     shape = [1, -1] + [1] * (images.ndim - 2)
     given = gradient.float()
@@ -271,8 +272,8 @@ def _layout(
 def _reshaped(
     before: tuple[int, ...], layout: Layout, after: tuple[int, ...], dim: int
 ) -> Layout | None:
-    """The layout after a reshape that puts the rows into dimension `dim`; None where it splits
-    them.
+    """The layout after a reshape that puts the rows into dimension `dim`; None where it splits a
+    row.
     """
     inner = before[layout.dim] // (layout.outer * layout.rows)
     block = inner * math.prod(before[layout.dim + 1 :])  # numbers from a row to the next
@@ -285,9 +286,9 @@ def _reshaped(
 def find_saved(joint: Joint, layouts: dict[Node, Layout | str | None]) -> list[Node]:
     """Where to cut: the nodes of the forward that the backward is handed, inputs among them.
 
-    A view is made again rather than saved. So is what follows number by number from one saved
-    tensor, an activation function's output above all. Never anything that a mean over rows is in:
-    the backward would take it over other rows. Raises CannotTrace where rows cannot be gathered.
+    A view is made again, not saved. So is what follows number by number from one saved tensor, such
+    as an activation function's output. What contains a mean over rows is always saved: the backward
+    would take that mean over other rows. Raises CannotTrace where rows cannot be gathered.
     """
     late = joint.late
     needed = {n for node in late for n in node.all_input_nodes if n not in late}
@@ -303,7 +304,7 @@ def find_saved(joint: Joint, layouts: dict[Node, Layout | str | None]) -> list[N
 
 
 def _remade(node: Node, layouts: dict[Node, Layout | str | None]) -> bool:
-    """Whether a node may be computed again from its inputs of fewer rows: each row from its own."""
+    """Whether a node may be computed again from fewer rows: each of its rows needs no other."""
     has_rows = [layouts[n] is not None for n in node.all_input_nodes]
     return isinstance(layouts[node], Layout) or not any(has_rows)
 
@@ -311,8 +312,8 @@ def _remade(node: Node, layouts: dict[Node, Layout | str | None]) -> bool:
 def _bases(
     nodes: list[Node], needed: set[Node], layouts: dict[Node, Layout | str | None]
 ) -> list[Node]:
-    """The needed nodes in their order; for a view what it is a view of, for a constant nothing. A
-    copy of a larger type is like a view: what it is a copy of takes less memory.
+    """The needed nodes, in their order. For a view it is what it is a view of; a constant is left
+    out. A copy in a larger type counts as a view: the original takes less memory.
     """
     found = set()
     stack = list(needed)
@@ -331,8 +332,8 @@ def _bases(
 def _leaves(
     node: Node, saved: dict[Node, None], layouts: dict[Node, Layout | str | None]
 ) -> set[Node] | None:
-    """What to make a node again from, at most one of it as large as the node and all that carries
-    rows saved already; None where that cannot be.
+    """From what to make a node again; None where it has to be saved. Of the inputs that carry rows
+    at most one may be as large as the node.
     """
     if layouts[node] is None or not is_pointwise(node):
         return None

@@ -13,8 +13,8 @@ from lab.method.sample_store import Visit
 from lab.models.forward_once import CannotTrace, ForwardOnce, Rows, filled, row_forward
 from lab.models.network import Network, StepResult
 
-GRID = 16  # a backward is made for so many sizes of a choice at most: each takes seconds to compile
-MARGIN = 1.125  # room over the expected number of rows, where the rule does not fix it
+GRID = 16  # at most so many sizes of a backward are compiled: each takes seconds
+MARGIN = 1.125  # over the expected number of rows, where the rule does not fix it
 
 
 class ReusedForward:
@@ -58,8 +58,8 @@ class ReusedForward:
         return self.once.forward(*inputs, *([] if memory is None else [memory]))
 
     def capacity(self, count: int) -> int:
-        """The rows of the backward that so many chosen ones go through, padded. It depends on the
-        count alone, so that a resumed run computes what the uninterrupted one does.
+        """How many rows the backward of so many chosen ones has, with padding. It depends on the
+        count alone: a resumed run computes what the uninterrupted one does.
         """
         if count <= self.expected:
             return self.expected
@@ -82,8 +82,8 @@ class ReusedForward:
 
 
 def result_of(told: Rows, rows: Tensor, labels: Tensor, weights: Tensor | None) -> StepResult:
-    """What a training step over these rows tells. labels: int64, of the rows; weights: float32, of
-    their losses.
+    """The result of a training step over these rows. labels: int64, of the rows; weights: float32,
+    of their losses.
     """
     losses = told.losses[rows]
     plain = told.plain[rows]
