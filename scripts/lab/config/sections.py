@@ -46,25 +46,29 @@ class ModelConfig(Section):
 
     name: str = Field(
         "resnet18",
-        description="resnet18, resnet50, vit_b_16 (torchvision), small_conv or any timm model; "
-        "with pretrained=true also hf-hub:NAME/REPOSITORY or local-dir:FOLDER, in timm's form",
+        description="resnet18, resnet50, vit_b_16 (of torchvision), small_conv, or any model of "
+        "timm. With pretrained=true also hf-hub:NAME/REPOSITORY or local-dir:FOLDER, as timm "
+        "writes them",
     )
     pretrained: bool = Field(
-        False, description="start from published ImageNet weights (downloads them)"
+        False, description="start from published ImageNet weights, which are downloaded"
     )
     weights: str | None = Field(
         None,
         description=(
-            "start from these: the weights folder of a run, a .safetensors or a state_dict file"
+            "start from these weights: the weights folder of a run, a .safetensors or a "
+            "state_dict file"
         ),
     )
     freeze: bool = Field(
         False,
-        description="train the head alone, on the features of trained weights (a linear probe); "
-        "the rest stays as it is, its BatchNorm and dropout as in validation",
+        description="train the head alone, on the features of trained weights (a linear probe). "
+        "The rest stays as it is; its BatchNorm and dropout work as in validation",
     )
     small_stem: bool = Field(
-        False, description="torchvision ResNets at 32-64 px: 3x3 stem, no max-pool"
+        False,
+        description="torchvision's ResNets for pictures of 32 to 64 px: a 3x3 stem without "
+        "max-pool",
     )
 
 
@@ -73,40 +77,43 @@ class DatasetConfig(Section):
 
     type: str = Field(
         "digits",
-        description="digits (embedded), folder (ImageFolder), hf (Hugging Face datasets), csv (a "
-        "table of files and labels)",
+        description="digits: comes with scikit-learn. folder: one folder a class (ImageFolder). "
+        "hf: Hugging Face datasets. csv: a table of files and labels",
     )
-    train_dir: str | None = Field(None, description="folder: one sub-folder of images a class")
-    val_dir: str | None = Field(None, description="folder: the same classes, for validation")
+    train_dir: str | None = Field(None, description="folder with one sub-folder of images a class")
+    val_dir: str | None = Field(
+        None, description="folder with the same sub-folders, for validation"
+    )
     val_fraction: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="folder, hf, csv: validate on this share of each class of the training "
-        "pictures, at least one, which are then not trained on; chosen by the pictures' bytes, so "
-        "the same in every run, and equal pictures are on one side",
+        description="validate on this share of each class of the training pictures, at least "
+        "one, and do not train on them. They are chosen by their bytes: the same in every run, "
+        "and copies of a picture are on one side",
     )
     name: str | None = Field(
         None,
-        description="hf: hub id, or a local folder of parquet files; csv: the file, in UTF-8, with "
-        "the columns file (seen from the folder that it is in), label and perhaps split",
+        description="hf: hub id, or a local folder of parquet files. csv: the file, in UTF-8, "
+        "with the columns file and label, and perhaps split; paths in it begin at its own "
+        "folder",
     )
     subset: str | None = Field(
-        None, description="hf: configuration of the dataset, where it has several"
+        None, description="configuration of the dataset, where it has several"
     )
-    revision: str | None = Field(None, description="hf: branch, tag or commit on the hub")
-    split_train: str = Field("train", description="hf, csv: split to train on")
-    split_val: str = Field("validation", description="hf, csv: split to validate on")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    split_train: str = Field("train", description="split to train on")
+    split_val: str = Field("validation", description="split to validate on")
     image_key: str | None = Field(
         None,
-        description="image column; null: hf: the only column of images; csv: file",
+        description="image column. null: for hf the only column of images, for csv file",
     )
     label_key: str | None = Field(
         None,
-        description="label column; null: hf: the only class label column; csv: label",
+        description="label column. null: for hf the only class label column, for csv label",
     )
     num_classes: int | None = Field(
-        None, ge=2, description="checked against the data; null: taken from it"
+        None, ge=2, description="is compared with the data; null: taken from the data"
     )
     image_size: int = Field(32, ge=1, description="side of the square model input, pixels")
     augment: Literal["auto", "none", "pad_crop", "random_resized_crop"] = Field(
@@ -114,60 +121,60 @@ class DatasetConfig(Section):
     )
     augment_policy: str = Field(
         "none",
-        description="torchvision's policies, after the crop. rand_augment: two operations of "
-        "magnitude 9 (of 30); trivial_augment: one of any magnitude. Loader processes apply "
-        "them, so they need cache=none",
+        description="torchvision's policies, applied after the crop. rand_augment: two "
+        "operations of magnitude 9 (of 30). trivial_augment: one of any magnitude. Loader "
+        "processes apply them, so they need cache=none",
     )
     random_erasing: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="chance that 2 to 33 % of a training picture are covered by a grey rectangle",
+        description="chance that a grey rectangle covers 2 to 33 % of a training picture",
     )
     normalise: Literal["imagenet", "measured"] = Field(
         "imagenet",
-        description="mean and deviation of the pixels for weights that start at random; "
-        "measured: of the training pictures. Weights that were trained before keep their own",
+        description="mean and deviation of the pixels, for weights that start at random. "
+        "measured: those of the training pictures. Trained weights keep their own",
     )
     padding: Literal["black", "reflect"] = Field(
-        "black", description="pad_crop: what lies beyond the picture's edge"
+        "black", description="what lies beyond the picture's edge"
     )
     cache: Literal["none", "device", "disk"] = Field(
         "none",
-        description="decode once, keep the pixels, crop and flip on the training device; device: "
-        "on that device; disk: in files that later runs find again",
+        description="decode each picture once; crop and flip on the training device. device: "
+        "keep the pixels on that device. disk: keep them in files that later runs find again",
     )
     cache_folder: str = Field(
         "data/cache",
-        description="cache=disk: where the files are kept; cache=device: from where pictures come "
-        "that are there",
+        description="folder of the files of cache=disk. cache=device reads pictures from it that "
+        "are there",
     )
     cache_format: Literal["raw", "jpeg"] = Field(
         "raw",
         description=(
-            "cache=disk: raw pixels, or JPEG of quality 95: a sixth of the disk, decoded in "
-            "every epoch"
+            "raw: pixels. jpeg: JPEG of quality 95, a sixth of the disk, decoded in every epoch"
         ),
     )
     cache_resolution: int | None = Field(
         None,
         ge=1,
         description=(
-            "longest shorter side of the kept pictures, pixels; null: image_size, or 25/14 of "
-            "it to crop from"
+            "longest shorter side of the kept pictures, pixels. null: image_size, or "
+            "25/14 of it where crops are cut out"
         ),
     )
     worker_timeout: float = Field(
         300.0,
         gt=0,
-        description="the run ends as failed, and names the file, where no loader worker has sent a "
-        "batch for so long, seconds: a dead network disk, say",
+        description="seconds without a batch from a loader worker after which the run fails and "
+        "names the file. It happens on a dead network disk",
     )
     max_bad_images: int = Field(
         0,
         ge=0,
         description=(
-            "images that may be unreadable: the next sample stands in, the results list them"
+            "how many images may be unreadable. The next sample stands in for each, and "
+            "the results list them"
         ),
     )
     max_train_samples: int | None = Field(
@@ -175,14 +182,15 @@ class DatasetConfig(Section):
     )
     repeat: Annotated[int, Field(ge=1)] | Literal["balanced"] = Field(
         1,
-        description="every training image so many times in the set: redundant data, to study; "
-        "balanced: those of each class as often as it takes to have as many as the largest has",
+        description="how often each training image is in the set, to study redundant data. "
+        "balanced: as often as its class needs to be as large as the largest",
     )
     label_noise: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="share of the training labels replaced by another class at random, to study",
+        description="share of the training labels that are replaced by another class at random, "
+        "to study wrong labels",
     )
     max_val_samples: int | None = Field(
         None, ge=1, description="validate on a fixed random subset of this size"
@@ -195,23 +203,32 @@ class DatasetConfig(Section):
 
 class ASTConfig(Section):
     mode: Literal["ast", "dense", "random"] = Field(
-        "ast", description="sparse, the baseline, or the control"
+        "ast",
+        description="ast: train on a selection. dense: train on everything, the baseline. "
+        "random: train on a random share, the control",
     )
     measure: str = Field(
-        "loss_entropy", description="significance; loss_entropy: loss + entropy_weight * entropy"
+        "loss_entropy",
+        description="what a sample is worth. loss_entropy: loss + entropy_weight * entropy, the "
+        "significance",
     )
     scoring: str = Field(
         "batch",
-        description="what a sample's score comes from; batch: a forward of the network over every "
-        "loaded sample; proxy: a forward of a small network that learns beside; history: the loss "
-        "when the sample was last trained on, so that only chosen samples are loaded",
+        description="where a sample's score comes from. batch: a forward of the network over "
+        "every loaded sample. proxy: a forward of a small network that learns beside it. "
+        "history: the loss when the sample was last trained on, so that only chosen samples "
+        "are loaded",
     )
-    proxy_model: str = Field("small_conv", description="small_conv (four convolutions) or a name")
+    proxy_model: str = Field(
+        "small_conv",
+        description="the small network: small_conv (four convolutions), or a name as for "
+        "model.name",
+    )
     rule: str = Field(
         "pi",
-        description="which of the scored are active; pi: those over the controlled threshold; "
-        "topk: a top share; infobatch: those over the mean, and half of the others with twice the "
-        "weight, which the schedule plans as 0.75 of the set",
+        description="which of the scored samples are active. pi: those above the controlled "
+        "threshold. topk: a top share. infobatch: those above the mean, and half of the others "
+        "with twice the weight; the schedule expects 0.75 of the set",
     )
     forget_rate: Annotated[float, Field(ge=0, lt=1)] | str = Field(
         0.0,
@@ -225,7 +242,7 @@ class ASTConfig(Section):
         0.1,
         ge=0,
         lt=1,
-        description="share of the samples that is trained on whatever the stored scores say",
+        description="share of the samples that is trained on whatever its stored scores say",
     )
     score_resolution: int | None = Field(
         None,
@@ -234,8 +251,8 @@ class ASTConfig(Section):
     )
     score_statistics: Literal["running", "batch"] = Field(
         "running",
-        description="BatchNorm's statistics while scoring: running averages, as in validation, or "
-        "those of the scored batch, as in training",
+        description="BatchNorm's statistics while scoring. running: the running averages, as in "
+        "validation. batch: those of the scored batch, as in training",
     )
     pack: bool = Field(
         False, description="collect active samples into full batches before a training step"
@@ -244,16 +261,16 @@ class ASTConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="share of all samples that a sparse epoch loads and scores, those of the "
-        "highest scores so far; a score doubles with every epoch that leaves its sample out",
+        description="share of all samples that a sparse epoch loads and scores: those with the "
+        "highest scores so far. A score doubles with every epoch that leaves its sample out",
     )
     reuse_forward: bool | Literal["auto"] = Field(
         False,
-        description="train on the forward that scored a batch, of which the active rows alone go "
-        "backward: 1 + 2a in place of 1 + 3a of a forward for an active share a. A sparse epoch "
-        "loads larger batches, so that training.batch_size samples of each are active; auto: by "
-        "two passes where the network cannot be traced; true: refuse then. With BatchNorm and a "
-        "high rate, clip (training.grad_clip_norm=1): runs without it fell back at first",
+        description="score and train by one forward; the active rows alone go backward. For an "
+        "active share a it costs 1 + 2a forwards, not 1 + 3a. Sparse epochs load larger "
+        "batches, so that training.batch_size samples of each are active. true: refuse a "
+        "network that cannot be traced. auto: take two passes for it. With BatchNorm and a "
+        "high rate set training.grad_clip_norm=1: without it some runs fell back at first",
     )
     target_activation: Annotated[float, Field(gt=0, le=1)] | str = Field(
         0.25,
@@ -272,13 +289,13 @@ class ASTConfig(Section):
     kp_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which kp rises from 0")
     ki_warmup_epochs: float = Field(0, ge=0, description="sparse epochs over which ki rises from 0")
     initial_threshold: float | Literal["auto"] = Field(
-        "auto", description="nats; auto: the (1 - target) quantile of the first scored batch"
+        "auto", description="nats. auto: the (1 - target) quantile of the first scored batch"
     )
     min_threshold: float = Field(0.0, description="lower bound of the threshold, nats")
     threshold_unit: Literal["iqr", "raw"] = Field(
         "iqr",
         description=(
-            "what the gains move: running inter-quartile ranges of the significance, or nats"
+            "unit of the gains. iqr: running inter-quartile range of the significance. raw: nats"
         ),
     )
     entropy_weight: float = Field(
@@ -287,30 +304,33 @@ class ASTConfig(Section):
     min_active: int = Field(
         2,
         ge=0,
-        description="train on at least so many samples of a batch (history: of an epoch), the top",
+        description="train on at least so many samples of a batch, those with the highest "
+        "scores; with scoring=history of an epoch",
     )
     warmup_epochs: int = Field(
         1, ge=0, description="dense epochs before the sparse (or random) ones"
     )
-    anneal_epochs: int = Field(0, ge=0, description="dense epochs after them")
+    anneal_epochs: int = Field(
+        0, ge=0, description="dense epochs after the sparse (or random) ones"
+    )
 
 
 class TrainingConfig(Section):
     epochs: int = Field(10, ge=1, description="passes over the training set")
-    batch_size: int = Field(128, ge=1, description="samples a step, of all processes together")
+    batch_size: int = Field(128, ge=1, description="samples in a step, of all processes together")
     optimizer: str = Field(
         "sgd",
-        description="sgd, adam, adamw, lamb, muon or another one of timm; norms, biases and a "
-        "ViT's class token and positions are not decayed; muon trains these by AdamW",
+        description="sgd, adam, adamw, lamb, muon, or another one of timm. Norms, biases and a "
+        "ViT's class token and positions are not decayed; with muon, AdamW trains them",
     )
     lr: float = Field(0.1, gt=0, description="peak learning rate")
     lr_schedule: str = Field(
         "cosine",
-        description="cosine, linear, constant or step: how the rate falls after its warm-up; step: "
-        "to a tenth after each third of the rest",
+        description="how the rate falls after its warm-up: cosine, linear, constant or step. "
+        "step: to a tenth after each third of the rest",
     )
     min_lr: float = Field(
-        0.0, ge=0, description="learning rate at the end of the schedule; step: never below it"
+        0.0, ge=0, description="learning rate at the end of the schedule; with step never below it"
     )
     layer_decay: float = Field(
         1.0,
@@ -321,27 +341,28 @@ class TrainingConfig(Section):
     lr_warmup_epochs: float = Field(
         0,
         ge=0,
-        description="epochs over which the rate rises from 0; lr_decay=time: their share of the "
-        "planned steps, as a share of max_minutes",
+        description="epochs over which the rate rises from 0. With lr_decay=time the same share "
+        "of max_minutes",
     )
     lr_decay: Literal["epochs", "time"] = Field(
         "epochs",
         description=(
-            "time: the schedule and the run end after max_minutes of training, validation left out"
+            "epochs: the run ends after training.epochs. time: the schedule and the run "
+            "end after max_minutes of training, without validation"
         ),
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd and muon")
-    nesterov: bool = Field(False, description="sgd and muon: Nesterov's form of momentum")
+    nesterov: bool = Field(False, description="Nesterov's form of momentum")
     weight_decay: float = Field(
-        5e-4, ge=0, description="L2 penalty (sgd, adam) or decoupled decay (the others)"
+        5e-4, ge=0, description="L2 penalty (sgd, adam), or decoupled decay (the others)"
     )
     weight_average: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="decay, an optimizer step, of an exponential moving average of the weights; "
-        "the average is validated and exported, and selection scores by the weights themselves; "
-        "0: none",
+        description="decay per optimizer step of an exponential moving average of the weights; "
+        "0: none. The average is validated and exported; selection scores by the weights "
+        "themselves",
     )
     mixup: float = Field(
         0.0,
@@ -354,7 +375,7 @@ class TrainingConfig(Section):
         0.0,
         ge=0,
         description=(
-            "alpha of CutMix, likewise; with both, each step takes one of them at random; 0: none"
+            "alpha of CutMix, likewise; 0: none. With both, each step takes one of them at random"
         ),
     )
     loss: str = Field(
@@ -371,8 +392,8 @@ class TrainingConfig(Section):
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
-        description="weights of the training loss, not of the significance; balanced: the inverse "
-        "of each class's share of the training samples",
+        description="weights of the training loss, not of the significance. balanced: the "
+        "inverse of each class's share of the training samples",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="of the training loss, not of the significance"
@@ -380,11 +401,11 @@ class TrainingConfig(Section):
     grad_clip_norm: float | None = Field(
         None, gt=0, description="largest gradient norm; null: no clipping"
     )
-    grad_accum_steps: int = Field(1, ge=1, description="forward passes an optimizer step")
+    grad_accum_steps: int = Field(1, ge=1, description="forward passes in an optimizer step")
     mixed_precision: bool | Literal["bfloat16", "float16"] = Field(
         True,
-        description="autocast; true: on a GPU, in bfloat16 where it has that, else float16, with "
-        "a GradScaler; a name: in that type, on a CPU too",
+        description="autocast. true: on a GPU, in bfloat16, or in float16 with a GradScaler "
+        "where it has no bfloat16. A name: in that type, on a CPU too",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto", description="auto: a GPU where there is one"
@@ -392,12 +413,14 @@ class TrainingConfig(Section):
     compile: Compile = Field(
         "off",
         description=(
-            "torch.compile mode of the training step; reduce-overhead: CUDA graphs; needs one shape"
+            "mode of torch.compile for the training step; all steps must have one shape. "
+            "reduce-overhead: CUDA graphs"
         ),
     )
     sync_batchnorm: bool = Field(
         False,
-        description="several GPUs: BatchNorm over the samples of all of them, not each GPU's own",
+        description="several GPUs: BatchNorm over the samples of all of them, not over each "
+        "GPU's own",
     )
     num_workers: int | None = Field(
         None, ge=0, description="loader processes; null: one a core, at most 16"
@@ -406,11 +429,12 @@ class TrainingConfig(Section):
         None,
         gt=0,
         description=(
-            "cap on wall time from start or resumption to the results, minutes; see lr_decay"
+            "longest wall time from start or resumption to the results, minutes. With "
+            "lr_decay=time it is training time, see there"
         ),
     )
     early_stop_patience: int | None = Field(
-        None, ge=1, description="stop after so many epochs without a new best"
+        None, ge=1, description="stop after so many epochs without a new best accuracy"
     )
     seed: int = Field(
         0, ge=0, lt=2**63, description="of weights, order, augmentation and random selection"
@@ -421,27 +445,28 @@ class MetricsConfig(Section):
     base_flop_per_sample: float | None = Field(
         None,
         gt=0,
-        description="forward + backward FLOP of one sample; null: counted from the model, two a "
-        "multiply-add, no input gradient in the first layer (ResNet-50 at 224 px: 24.3e9; the "
-        "often quoted 7.8e9 is a forward alone)",
+        description="forward and backward FLOP of one sample. null: counted from the model, a "
+        "multiply-add as two, without the first layer's input gradient. For a ResNet-50 at 224 "
+        "px that is 24.3e9; the often quoted 7.8e9 is one forward",
     )
     gpu_tdp_watts: float = Field(
-        250.0, gt=0, description="for the energy proxy, watts of one GPU (of one process)"
+        250.0, gt=0, description="power of one GPU (of one process) in the energy estimate, watts"
     )
 
 
 class LoggingConfig(Section):
     PATHS = ("output_dir", "jsonl_path")
 
-    output_dir: str = Field("results", description="where final_results_<timestamp>.json goes")
+    output_dir: str = Field("results", description="folder of final_results_<timestamp>.json")
     jsonl_path: str | None = Field(None, description="append one JSON line an epoch to this file")
     checkpoint_minutes: float | None = Field(
         None,
         gt=0,
-        description="checkpoint so often within an epoch too, minutes; null: at epoch ends alone",
+        description="minutes between checkpoints within an epoch; null: at epoch ends alone",
     )
     tensorboard: bool = Field(
-        False, description="write the same as scalars to <output_dir>/tensorboard/<timestamp>"
+        False,
+        description="write the same figures as scalars to <output_dir>/tensorboard/<timestamp>",
     )
 
 
