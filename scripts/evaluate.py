@@ -1,23 +1,20 @@
-"""Evaluate the weights of a run on a validation set, or ask them about single pictures.
+"""Evaluate the weights of a run on a validation set, or ask them about pictures.
 
     python scripts/evaluate.py --weights results/latest
-    python scripts/evaluate.py --weights RUN dataset.val_dir=other --predictions wrong.csv
+    python scripts/evaluate.py --weights RUN --predictions wrong.csv \\
+        dataset.val_dir=other
     python scripts/evaluate.py --weights RUN --images photo.jpg pictures/
 
-RUN is a weights folder (the lab's, or of timm's save_for_hf), the folder of a run above it, a
-results file, or `latest` in a results folder. The first two print accuracy, the accuracy,
-precision and F1 of each class, the confusion matrix, the loss and the calibration error (expected
-calibration error, 15 bins, Guo et al. 2017), shares with their 95 % intervals (Wilson). With
---output-dir they also write evaluation.json and evaluation.png. The validation set is that of
---config, without it that of the run, prepared as while training. --images prints the likeliest
-classes of every picture, prepared as the folder says, or as --config or overrides do; with
---output-dir it also writes predictions.json. What one would not expect is said on stderr.
-
---predictions writes a row a picture: path, label where it is known, the likeliest classes with
-their probabilities, why it could not be read. --suspects lists the run's own training pictures
-whose labels may be wrong, and a sheet of them. export.py makes other programs' files of a network.
-
-Exit codes: 0 done; 1 pictures that could not be read, with --predictions; 2 the request was wrong.
+RUN is a weights folder (also of timm's save_for_hf), the folder of a run, a
+results file, or `latest` in a results folder. The validation set is that of the
+run, or of --config. Printed are accuracy, loss and calibration error (15 bins,
+Guo et al. 2017), the figures of each class, and the confusion matrix. Shares
+have 95 % intervals (Wilson). With --images the likeliest classes of each
+picture are printed, which is prepared as the weights folder says, or as
+--config or overrides do. --predictions writes a row a picture: path, label
+where it is known, the likeliest classes, why it could not be read. --suspects
+lists the run's training pictures whose labels may be wrong. Exit codes: 0 done;
+1 pictures could not be read, with --predictions; 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -32,9 +29,15 @@ from lab.base.errors import RequestError, one_line
 from lab.base.files import require_folder, user_path, user_text, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.streams import print_progress
-from lab.config.grid import take_overrides
 from lab.config.loading import Config, load_config
-from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, add_import, command_parser, run_cli
+from lab.study.cli import (
+    OVERRIDES_HELP,
+    WEIGHTS_HELP,
+    add_import,
+    command_parser,
+    run_cli,
+    take_pictures,
+)
 from lab.study.finding import Found, config_of, find_run
 from run_experiment import check_config
 
@@ -199,16 +202,16 @@ def load(args: argparse.Namespace, found: Found) -> tuple[Config, bool]:
     say(f"{key} is not used: the network is the one of --weights" for key in own)
     if args.config is not None:
         check = check_evaluation
-        return load_config(args.config, args.overrides, None, check, args.imports), False
+        return load_config(args.config, args.overrides, None, check, args.imports, False), False
     from lab.outputs.trained import folder_settings
 
     if args.images is None:
         text = config_of(found, args.imports)
         say([f"the config is that of the run: {one_line(found.path)}"])
         check = check_evaluation
-        return load_config(found.path, args.overrides, text, check, args.imports), False
+        return load_config(found.path, args.overrides, text, check, args.imports, False), False
     text = json.dumps(folder_settings(args.weights))
-    config = load_config(None, args.overrides, text, check_evaluation, args.imports)
+    config = load_config(None, args.overrides, text, check_evaluation, args.imports, False)
     return config, not keys & {"dataset.image_size", "dataset.augment", "dataset.type"}
 
 
@@ -288,13 +291,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output-dir",
         type=user_path,
         metavar="DIR",
-        help="write what was found there as files",
+        help="write evaluation.json and evaluation.png there, of --images predictions.json",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
     if args.images is not None:  # which takes the overrides after it too
-        take_overrides(args, "images")
-        args.images = [user_path(text) for text in args.images]
+        take_pictures(args)
     elif args.top is not None and args.predictions is None:
         raise RequestError("--top: only with --images or --predictions")
     if args.top is not None and args.top < 1:

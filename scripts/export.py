@@ -1,22 +1,22 @@
-"""Make a file of a trained network that other programs run, or give it to the
+"""Write a trained network as a file for other programs, or upload it to the
 Hugging Face hub.
 
     python scripts/export.py --weights results/latest --output model.onnx
     python scripts/export.py --weights RUN --output model.pt2 --images photos/
     python scripts/export.py --weights RUN --push NAME/REPOSITORY
 
-RUN is a weights folder, the folder of a run above it, a results file, or
-`latest` in a results folder. A .onnx file needs the packages onnx and
-onnxscript; a .pt2 file is for torch.export.load. Both take any number of
-pictures, float32 [batch, 3, size, size], RGB from 0 to 1, and normalise them
-themselves. Class names and the preparation of pictures are in their metadata.
-Before the file is written, its logits are compared with the network's on real
-pictures: those of --images, or some of the run's validation set; a .onnx file
-by onnxruntime, where that is installed.
+RUN is a weights folder, the folder of a run, a results file, or `latest` in a
+results folder. A .onnx file needs the packages onnx and onnxscript. A .pt2 file
+is for torch.export.load. Both take any number of pictures, float32
+[batch, 3, size, size], RGB from 0 to 1, and normalise them. Their metadata say
+the class names and how pictures are prepared. Before the file is written, its
+logits are compared with the network's on real pictures: those of --images, or
+some of the run's validation set. A .onnx file is compared where onnxruntime is
+installed.
 
---push uploads weights, config.json and model card with the token HF_TOKEN
-(.env), to a repository that is private where it is new. The card, README.md
-beside the weights, leaves the licence open.
+--push uploads the weights, config.json and README.md, the model card. It takes
+the token HF_TOKEN (.env). A new repository is private. The card leaves the
+licence open.
 
 Exit codes: 0 done; 1 the file does not compute what the network does; 2 the
 request was wrong.
@@ -34,9 +34,15 @@ from evaluate import check_evaluation, say
 from lab.base.errors import RequestError, one_line
 from lab.base.files import user_path, user_text, write_outputs
 from lab.base.launch import forget_launch
-from lab.config.grid import take_overrides
 from lab.config.loading import load_config
-from lab.study.cli import OVERRIDES_HELP, WEIGHTS_HELP, add_import, command_parser, run_cli
+from lab.study.cli import (
+    OVERRIDES_HELP,
+    WEIGHTS_HELP,
+    add_import,
+    command_parser,
+    run_cli,
+    take_pictures,
+)
 from lab.study.finding import Found, config_of, find_run
 
 if TYPE_CHECKING:
@@ -124,8 +130,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)
     if args.images is not None:  # which takes the overrides after it too
-        take_overrides(args, "images")
-        args.images = [user_path(text) for text in args.images]
+        take_pictures(args)
     if args.output is None and args.push is None:
         raise RequestError("--output: a file to write, or --push: a repository")
     if args.output is not None and args.output.suffix.lower() not in SUFFIXES:

@@ -56,11 +56,10 @@ from torch import Tensor, nn
 import lab.config.loading
 from lab.base.console import print_rank0, step_bar
 from lab.base.errors import RequestError, TrainingFailed, one_line
-from lab.base.reading import spell
 from lab.config.imports import changed_code, identities, kept, origin, use
 from lab.config.keys import (
     BUILT_IN,
-    OTHER_NEEDS,
+    LEAST_TARGET,
     RULE_KEYS,
     RULE_REPLACES,
     SCORING_KEYS,
@@ -68,11 +67,20 @@ from lab.config.keys import (
     idle_keys,
     of_known_parts,
     spelled,
-    unmet,
 )
-from lab.config.loading import Config, checkpoint_folder, first_complaint, require_known
+from lab.config.loading import Config, checkpoint_folder, not_read
+from lab.config.names import unknown
 from lab.config.sections import ASTConfig, DatasetConfig
-from lab.config.tables import Table
+from lab.config.tables import Table, names_of
+from lab.config.together import (
+    Traits,
+    complain,
+    complaints_of,
+    of_above_mean,
+    of_parts,
+    of_stored_scores,
+    reuses,
+)
 from lab.data.cache.loaders import Split, cached_loaders, prepare_caches
 from lab.data.datasets import (
     DigitsDataset,
@@ -375,11 +383,6 @@ def in_quarters(share: float) -> float:
     return math.ceil(share * QUARTERS - 1e-9) / QUARTERS
 
 
-def reuses(config: Config) -> bool:
-    """Whether every loaded batch of a sparse epoch is a step, of the forward that scored it."""
-    return config.ast.mode == "ast" and config.ast.reuse_forward is not False
-
-
 def reused_forward(config: Config, network: Network, dist: Dist) -> ReusedForward | None:
     """What `ast.reuse_forward` asks for; None where it is `auto` and cannot be had, which is said.
 
@@ -447,13 +450,7 @@ class StoredScores(Scores):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        ast = config.ast
-        replaced = "explore" in RULES[ast.rule].REPLACES
-        moves = isinstance(ast.target_activation, str)
-        least = AutoTarget.LEAST if moves else ast.target_activation
-        complaint = f"{ast.explore:g} or more of all samples, and ast.target_activation"
-        crowded = not replaced and ast.explore >= least
-        first_complaint((crowded, f"ast.explore: {complaint} is no larger"))
+        complain(of_stored_scores(config, RULES[config.ast.rule].REPLACES))
 
     def of_epoch(self, order: np.ndarray) -> Tensor:
         return torch.from_numpy(self.store.scores(order))
@@ -658,8 +655,7 @@ class AboveMean(Rule):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        weighted = config.ast.entropy_weight
-        first_complaint((weighted, "ast.entropy_weight: 0 for ast.rule=infobatch, the loss alone"))
+        complain(of_above_mean(config))
 
     def choose(self, pool: Pool, target: float) -> Choice:
         scores = pool.scores.numpy()
@@ -741,7 +737,7 @@ class AutoTarget(Target):
         *("value", "selects", "refused", "epochs_without", "fewest_wrong"),
         *("kept_out", "unseen_wrong", "active_wrong"),
     )
-    LEAST: ClassVar[float] = 0.5
+    LEAST: ClassVar[float] = LEAST_TARGET
     WRONG_SHARE: ClassVar[float] = 1 / 3
     TRIALS: ClassVar[int] = 3  # predictions of one epoch scatter with its last steps
     LEFT: ClassVar[float] = 0.5  # no selection that began later has shown a gain
@@ -1175,89 +1171,34 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
     RequestError for an error in one.
     """
     use(config.imports)
+    texts = []
     for table in CLOSED:
         value = value_of(config, table)
         if isinstance(value, str):  # a target and a doubt may be a number
-            require_known(table.key, value, [*table.others, *table])
+            texts += unknown(table.key, value, names_of(table.key))
+    complain(texts)  # what is below looks at the parts of these names
     check_optimizer(config.training)
-    unread = unread_keys(config)
-    refused = next((key for key in given if key in unread), None)
-    if refused is not None:
-        raise ValueError(f"{refused}: nothing reads it here; it needs {unread[refused]}")
-    DATASETS[config.dataset.type].check(config.dataset)
-    check_together(config)
     parts = parts_of(config)
-    for part in (parts.scores, parts.rule):
-        part.check(config)
+    checks = (
+        lambda: complain(not_read(given, unread_keys(config))),
+        lambda: DATASETS[config.dataset.type].check(config.dataset),
+        lambda: complain(of_parts(config, traits_of(config))),
+        lambda: parts.scores.check(config),
+        lambda: parts.rule.check(config),
+    )
+    complain(complaints_of(*checks))
 
 
-def needs_of_reuse(config: Config) -> list[str]:
-    """What other keys would have to be for `ast.reuse_forward`; nothing where it is false or they
-    are so.
-    """
-    if not reuses(config):
-        return []
-    return list(unmet("ast.reuse_forward", spelled(config.model_dump()), OTHER_NEEDS))
-
-
-def check_together(config: Config) -> None:
-    """Raises ValueError naming the key: for values that do not go together."""
-    ast = config.ast
-    training = config.training
+def traits_of(config: Config) -> Traits:
+    """What the parts of a run say of themselves."""
     parts = parts_of(config)
-    is_auto = isinstance(ast.target_activation, str)
-    is_number = not is_auto and parts.rule.target is None and parts.doubt is HighestScores
-    too_few = is_number and ast.forget_rate + ast.target_activation > 1 + 1e-9
-    varies = training.compile != "off" and not fixed_shape(config)
-    unmet_reuse = needs_of_reuse(config)
-    mixing = next((key for key in ("mixup", "cutmix") if getattr(training, key)), None)
-    keepers = {
-        f"training.loss={training.loss}": LOSSES[training.loss].recall is not Loss.recall,
-        "ast.scoring=history": parts.scores.keeps_visits,
-        f"ast.forget_rate={ast.forget_rate}": parts.doubt.keeps_labels,
-        "training.list_suspects": training.list_suspects,
-    }
-    keeper = next((name for name, keeps in keepers.items() if keeps), None)
-    first_complaint(
-        (
-            is_auto and ast.mode == "random",
-            f"ast.target_activation: {ast.target_activation} needs ast.mode=ast",
-        ),
-        (
-            too_few,
-            f"ast.forget_rate: leaves fewer than ast.target_activation={ast.target_activation} "
-            "of the samples",
-        ),
-        (
-            ast.candidates < 1 and ast.forget_rate,
-            "ast.candidates: 1 for ast.forget_rate, which is a share of all samples",
-        ),
-        (
-            ast.candidates < 1 and training.list_suspects,
-            "ast.candidates: 1 for training.list_suspects, which judges all samples",
-        ),
-        (
-            ast.candidates < 1 and not is_auto and ast.target_activation > ast.candidates,
-            f"ast.candidates: {ast.candidates:g} is fewer than ast.target_activation="
-            f"{spell(ast.target_activation)}",
-        ),
-        (
-            unmet_reuse,
-            f"ast.reuse_forward: {spell(ast.reuse_forward)} needs {' and '.join(unmet_reuse)}",
-        ),
-        (
-            varies,
-            "training.compile: needs ast.pack=true, for per-batch steps differ in shape",
-        ),
-        (
-            mixing and keeper,
-            f"training.{mixing}: {keeper} remembers each sample, and a mixture has no one label",
-        ),
-        (
-            mixing and parts.rule.weighs,
-            f"training.{mixing}: ast.rule={ast.rule} weighs each sample, and a mixture has no one "
-            "weight",
-        ),
+    return Traits(
+        before_loading=parts.scores.before_loading,
+        keeps_visits=parts.scores.keeps_visits,
+        own_target=parts.rule.target is not None,
+        weighs=parts.rule.weighs,
+        keeps_labels=parts.doubt.keeps_labels,
+        recalls=LOSSES[config.training.loss].recall is not Loss.recall,
     )
 
 

@@ -98,7 +98,7 @@ def test_evaluate_runs_what_is_named_and_nothing_else(own):
     said = run(own, "evaluate", "--weights", "results/latest", "--import", beside)
     assert f"{result_of(own)['best_accuracy']:.2f} %" in said
     assert "has changed" not in said
-    asked = ["--weights", "results/latest", "--images", "photo.png"]
+    asked = ["--weights", "results/latest", "--images", "mine.py"]  # the network comes first
     refused = run(own, "evaluate", *asked, code=2)
     assert "no model 'tiny'" in refused
     assert f"is not run by itself: if you trust it, --import {beside}" in refused

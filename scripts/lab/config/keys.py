@@ -14,16 +14,6 @@ from lab.config.sections import auto_augment
 
 Needs = dict[str, tuple[str, ...]]  # by other key, the values of which it must have one
 
-# The built-in parts that a file of one's own may add to. Without imports no other name is taken.
-NAMES = {
-    "dataset.augment_policy": ("none", "rand_augment", "trivial_augment"),
-    "training.lr_schedule": ("cosine", "linear", "constant", "step"),
-    "training.loss": (
-        *("cross_entropy", "generalised_cross_entropy", "early_learning", "focal"),
-        "binary_cross_entropy",
-    ),
-}
-
 SCORING_KEYS = {  # of `ast`, by ast.scoring
     "batch": ("score_resolution", "score_statistics", "pack", "candidates"),
     "proxy": ("proxy_model", "score_resolution", "pack", "candidates"),
@@ -50,6 +40,7 @@ RULE_REPLACES: dict[str, tuple[str, ...]] = {
 REUSE_REPLACES = ("score_resolution", "score_statistics", "pack")
 # Share of the epochs that a rule keeps dense at the end, in place of ast.anneal_epochs.
 DENSE_END = {"infobatch": 1 / 8}
+LEAST_TARGET = 0.5  # of a target that is set at the end of each epoch
 
 OTHER_NEEDS: dict[str, Needs] = {
     "dataset.train_dir": {"dataset.type": ("folder",)},
@@ -78,11 +69,23 @@ OTHER_NEEDS: dict[str, Needs] = {
     },
 }
 
-BUILT_IN = {  # by the key that names a part: of another name nothing is known
-    **NAMES,
+NAMES = {  # by the key that names a part, the built-in ones; `lab.config.tables.names_of`
+    "dataset.type": ("digits", "folder", "hf", "csv"),
+    "dataset.augment_policy": ("none", "rand_augment", "trivial_augment"),
+    "ast.measure": ("loss_entropy",),
     "ast.scoring": tuple(SCORING_KEYS),
     "ast.rule": tuple(RULE_KEYS),
-    "dataset.type": ("digits", "folder", "hf", "csv"),
+    "ast.target_activation": ("auto",),
+    "ast.forget_rate": ("auto",),
+    "training.lr_schedule": ("cosine", "linear", "constant", "step"),
+    "training.loss": (
+        *("cross_entropy", "generalised_cross_entropy", "early_learning", "focal"),
+        "binary_cross_entropy",
+    ),
+}
+BUILT_IN = {  # of another name nothing is known: networks and optimizers may be timm's
+    **NAMES,
+    "model.name": ("resnet18", "resnet50", "vit_b_16", "small_conv"),
     "training.optimizer": ("sgd", "adam", "adamw", "lamb", "muon"),
 }
 

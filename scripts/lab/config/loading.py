@@ -1,13 +1,10 @@
-"""The config as a whole: what its sections need of each other, and how a file and overrides become
-one.
-"""
+"""The config as a whole: how a file and overrides become one, and all that is wrong with them."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,69 +13,32 @@ from types import NoneType
 from typing import Any, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 from lab.base.errors import RequestError, one_line
 from lab.base.reading import BAD_YAML, _Dumper, _Loader, parse_config, read_config
 from lab.config.imports import identities, resolved
-from lab.config.keys import DENSE_END, NAMES
-from lab.config.sections import (
-    ASTConfig,
-    DatasetConfig,
-    LoggingConfig,
-    MetricsConfig,
-    ModelConfig,
-    Section,
-    TrainingConfig,
-)
+from lab.config.keys import BUILT_IN, all_needs, idle_keys, of_known_parts, spelled
+from lab.config.names import wrong_names
+from lab.config.sections import Section
+from lab.config.together import Sections, complain, complaints_of, of_built_in, of_sections
 
 
-def sparse_span(mode: str, rule: str, epochs: int, warmup_epochs: int, anneal_epochs: int) -> range:
-    """The epochs (from 0) of a run of `epochs` that train on a selection; none in mode dense.
-
-    It stops where the dense epochs at the end begin. A rule may have its own number of them.
-    """
-    own = DENSE_END.get(rule)
-    stop = epochs - (anneal_epochs if own is None else math.ceil(own * epochs))
-    return range(stop if mode == "dense" else warmup_epochs, stop)
-
-
-def first_complaint(*checks: tuple[object, str]) -> None:
-    """Raises ValueError with the first text whose condition is true."""
-    for wrong, complaint in checks:
-        if wrong:
-            raise ValueError(complaint)
-
-
-def require_known(key: str, value: str, known: Iterable[str]) -> None:
-    """Raises ValueError naming `key` where its value is not among the known ones."""
-    if value not in (names := list(known)):
-        expected = " or ".join(filter(None, [", ".join(map(repr, names[:-1])), repr(names[-1])]))
-        complaint = GONE_VALUES.get((key, value), f"expected {expected}, got {value!r}")
-        raise ValueError(f"{key}: {complaint}")
-
-
-class Config(Section):
-    imports: list[str] = Field(  # see `lab.config.imports`
-        default_factory=list,
-        description="code of one's own: files (path/mine.py) and packages (package.module)",
-    )
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    dataset: DatasetConfig = Field(default_factory=DatasetConfig)
-    ast: ASTConfig = Field(default_factory=ASTConfig)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
-
+class Config(Sections):
     @model_validator(mode="after")
-    def _fields_fit_together(self) -> Config:
-        """What no table of the lab decides; see `load_config` for the rest."""
-        for key, names in NAMES.items() if not self.imports else ():
-            section, _, name = key.partition(".")
-            require_known(key, getattr(getattr(self, section), name), names)
-        self._check_weights_and_data()
-        self._check_selection()
-        self._check_training()
+    def _fields_fit_together(self, info: ValidationInfo) -> Config:
+        """What no part of a run decides; `load_config` has the rest. Its context is a list that
+        takes the complaints.
+        """
+        if isinstance(info.context, list):
+            info.context.extend(of_sections(self))
+        else:
+            complain(of_sections(self))
         return self
 
     @model_serializer(mode="wrap")
@@ -87,95 +47,6 @@ class Config(Section):
         if not self.imports:
             dumped.pop("imports", None)
         return dumped
-
-    def _check_weights_and_data(self) -> None:
-        d = self.dataset
-        has_weights = self.model.weights is not None
-        is_trained = has_weights or self.model.pretrained
-        cropped = d.resolved_augment() == "random_resized_crop"
-        on_host = d.augment_policy != "none"
-        in_jpeg = d.cache_format == "jpeg"
-        two_starts = "with model.pretrained=true there are two to start from; leave out one"
-        refitted = "measured is for random weights; trained ones keep their own"
-        first_complaint(
-            (is_trained and d.normalise == "measured", f"dataset.normalise: {refitted}"),
-            (has_weights and self.model.pretrained, f"model.weights: {two_starts}"),
-            (
-                self.model.freeze and not is_trained,
-                "model.freeze: random features are no use; set model.pretrained=true or "
-                "model.weights",
-            ),
-            (
-                on_host and d.cache != "none",
-                f"dataset.augment_policy: {d.augment_policy} needs dataset.cache=none",
-            ),
-            (
-                in_jpeg and d.cache == "disk" and not cropped,
-                "dataset.cache_format: jpeg needs augment=random_resized_crop",
-            ),
-        )
-
-    def _check_selection(self) -> None:
-        a = self.ast
-        side = self.dataset.image_size
-        batch_size = self.training.batch_size
-        start = a.min_threshold if a.initial_threshold == "auto" else a.initial_threshold
-        first_complaint(
-            (a.mode != "dense" and not self.sparse_span(), self._all_dense()),
-            (
-                (a.score_resolution or side) > side,
-                f"ast.score_resolution: at most dataset.image_size={side}",
-            ),
-            (
-                a.min_active > batch_size,
-                f"ast.min_active: at most training.batch_size={batch_size}",
-            ),
-            (
-                start < a.min_threshold,
-                f"ast.initial_threshold: at least ast.min_threshold={a.min_threshold:g}",
-            ),
-        )
-
-    def _check_training(self) -> None:
-        t = self.training
-        log = self.logging.jsonl_path
-        first_complaint(
-            (
-                t.lr_decay == "time" and not t.max_minutes,
-                "training.max_minutes: needed with training.lr_decay=time",
-            ),
-            (t.min_lr > t.lr, f"training.min_lr: at most training.lr={t.lr:g}"),
-            (t.nesterov and not t.momentum, "training.nesterov: needs training.momentum"),
-            (
-                t.lr_warmup_epochs > t.epochs,
-                f"training.lr_warmup_epochs: at most training.epochs={t.epochs}",
-            ),
-            (
-                log is not None and Path(log).name in ("", ".."),
-                f"logging.jsonl_path: expected a file, got {log!r}",
-            ),
-        )
-
-    def _all_dense(self) -> str:
-        """Why no epoch is left to train on a selection, and which key to lower."""
-        warmup = self.ast.warmup_epochs
-        epochs = self.training.epochs
-        after = epochs - self.sparse_span().stop
-        own = "" if self.ast.rule in DENSE_END else " or ast.anneal_epochs"
-        return (
-            f"ast.warmup_epochs: with {warmup} dense epochs at the start and {after} at the end, "
-            f"none of training.epochs={epochs} is sparse; lower ast.warmup_epochs{own}, or raise "
-            "training.epochs"
-        )
-
-    def sparse_span(self) -> range:
-        """The epochs (from 0) that train on a selection rather than on everything."""
-        a = self.ast
-        return sparse_span(a.mode, a.rule, self.training.epochs, a.warmup_epochs, a.anneal_epochs)
-
-    def is_sparse(self, epoch: int) -> bool:
-        """Whether `epoch` (from 0) trains on a selection rather than on everything."""
-        return epoch in self.sparse_span()
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -218,9 +89,6 @@ GONE = {  # keys of earlier days, and what to do instead
     "training.compile_scoring": "is gone: training.compile holds for scoring too",
     "training.loss_weight": "is gone: early_learning has the weight of its paper, 3",
     "training.max_nonfinite_steps": "is gone: a loss that is not finite ends the run",
-}
-GONE_VALUES = {  # likewise
-    ("ast.target_activation", "unseen"): "unseen is gone: auto judges by pictures kept out",
 }
 
 
@@ -271,15 +139,17 @@ def load_config(
     text: str | None = None,
     check: Callable[[Config, Sequence[str]], None] | None = None,
     imports: Sequence[str] = (),
+    trains: bool = True,
 ) -> Config:
     """Read a YAML or JSON config and lay `overrides` ("training.lr=0.05", see `parse_override`)
     over it.
 
-    text: the file's text, where it has been read before. check: raises ValueError for what the
-    lab's tables do not know (`train_ast.check_config`), and runs the imports before. imports: of
-    `--import`, added to the file's own. Raises RequestError, one line naming the
-    file or the override and the key, for a file that is missing, empty or no mapping, an unknown
-    key (with the nearest known one) and a value of the wrong type or range: all of them at once.
+    text: the file's text, where it has been read before. check: raises ValueError for what only
+    the lab's tables know (`train_ast.check_config`), and runs the imports before. imports: of
+    `--import`, added to the file's own. trains: whether the training set must be there. Raises
+    RequestError, one line naming the file or the override and the key, for a file that is missing,
+    empty or no mapping, an unknown key (with the nearest known one) and a wrong value: all of them
+    at once.
     """
     if text is None:
         text = read_config(path) if path else "{}"
@@ -290,17 +160,70 @@ def load_config(
         if isinstance(part, dict):  # otherwise the validation below names the section
             part[name] = value
     raw["imports"] = _all_imports(path, raw.get("imports"), imports)
+    given = [override.partition("=")[0] for override in overrides]
+    raw = {key: {} if value is None else value for key, value in raw.items()}
+    config, complaints = _validated(raw, given, trains)
+    if not complaints and check is not None:
+        complaints = complaints_of(lambda: check(config, given))
+    if complaints:
+        raise RequestError(_all_of(complaints, overrides, path or "config"))
+    return config
+
+
+def _validated(raw: dict[str, Any], given: Sequence[str], trains: bool) -> tuple[Config, list[str]]:
+    """The config of a file's content, and all that is wrong with it. A key with a wrong value has
+    its default in it. given: the keys of the command line.
+    """
+    found: list[str] = []
+    together: list[str] = []
     try:
-        config = Config.model_validate({k: {} if v is None else v for k, v in raw.items()})
-        if check is not None:
-            check(config, [override.partition("=")[0] for override in overrides])
+        config = Config.model_validate(raw, context=together)
     except ValidationError as error:
-        complaints = _explain(error)
-    except ValueError as error:
-        complaints = [one_line(error)]
-    else:
-        return config
-    raise RequestError(_all_of(complaints, overrides, path or "config"))
+        found += _explain(error)
+        config = Config.model_validate(_without(raw, error), context=together)
+        config = config.model_copy(update={"imports": raw["imports"]})
+    found += _unblamed(found, wrong_names(config))
+    if not config.imports:
+        together += [*_not_read(config, given), *of_built_in(config, trains)]
+    return config, [*found, *_unblamed(found, together)]
+
+
+def _without(raw: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
+    """What a file holds, without what pydantic complains of."""
+    kept = {key: dict(part) if isinstance(part, Mapping) else part for key, part in raw.items()}
+    for section, *leaf in (each["loc"] for each in error.errors()):
+        if leaf and isinstance(kept.get(section), dict):
+            kept[section].pop(leaf[0], None)
+        else:
+            kept.pop(section, None)
+    return kept
+
+
+def _unblamed(before: Sequence[str], complaints: Iterable[str]) -> list[str]:
+    """The complaints that speak of no key, or section, that is itself complained of `before`."""
+    wrong = {complaint.partition(":")[0] for complaint in before}
+    kept = []
+    for complaint in complaints:
+        keys = re.findall(r"\w+\.\w+", complaint)
+        if not wrong & {*keys, *(key.partition(".")[0] for key in keys)}:
+            kept.append(complaint)
+    return kept
+
+
+def _not_read(config: Config, given: Sequence[str]) -> list[str]:
+    """A text for each of the keys of a command line that nothing reads."""
+    settings = spelled(config.model_dump())
+    needs = of_known_parts(all_needs(), settings, BUILT_IN)
+    return not_read(given, idle_keys(settings, spelled(Config().model_dump()), needs))
+
+
+def not_read(given: Iterable[str], unread: Mapping[str, str]) -> list[str]:
+    """unread: the keys that nothing reads, each with what it would need."""
+    return [
+        f"{key}: nothing reads it here; it needs {unread[key]}"
+        for key in dict.fromkeys(given)
+        if key in unread
+    ]
 
 
 def _all_imports(path: str | Path | None, own: Any, more: Sequence[str]) -> Any:

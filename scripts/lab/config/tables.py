@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from lab.config.keys import BUILT_IN
+
 Part = TypeVar("Part")
 
 
@@ -23,6 +25,7 @@ class Entry(NamedTuple):
     part: Any
 
 
+_tables: dict[str, Table] = {}  # by config key, those that this process has
 _adding: list[Entry] | None = None  # what the file that is being imported has added so far
 
 
@@ -70,6 +73,7 @@ class Table(dict[str, Part]):
         self.needs = needs
         self.tried = tried
         self.taken = taken
+        _tables[key] = self
 
     def register(self, name: str) -> Callable[[Part], Part]:
         """A decorator that adds what stands below it."""
@@ -125,6 +129,12 @@ class Table(dict[str, Part]):
         if _function(own) is _function(like):
             return None
         return uncallable(name, own, like)
+
+
+def names_of(key: str) -> list[str]:
+    """What a config key may name: the built-in parts, until its table is imported."""
+    table = _tables.get(key)
+    return [*BUILT_IN[key]] if table is None else [*table.others, *table]
 
 
 def _function(method: Any) -> Any:

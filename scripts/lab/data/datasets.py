@@ -25,8 +25,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lab.base.console import print_rank0
 from lab.base.errors import RequestError, one_line
-from lab.config.loading import first_complaint
 from lab.config.sections import DatasetConfig
+from lab.config.together import complain, of_dataset
 from lab.data.folders import composed, read_picture, scan_folder
 from lab.data.images import Augmentation, decode_image
 from lab.data.randomness import label_shifts
@@ -412,11 +412,7 @@ class FolderDataset(ImageDataset):
 
     @classmethod
     def check(cls, config: DatasetConfig) -> None:
-        lacks = not config.val_dir and config.val_fraction is None
-        first_complaint(
-            (not config.train_dir, "dataset.train_dir: needed with dataset.type=folder"),
-            (lacks, "dataset.val_dir: needed with dataset.type=folder, or dataset.val_fraction"),
-        )
+        complain(of_dataset(config))
 
     @classmethod
     def splits(cls, config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:

@@ -14,8 +14,8 @@ from pyarrow import parquet
 
 from lab.base.errors import RequestError, one_line
 from lab.base.hub import quick_hub
-from lab.config.loading import first_complaint
 from lab.config.sections import DatasetConfig
+from lab.config.together import complain, of_dataset
 from lab.data.datasets import ImageDataset
 from lab.data.folders import composed
 
@@ -175,9 +175,7 @@ class HFDataset(ImageDataset):
 
     @classmethod
     def check(cls, config: DatasetConfig) -> None:
-        first_complaint(
-            (not config.name, "dataset.name: dataset.type=hf needs a hub id or a local folder")
-        )
+        complain(of_dataset(config))
 
     @classmethod
     def splits(cls, config: DatasetConfig) -> tuple[HFDataset, HFDataset]:

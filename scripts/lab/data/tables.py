@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.base.errors import RequestError, one_line
-from lab.config.loading import first_complaint
 from lab.config.sections import DatasetConfig
+from lab.config.together import complain, of_dataset
 from lab.data.datasets import ImageDataset
 from lab.data.folders import composed
 
@@ -25,7 +25,7 @@ class CSVDataset(ImageDataset):
 
     @classmethod
     def check(cls, config: DatasetConfig) -> None:
-        first_complaint((not config.name, "dataset.name: dataset.type=csv needs the file"))
+        complain(of_dataset(config))
 
     @classmethod
     def splits(cls, config: DatasetConfig) -> tuple[ImageDataset, ImageDataset]:

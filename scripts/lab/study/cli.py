@@ -13,9 +13,10 @@ from functools import partial
 from dotenv import find_dotenv, load_dotenv
 
 from lab.base.errors import NobodyThere, RequestError, TrainingFailed, one_line
-from lab.base.files import user_text
+from lab.base.files import user_path, user_text
 from lab.base.launch import launched
 from lab.base.streams import standard_streams
+from lab.config.grid import take_overrides
 from lab.config.keys import all_needs
 from lab.config.loading import config_keys, load_config
 
@@ -121,19 +122,31 @@ def _reports(code: int, why: str) -> bool:
 
 HELP_WIDTH = 80  # characters: a terminal's
 OVERRIDES_HELP = (
-    "any config key, as ast.pack=true. Text is taken verbatim, quotes included; null is no value"
+    "any config key, as ast.pack=true. Text is taken as written, with its quotes; null means no "
+    "value"
 )
 WEIGHTS_HELP = "a weights folder, the run's folder, a results file, or latest in a results folder"
 RESUME_HELP = "go on from a checkpoint; auto: from this config's own, if there is one"
 
 
-IMPORT_HELP = "code of one's own: mine.py or package.module"
+IMPORT_HELP = "your own code: mine.py or package.module"
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
     """The option --import, once for each file."""
     how = {"action": "append", "default": [], "dest": "imports", "type": user_text}
     parser.add_argument("--import", metavar="FILE", help=IMPORT_HELP, **how)
+
+
+def take_pictures(args: argparse.Namespace) -> None:
+    """Make of --images, whose words may be overrides too, paths that are there. Raises RequestError
+    naming what is missing.
+    """
+    take_overrides(args, "images")
+    args.images = [user_path(text) for text in args.images]
+    for path in args.images:
+        if not path.exists():
+            raise RequestError(f"--images: {path}: no such file or folder")
 
 
 def hand_on(imports: Sequence[str]) -> list[str]:
@@ -190,13 +203,13 @@ def training_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def options_help() -> str:
     """Every config key with its default, what it needs and its meaning, for --help-config."""
     lines = [
-        "Config keys: by section in a YAML or JSON file, as section.key=value on the",
-        "command line. There text is taken verbatim and null is no value; the word null",
-        'itself goes into a file, as "null".',
+        "Config keys. In a YAML or JSON file they stand below their section, on the",
+        "command line as section.key=value. There, text is taken as it is written, and",
+        'null means no value. The word null itself goes into a file, as "null".',
         "",
         "imports (default none)",
-        "      of a file alone, a list: code of one's own that is run first, path/mine.py",
-        "      or package.module; on the command line --import",
+        "      a list of your own code, path/mine.py or package.module, to be run first.",
+        "      On the command line: --import",
     ]
     needs = all_needs()
     section = ""
@@ -206,8 +219,12 @@ def options_help() -> str:
             lines.append(f"\n{section}")
         lines.append(f"  {key} (default {'null' if default is None else str(default).lower()})")
         readers = [f"{other}={' or '.join(v)}" for other, v in needs.get(key, {}).items()]
-        told = [description, *([f"read with {' and '.join(readers)}"] if readers else [])]
+        told = f"{description}. Read with {' and '.join(readers)}" if readers else description
         lines += textwrap.wrap(
-            "; ".join(told), HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+            told,
+            HELP_WIDTH,
+            initial_indent=" " * 6,
+            subsequent_indent=" " * 6,
+            break_on_hyphens=False,
         )
     return "\n".join(lines)

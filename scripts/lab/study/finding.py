@@ -27,7 +27,8 @@ def find_run(text: str) -> Found:
     `latest` in a results folder (alone: in `results`).
 
     Whether a weights folder is one is left to whoever reads it. Raises RequestError naming
-    --weights where a results file has no weights, and where a results folder has no run with some.
+    --weights where nothing is there, where a results file has no weights, and where a results
+    folder has no run with some.
     """
     place = Path(text)
     if place.name == LATEST and not place.exists():
@@ -42,6 +43,11 @@ def find_run(text: str) -> Found:
         if next(place.glob(RESULTS), None) is not None:
             raise RequestError(
                 f"--weights: {text}: a results folder; its newest run: {text}/latest"
+            )
+        if not place.exists():
+            raise RequestError(
+                f"--weights: {text}: no such file or folder; expected a weights folder, the "
+                f"folder of a run, a results file, or latest in a results folder"
             )
         return _with_results(place, text)
     return _with_results(place / "weights", str(place / "weights"))

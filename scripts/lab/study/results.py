@@ -19,7 +19,8 @@ import numpy as np
 
 from lab.base.errors import RequestError, one_line
 from lab.base.reading import spell
-from lab.config.loading import config_keys, sparse_span
+from lab.config.loading import config_keys
+from lab.config.together import sparse_span
 
 RESULTS = "final_results_*.json"  # the files of a results folder
 REQUIRED = ("best_accuracy", "total_time_hours", "epochs_completed", "training_history")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ import yaml
 import run_experiment
 from conftest import REPO
 from lab.base.errors import RequestError
+from lab.config.keys import NAMES
 from lab.config.loading import GONE, SECTIONS, Config, config_keys, run_id
+from lab.config.names import NETWORK, OPTIMIZER, in_timm
 from lab.config.sections import LoggingConfig
+from lab.config.together import built_in_traits
 from lab.study.cli import options_help, run_cli
-from train_ast import load_config
+from train_ast import load_config, traits_of
 
 PRESETS = sorted((REPO / "configs").glob("*.yaml"))
 DOCUMENTED = """
@@ -223,6 +227,63 @@ def test_a_wrong_value_is_one_line_that_names_the_key(override, message):
         )
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+MANY = {  # overrides: what is said of each; None: nothing, for another says why
+    "training.lr=-1": "training.lr: expected greater than 0, got -1",
+    "ast.rule=top": "ast.rule: expected 'pi', 'topk' or 'infobatch', got 'top'",
+    "model.name=resnet19": "model.name: no model 'resnet19'; did you mean resnet18?",
+    "training.optimizer=adamx": "training.optimizer: no 'adamx'; did you mean adamax?",
+    "ast.min_active=999": "ast.min_active: at most training.batch_size=128",
+    "training.min_lr=1": None,
+    "ast.kp=0.3": None,
+}
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    with pytest.raises(RequestError) as caught:
+        load_config(None, list(MANY))
+    told = [f"override {given!r}: {why}" for given, why in MANY.items() if why is not None]
+    assert str(caught.value) == "; also ".join(told)
+
+
+def test_all_that_does_not_go_together_is_told_at_once():
+    """By the sections, the parts and the data, and what nothing reads; the first five."""
+    given = ["training.lr_decay=time", "ast.explore=0.2", "training.compile=default"]
+    with pytest.raises(RequestError) as caught:
+        load_config(None, [*given, "dataset.type=folder", "ast.score_resolution=64"])
+    told = str(caught.value).split("; also ")
+    assert [re.search(r"[a-z]+[.][a-z_]+(?=: )", each)[0] for each in told[:5]] == [
+        "ast.score_resolution",
+        "training.max_minutes",
+        "ast.explore",
+        "dataset.train_dir",
+        "dataset.val_dir",
+    ]
+    assert told[5:] == ["1 more"]
+
+
+def test_names_of_timm_are_known_without_it():
+    """All that it has, old names too; what is suggested is what it lists."""
+    import timm
+    from timm.models._registry import _model_entrypoints
+    from timm.optim import list_optimizers
+
+    found = in_timm("models", NETWORK)
+    own = {name for name, build in _model_entrypoints.items() if build.__module__[:5] == "timm."}
+    assert own <= {name for names in found for name in names}
+    assert {name for name, _ in found if name} == set(timm.list_models()) & own
+    found = in_timm("optim", OPTIMIZER)
+    assert {*list_optimizers()} == {name for names in found for name in names if name}
+
+
+def test_what_parts_say_of_themselves_is_known_without_them():
+    names = [NAMES["ast.scoring"], NAMES["ast.rule"], [0.0, 0.2, "auto"], ["ast", "random"]]
+    for values in product(*names):
+        ast = dict(zip(("scoring", "rule", "forget_rate", "mode"), values, strict=True))
+        for loss in NAMES["training.loss"]:
+            config = Config.model_validate({"ast": ast, "training": {"loss": loss}})
+            assert built_in_traits(config) == traits_of(config)
 
 
 @pytest.mark.parametrize("key", GONE)

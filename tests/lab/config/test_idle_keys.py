@@ -104,8 +104,8 @@ def test_a_part_of_ones_own_says_itself_what_it_reads(monkeypatch):
 def test_the_help_says_what_reads_a_key():
     text = " ".join(options_help().split())
     for key, reader in (
-        ("ast.kp (default 0.1)", "; read with ast.rule=pi ast.ki ("),
-        ("ast.explore (default", "; read with ast.scoring=history and ast.rule=pi or topk ast."),
+        ("ast.kp (default 0.1)", ". Read with ast.rule=pi ast.ki ("),
+        ("ast.explore (default", ". Read with ast.scoring=history and ast.rule=pi or topk ast."),
     ):
         told = text.partition(f" {key}")[2]
         assert told.index(reader) < 200

@@ -51,11 +51,11 @@ def test_a_folder_of_somebody_else_has_no_run(tmp_path):
     assert (found.weights, found.result) == (str(tmp_path / "weights"), None)
     with pytest.raises(RequestError, match="--config: needed for the validation set, for no resu"):
         config_of(found)
-    assert find_run("/nowhere").weights == "/nowhere"
 
 
 def test_what_is_no_run_is_named(out, tmp_path):
     cases = {
+        "/nowhere": "no such file or folder; expected a weights folder, the folder of a run",
         str(out): f"a results folder; its newest run: {out}/latest",
         str(tmp_path / "latest"): f"no results file in {tmp_path} of a run with weights",
         str(out / "final_results_20250201_000000.json"): "no results file of a run that left",
