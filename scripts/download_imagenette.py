@@ -4,9 +4,9 @@ layout.
     python scripts/download_imagenette.py
     python scripts/download_imagenette.py --size 320px --dest data
 
-Leaves <dest>/imagenette2-160/{train,val}/<class>/*.JPEG (imagenette2-320,
-imagenette2 for the other sizes), the archive's checksum verified; does nothing
-where that folder is there already.
+Checks the archive and writes <dest>/imagenette2-160/{train,val}/<class>/*.JPEG;
+the other sizes are imagenette2-320 and imagenette2. Does nothing where that
+folder is there.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dense-twin",
         action="store_true",
-        help="then train its time-matched baseline: dense, in the same training time",
+        help="then train densely for the same time, and say which is better",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     args = parser.parse_intermixed_args(argv)

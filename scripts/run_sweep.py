@@ -6,12 +6,12 @@
         --launcher slurm --partition gpu --gpus 1 --cpus 8 --timeout-min 120 \\
         --jobs 16 --random 40 "training.lr=log(1e-3,1)" --resume
 
-A run that fails is listed, and the others go on. A second command on the same
-folder, here or on another machine with this disk, takes the next free run;
-where one dies, the others do its runs. A run that ends adds a line to
-<output_dir>/sweep_summary_<timestamp>.jsonl; what it printed is in
-<output_dir>/logs/. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the
-runs, which save; a second Ctrl-C kills them.
+A run that fails is listed, and the others go on. The same command again, here
+or on another machine with this disk, takes the next free runs. Where one
+command dies, the others do its runs. Each run that ends adds a line to
+<output_dir>/sweep_summary_<timestamp>.jsonl. What it printed is in
+<output_dir>/logs/. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 reach the runs, which
+save and end. A second Ctrl-C kills them.
 Exit codes: 0 all done; 1 a run failed; 2 wrong request; 130 to 143 interrupted.
 """
 
@@ -53,7 +53,7 @@ RUNNER = Path(__file__).with_name("run_experiment.py")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
-    "--configs": {"required": True, "nargs": "+", "metavar": "FILE", "help": "in this order"},
+    "--configs": {"required": True, "nargs": "+", "metavar": "FILE", "help": "run in this order"},
     "--grid": {"nargs": "+", "metavar": "KEY=V,V", "help": "every combination of these"},
     "--random": {
         "nargs": "+",
@@ -61,19 +61,27 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
         "help": "N points: log(A,B), uniform(A,B), choice(A,B,..)",
     },
     "--random-seed": {"type": int, "metavar": "S", "help": "of these points (default 0)"},
-    "--variants": {"nargs": "+", "metavar": '"KEY=V .."', "help": "each set of overrides"},
-    "--seeds": {"nargs": "+", "metavar": "N", "help": "each with these seeds"},
+    "--variants": {
+        "nargs": "+",
+        "metavar": '"KEY=V .."',
+        "help": "a run with each set of overrides",
+    },
+    "--seeds": {"nargs": "+", "metavar": "N", "help": "every run with each of these seeds"},
     "--jobs": {"type": int, "metavar": "N", "help": "runs at a time (default 1)"},
     "--gpus": {
         "nargs": "+",
         "metavar": "G",
-        "help": "GPUs of each run; which: CUDA_VISIBLE_DEVICES",
+        "help": "GPUs a run; CUDA_VISIBLE_DEVICES says which",
     },
-    "--launcher": {"choices": ("slurm", "local"), "help": "a job a run, by submitit"},
+    "--launcher": {"choices": ("slurm", "local"), "help": "a job for each run, by submitit"},
     "--partition": {"metavar": "P", "help": "of SLURM"},
     "--cpus": {"type": int, "metavar": "C", "help": "cores of each job"},
-    "--timeout-min": {"type": int, "metavar": "M", "help": "of a job, then it is requeued"},
-    "--halving": {"type": int, "metavar": "E", "help": "end two of three at epoch E, 3 E, .."},
+    "--timeout-min": {"type": int, "metavar": "M", "help": "minutes of a job, then it is requeued"},
+    "--halving": {
+        "type": int,
+        "metavar": "E",
+        "help": "end the worse two thirds at epoch E, 3 E, ..",
+    },
     "--one-process": {"action": "store_true", "help": "all in this process, one after the other"},
     "--dense-twin": {"action": "store_true", "help": "a dense run of the same time after each"},
     "--resume": {"action": "store_true", "help": "skip finished runs, go on with others"},

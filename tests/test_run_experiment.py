@@ -94,8 +94,7 @@ def test_help_fits_a_screen_and_the_keys_have_their_own(capsys):
     ):
         lines = shown_by(command_.main, "--help", capsys).splitlines()
         assert len(lines) <= 45, command_
-        # a terminal's width; the lines to copy of evaluate.py are longer
-        assert max(map(len, lines)) <= (100 if command_ is evaluate else 80), command_
+        assert max(map(len, lines)) <= 80, command_  # a terminal's width
     assert all(
         word in shown_by(run_experiment.main, "--help", capsys)
         for word in [*run_experiment.FLAGS, "--dry-run"]

@@ -12,6 +12,7 @@ from lab.base.errors import RequestError, one_line
 from lab.base.files import user_path, user_text
 from lab.base.launch import launched
 from lab.config.imports import resolved
+from lab.config.names import unknown_network
 from lab.data.cache import MOST_READERS
 from lab.study.cli import add_import, command_parser
 
@@ -40,6 +41,9 @@ def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Names
     except ValueError as error:
         raise RequestError(f"--import: {one_line(error)}") from None
     args.check(args)
+    wrong = () if args.imports or "model" not in args else unknown_network("--model", args.model)
+    for complaint in wrong:
+        raise RequestError(complaint)
     return args
 
 
@@ -211,7 +215,7 @@ def add_inference(kinds: Any) -> argparse.ArgumentParser:
     add("--small-stem", action="store_true", help="as model.small_stem")
     add("--classes", type=int, default=1000, help="default: 1000")
     add("--image-size", type=int, default=224, help="pixels (default: 224)")
-    add("--compile", choices=["off", "default", "reduce-overhead"], default="off", help="its mode")
+    add("--compile", choices=["off", "default", "reduce-overhead"], default="off", help="of torch")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="as training.device")
     add("--largest", type=int, metavar="N", help="batch to try (default: 16384, on a CPU 64)")
     add("--steps", type=int, default=100, help="timed pictures a repeat, or a batch (default: 100)")
