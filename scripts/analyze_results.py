@@ -2,21 +2,16 @@
 follow a run while it goes on.
 
     python scripts/analyze_results.py --results-dir results
-    python scripts/analyze_results.py --results-dir results --plot \\
-        --save-dir results/plots
     python scripts/analyze_results.py --results-dir monday tuesday \\
-        --baseline dense --report results/report.html
-    python scripts/analyze_results.py --results-dir results \\
-        --frontier results/frontier.png
+        --plot --save-dir plots --report report.html
     python scripts/analyze_results.py --follow results/run.jsonl
 
 Reads every final_results_*.json of the folders, also those that hold only the
-documented keys. Runs that differ in nothing but their seed are one setting.
-Only runs on the same data with the same model are compared: where there are
-others, each such group has its own table, baseline, verdict and figures.
-Accuracies are in percent, activation a share of 0 to 1, time in seconds of
-training, energy in kJ: measured by NVML, or estimated as time x TDP. Exit
-codes: 0 done; 2 the request was wrong.
+documented keys. Runs that differ in their seed alone are one setting. Runs on
+other data or with another model are a group of their own, with its own table,
+baseline, verdict and figures. Accuracies are in percent, activation is a share
+of 0 to 1, time is seconds of training, energy is in kJ: measured by NVML, or
+estimated as time x TDP. Exit codes: 0 done; 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -25,14 +20,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lab.base.errors import one_line
+from lab.base.errors import RequestError, one_line
 from lab.base.files import no_formula, output_path, user_path, write_outputs
 from lab.base.launch import forget_launch
 from lab.base.plotting import import_matplotlib
 from lab.base.streams import print_progress
 from lab.study.cli import command_parser, run_cli
+from lab.study.following import follow
+from lab.study.results import load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,65 +37,89 @@ if TYPE_CHECKING:
     from lab.study.analysis.study import Study
 
 
+OPTIONS: dict[str, dict[str, Any]] = {  # of the command line, by name
+    "--results-dir": {
+        "default": [Path("results")],
+        "type": user_path,
+        "nargs": "+",
+        "metavar": "DIR",
+        "help": "folders of final_results_*.json, default: results",
+    },
+    "--dataset": {"metavar": "NAME", "help": "leave out runs on any other"},
+    "--same-data": {
+        "default": [],
+        "nargs": "+",
+        "metavar": "NAME=DIR,DIR",
+        "help": "the runs in these folders are on the same pictures, and are compared",
+    },
+    "--baseline": {
+        "metavar": "SETTING",
+        "help": "compare with it; default: the most accurate dense one",
+    },
+    "--csv": {
+        "type": output_path,
+        "metavar": "FILE",
+        "help": "write the table with all digits and columns",
+    },
+    "--markdown": {
+        "type": output_path,
+        "metavar": "FILE",
+        "help": "write the table as Markdown; -: to standard output, as with --csv and --latex",
+    },
+    "--latex": {
+        "type": output_path,
+        "metavar": "FILE",
+        "help": "write the table as LaTeX (booktabs)",
+    },
+    "--plot": {"action": "store_true", "help": "write each figure as PNG and SVG"},
+    "--save-dir": {
+        "type": user_path,
+        "metavar": "DIR",
+        "help": "for the figures (default: RESULTS_DIR/plots)",
+    },
+    "--title": {
+        "metavar": "TEXT",
+        "help": "of figures and report, instead of the names of data and model",
+    },
+    "--frontier": {
+        "type": user_path,
+        "metavar": "FILE",
+        "help": "draw final accuracy against training time: .png or .svg",
+    },
+    "--report": {
+        "type": user_path,
+        "metavar": "FILE",
+        "help": "write one self-contained HTML page",
+    },
+    "--follow": {
+        "type": user_path,
+        "metavar": "FILE",
+        "help": "show a run's logging.jsonl_path as it grows",
+    },
+}
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "--results-dir",
-        default=[Path("results")],
-        type=user_path,
-        nargs="+",
-        metavar="DIR",
-        help="folders of final_results_*.json, default: results",
-    )
-    parser.add_argument("--dataset", metavar="NAME", help="leave out runs on any other")
-    parser.add_argument(
-        "--baseline",
-        metavar="SETTING",
-        help="compare with it; default: the most accurate dense one",
-    )
-    parser.add_argument(
-        "--csv",
-        type=output_path,
-        metavar="FILE",
-        help="write the table with all digits and columns",
-    )
-    parser.add_argument(
-        "--markdown",
-        type=output_path,
-        metavar="FILE",
-        help="write the table as Markdown; -: to standard output, as with --csv and --latex",
-    )
-    parser.add_argument(
-        "--latex", type=output_path, metavar="FILE", help="write the table as LaTeX (booktabs)"
-    )
-    parser.add_argument("--plot", action="store_true", help="write each figure as PNG and SVG")
-    parser.add_argument(
-        "--save-dir",
-        type=user_path,
-        metavar="DIR",
-        help="for the figures (default: RESULTS_DIR/plots)",
-    )
-    parser.add_argument(
-        "--title",
-        metavar="TEXT",
-        help="of figures and report, instead of the names of data and model",
-    )
-    parser.add_argument(
-        "--frontier",
-        type=user_path,
-        metavar="FILE",
-        help="draw final accuracy against training time; FILE ends in .png or .svg",
-    )
-    parser.add_argument(
-        "--report", type=user_path, metavar="FILE", help="write one self-contained HTML page"
-    )
-    parser.add_argument(
-        "--follow",
-        type=user_path,
-        metavar="FILE",
-        help="show a run's logging.jsonl_path as it grows",
-    )
+    for name, settings in OPTIONS.items():
+        parser.add_argument(name, **settings)
     return parser.parse_args(argv)
+
+
+def folders_by_name(texts: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
+    """By folder, the name of the data that its runs are on. Raises RequestError for a text that is
+    not NAME=DIR,DIR and for a folder that is not among the others.
+    """
+    names = {}
+    for text in texts:
+        name, equals, listed = text.partition("=")
+        if not (name.strip() and equals and listed):
+            raise RequestError(f"--same-data: {one_line(text, 60)}: expected NAME=DIR,DIR")
+        for folder in map(user_path, listed.split(",")):
+            if folder not in folders:
+                raise RequestError(f"--same-data: {one_line(folder)}: not in --results-dir")
+            names[folder] = name.strip()
+    return names
 
 
 def print_study(study: Study, show: Callable[..., None]) -> None:
@@ -181,14 +202,13 @@ def requested_outputs(
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     forget_launch()
-    # here, because pandas takes a second, which neither help nor a wrong option needs
-    from lab.study.analysis.study import compare
-    from lab.study.analysis.tables import follow
-    from lab.study.results import load_runs
-
     if args.follow is not None:
         follow(args.follow)
-    studies = compare(*load_runs(args.results_dir, args.dataset), args.baseline)
+    same_data = folders_by_name(args.same_data, args.results_dir)
+    runs, left_out = load_runs(args.results_dir, args.dataset, same_data)
+    from lab.study.analysis.study import compare  # here: pandas takes a second to import
+
+    studies = compare(runs, left_out, args.baseline)
     if args.title is not None and len(studies) == 1:
         studies[0].title = one_line(args.title, 200)
     files = (args.csv, args.markdown, args.latex, args.report, args.frontier)

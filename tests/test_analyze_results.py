@@ -59,9 +59,14 @@ from lab.study.analysis.tables import text_table, verdict
             "--frontier: expected a file that ends in .png or .svg, got frontier.pdf",
         ),
         (
-            lambda folder: [write_run(folder, n, dataset__label_noise=0.2 * int(n)) for n in "12"],
-            ["--frontier", "frontier.png"],
-            "--frontier: these runs are of 2 groups",
+            lambda folder: write_run(folder, "1"),
+            ["--same-data", "CIFAR"],
+            "--same-data: CIFAR: expected NAME=DIR,DIR",
+        ),
+        (
+            lambda folder: write_run(folder, "1"),
+            ["--same-data", "CIFAR=elsewhere"],
+            "--same-data: elsewhere: not in --results-dir",
         ),
     ],
 )
@@ -77,6 +82,26 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(prepare, args, message, tmp
     assert error.startswith("error: " + message.format(folder=folder))
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+def test_runs_on_the_same_pictures_are_compared_wherever_these_were(tmp_path, capsys):
+    """Two folders of pictures are two groups, each with its panel; by a name they are one."""
+    for place, mode in (("here", "ast"), ("there", "dense")):
+        keys = {"dataset__type": "folder", "dataset__val_dir": place, "ast__mode": mode}
+        write_run(tmp_path / place, mode, (50.0, 60.0, 70.0), **keys)
+    folders = [str(tmp_path / place) for place in ("here", "there")]
+    figure = tmp_path / "frontier.svg"
+    asked = ["--results-dir", *folders, "--frontier", str(figure)]
+    assert analyze(asked) == 0
+    assert "2 comparison groups: nothing is compared" in capsys.readouterr().out
+    drawn = figure.read_text()
+    assert "folder:here" in drawn
+    assert "folder:there" in drawn
+    assert analyze([*asked, "--same-data", f"cats={','.join(folders)}"]) == 0
+    printed = capsys.readouterr().out
+    assert "comparison groups" not in printed
+    assert "difference: in points, against dense" in printed
+    assert "training time: cats" in figure.read_text()
 
 
 def test_command_prints_the_table_and_writes_tables_and_figures(results, tmp_path, capsys):

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from lab.base.errors import RequestError, one_line
 from lab.base.reading import spell
 from lab.config.loading import config_keys
+from lab.config.sections import auto_augment
 from lab.config.together import sparse_span
 
 RESULTS = "final_results_*.json"  # the files of a results folder
@@ -498,17 +499,41 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[ResultsFile], dict[str, 
     return runs, unreadable
 
 
+# of the dataset, what says where the pictures are
+PLACES = ("type", "train_dir", "val_dir", "name", "subset", "revision", "num_classes")
+PLACES = {
+    f"dataset.{key}"
+    for key in (*PLACES, "split_train", "split_val", "image_key", "label_key", "val_fraction")
+}
+
+
+def on_same_data(run: ResultsFile, names: Mapping[Path, str]) -> ResultsFile:
+    """The run, its data known by a name alone where its folder has one. names: by folder."""
+    name = names.get(run.path.parent)
+    if name is None or not is_whole(run.settings):
+        return run
+    settings = run.settings | dict.fromkeys(PLACES, "null") | {"dataset.type": name}
+    if settings.get("dataset.augment") == "auto":
+        size = int(settings["dataset.image_size"])
+        settings["dataset.augment"] = auto_augment(run.settings["dataset.type"], size)
+    return replace(run, settings=settings)
+
+
 def load_runs(
-    folders: Sequence[Path], dataset: str | None = None
+    folders: Sequence[Path],
+    dataset: str | None = None,
+    same_data: Mapping[Path, str] | None = None,
 ) -> tuple[list[ResultsFile], dict[str, str]]:
     """The runs to compare, and by path why a file was left out.
 
     Left out are files that cannot be read, runs that failed or were interrupted, runs on another
-    dataset than the one asked for, and the older of two runs of one config and seed. Raises
-    RequestError where a folder is missing or nothing is left. Which of the runs are comparable is
-    for `lab.study.analysis.study` to say.
+    dataset than the one asked for, and the older of two runs of one config and seed. same_data: by
+    folder, the name of the data that its runs are on, wherever these were. Raises RequestError
+    where a folder is missing or nothing is left. Which of the runs are comparable is for
+    `lab.study.analysis.study` to say.
     """
     runs, left_out = read_folders(folders)
+    runs = [on_same_data(run, same_data or {}) for run in runs]
     candidates = []
     for run in runs:
         status = run.figures["status"]

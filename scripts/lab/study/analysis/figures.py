@@ -227,7 +227,8 @@ def draw_panel(axes: Axes, panel: Panel, study: Study, styles: Mapping[str, dict
     where = f", {one_line(machines.pop(), 60)}" if timed else ""
     axes.set(xlabel=panel.xlabel + where + missing + cut, ylabel=panel.ylabel)
     if (panel.y or "").startswith("samples"):
-        axes.set_ylim(0, 1.05 * max(1.0, axes.dataLim.y1))
+        most = max(1.0, axes.dataLim.y1)
+        axes.set_ylim(-0.03 * most, 1.05 * most)  # a line at zero is seen whole
         axes.yaxis.set_major_formatter("{x:,.0f}")
     if panel.x == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -278,6 +279,12 @@ def draw_targets(axes: Axes, study: Study, settings: Iterable[str]) -> None:
         axes.axhspan(target - ACTIVATION_BAND, target + ACTIVATION_BAND, color=GRID, zorder=0)
         axes.axhline(target, color=OTHER, lw=0.8, zorder=0.5)
     axes.set_ylim(0, 1.05)
+
+
+def has_line(study: Study, cost: str) -> bool:
+    """Whether a machine has dense training of several lengths: a line to compare with."""
+    frontiers = dense_frontiers(study.table, study.runs, cost).values()
+    return any(len(frontier.points) > 1 for frontier in frontiers)
 
 
 def draw_dense_frontiers(axes: Axes, cost: str, study: Study) -> None:
@@ -343,7 +350,8 @@ def legend_entries(
             if style["color"] != MODES["dense"]
         ]
         if study.table["dense"].any():
-            look = {"color": MODES["dense"], "marker": "o", "linestyle": "-"}
+            line = "-" if has_line(study, FIGURES[name][1][0].x) else ""
+            look = {"color": MODES["dense"], "marker": "o", "linestyle": line}
             entries.append(("dense training", look))
     if others := len(
         [
@@ -367,6 +375,17 @@ def notes_on_bars(study: Study) -> list[str]:
     return notes + [f"times of {void} setting{'s' * (void > 1)} void: see the table"] * bool(void)
 
 
+def legend_handles(study: Study, name: str) -> list[Line2D]:
+    """The legend of one of FIGURES."""
+    entries = legend_entries(study, choose_styles(study), name)
+    handles = [
+        Line2D([], [], label=textwrap.fill(label, 30), markersize=5, **look)
+        for label, look in entries
+    ]
+    notes = notes_on_bars(study) if panels_of(study, name)[0].y is None else []
+    return handles + [Line2D([], [], label=note, linestyle="") for note in notes]
+
+
 def draw(study: Study, name: str, legend: bool) -> Figure | None:
     """One of FIGURES, its panels stacked; None where it has none. `legend`: with title and legend,
     as a file.
@@ -384,13 +403,7 @@ def draw(study: Study, name: str, legend: bool) -> Figure | None:
             draw_panel(axes, panel, study, styles)
         if legend:
             figure.suptitle(f"{FIGURES[name][0]}: {study.title}", fontsize=11, x=0.01, ha="left")
-            entries = legend_entries(study, styles, name)
-            handles = [
-                Line2D([], [], label=textwrap.fill(label, 30), markersize=5, **look)
-                for label, look in entries
-            ]
-            finals = notes_on_bars(study) if panels[0].y is None else []
-            handles += [Line2D([], [], label=note, linestyle="") for note in finals]
+            handles = legend_handles(study, name)
             figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
     return figure
 
@@ -412,21 +425,36 @@ def draw_file(study: Study, name: str, kind: str) -> bytes | None:
 
 
 def draw_frontier(path: Path, studies: Sequence[Study]) -> bytes:
-    """The figure `frontier_time`, in the format that the path's ending names.
+    """The figure `frontier_time`, in the format that the path's ending names; of several groups one
+    beside the other.
 
-    Raises RequestError for another ending, where the runs are of several groups, and where there is
-    nothing to draw.
+    Raises RequestError for another ending, and where there is nothing to draw.
     """
     if path.suffix not in (".png", ".svg"):
         raise RequestError(f"--frontier: expected a file that ends in .png or .svg, got {path}")
-    if len(studies) > 1:
-        raise RequestError(
-            f"--frontier: these runs are of {len(studies)} groups; --dataset keeps one data set"
-        )
-    content = draw_file(studies[0], "frontier_time", path.suffix[1:])
-    if content is None:
+    name = "frontier_time"
+    shown = [study for study in studies if panels_of(study, name)]
+    if not shown:
         raise RequestError("--frontier: no run has a final accuracy and its training time")
-    return content
+    figure = draw(shown[0], name, legend=True) if len(shown) == 1 else draw_beside(shown, name)
+    return saved(figure, name, path.suffix[1:])
+
+
+def draw_beside(studies: Sequence[Study], name: str) -> Figure:
+    """One of FIGURES of several groups, two in a row, each with its legend below it."""
+    rows = -(-len(studies) // 2)
+    with plain_style(RC):
+        figure = Figure(figsize=(11, 0.4 + 5 * rows), layout="constrained")
+        figure.suptitle(FIGURES[name][0], fontsize=11, x=0.01, ha="left")
+        grid = figure.subplots(rows, 2, squeeze=False).ravel()
+        for axes, study in zip(grid, studies, strict=False):
+            draw_panel(axes, panels_of(study, name)[0], study, choose_styles(study))
+            axes.set_title(study.title, fontsize=10, loc="left")
+            place = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.14), "ncols": 2}
+            axes.legend(handles=legend_handles(study, name), fontsize=8.5, frameon=False, **place)
+        for axes in grid[len(studies) :]:
+            axes.set_axis_off()
+    return figure
 
 
 def draw_groups(studies: Sequence[Study]) -> dict[str, bytes]:
