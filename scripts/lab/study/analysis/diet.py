@@ -21,7 +21,7 @@ SHEETS = {
 }
 
 
-def draw_histogram(histogram: np.ndarray) -> Figure:
+def draw_histogram(histogram: np.ndarray, mode: str) -> Figure:
     """How many pictures were trained on 0, 1, 2 times and so on."""
     with plain_style(RC | {"axes.grid.axis": "y"}):
         figure = Figure(figsize=(5, 2.6), layout="constrained")
@@ -30,7 +30,7 @@ def draw_histogram(histogram: np.ndarray) -> Figure:
             np.arange(len(histogram)),
             histogram,
             width=1.0,
-            color=MODES["ast"],
+            color=MODES.get(mode, MODES["ast"]),
             edgecolor=PAPER,
             linewidth=0.3,
         )
@@ -84,7 +84,7 @@ def shown(run: ResultsFile) -> dict[str, Any]:
     return {
         "file": run.path.name,
         "summary": summary(run.diet.histogram),
-        "figure": draw_histogram(run.diet.histogram),
+        "figure": draw_histogram(run.diet.histogram, run.settings.get("ast.mode", "")),
         "classes": class_table(run),
         "count": len(run.diet.classes),
         "sheets": [(title, sheet(run, name)) for name, title in SHEETS.items()],

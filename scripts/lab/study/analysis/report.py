@@ -20,6 +20,7 @@ from lab.study.analysis.figures import (
     LINES,
     choose_styles,
     draw,
+    has_line,
     inline_svg,
     legend_entries,
     mode_of,
@@ -173,6 +174,7 @@ def section(study: Study, number: int) -> dict[str, Any]:
         "frontier": next((each for each in figures if each["name"] == "frontier_time"), None),
         "figures": [each for each in figures if each["name"] != "frontier_time"],
         "bars": "; ".join(notes_on_bars(study)),
+        "has_line": has_line(study, "train_seconds"),
         "diets": [
             (setting, shown | {"figure": inline_svg(shown["figure"], f"diet-{i}{tail}")})
             for i, (setting, shown) in enumerate(diets(study))

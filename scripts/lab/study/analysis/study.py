@@ -327,7 +327,8 @@ def find_warnings(study: Study) -> list[str]:
             )
         if dense_best := int(rows["best_in_dense_phase"].sum()):
             found.append(
-                f"{setting}: best epoch inside a dense phase in {dense_best} of {len(rows)} runs"
+                f"{setting}: the best epoch lies in a dense phase in {dense_best} of {len(rows)} "
+                f"runs"
             )
         for status in ("time_capped", "early_stopped"):
             if count := int((rows["status"] == status).sum()):

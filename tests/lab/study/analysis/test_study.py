@@ -271,6 +271,6 @@ def test_warnings(tmp_path):
     assert (
         "ast: activation up to 0.150 off its target" in found
     )  # the first sparse epoch does not count
-    assert "ast: best epoch inside a dense phase in 1 of 1 runs" in found
+    assert "ast: the best epoch lies in a dense phase in 1 of 1 runs" in found
     assert "ast: 1 NaN or infinite values in its files" in found
     assert "final_results_2.json: failed: non-finite loss in epoch 3, step 2" in found
