@@ -35,8 +35,6 @@ from lab.study.cli import (
     option,
     run_cli,
 )
-from lab.study.finding import finished_run
-from lab.study.results import apart, dense_step_ms, read_history, settings_of
 
 if TYPE_CHECKING:
     from lab.machine.clock import Stop
@@ -92,6 +90,7 @@ def train_once(
     config: Config, stop: Stop, resume: str | None = None
 ) -> tuple[dict[str, Any], Path]:
     """`train_ast.train`; or the results of a run of this config that is finished."""
+    from lab.study.finding import finished_run  # here, as NumPy, which help does not need
     from train_ast import train
 
     done = finished_run(checkpoint_folder(config))
@@ -146,6 +145,8 @@ def verdict(result: dict[str, Any], twin: dict[str, Any]) -> str:
     Nobody wins within 1.96 standard errors of the difference of two shares of the validation
     pictures, nor where the dense steps of the two were not alike (`apart`).
     """
+    from lab.study.results import apart, dense_step_ms, read_history, settings_of
+
     if twin["final_accuracy"] is None:
         return (
             f"verdict: none: no step of the dense twin fitted into "

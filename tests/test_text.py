@@ -245,7 +245,10 @@ def test_an_error_of_an_override_names_it_and_not_the_file(tmp_path, capsys):
             "training.epochs=3 is sparse; lower ast.warmup_epochs or ast.anneal_epochs, or raise "
             "training.epochs"
         ),
-        "dataset.type=folder": "dataset.train_dir: needed with dataset.type=folder",
+        "dataset.type=folder": (
+            "dataset.train_dir: needed with dataset.type=folder; also dataset.val_dir: needed with "
+            "dataset.type=folder, or dataset.val_fraction"
+        ),
         "traning.lr=3": "traning: unknown key; did you mean training?",
     }
     for override, line in expected.items():
@@ -297,7 +300,7 @@ SEED = 20261126
 PRESETS = [path.read_bytes() for path in sorted((REPO / "configs").glob("*.yaml"))]
 KEYS = list(config_keys())
 FREE = """dataset.subset dataset.revision dataset.name dataset.split_train logging.output_dir
-    logging.jsonl_path model.name""".split()  # any text, in HUB
+    logging.jsonl_path dataset.label_key""".split()  # any text, in HUB
 PATHS = ["dataset.name", "logging.output_dir", "logging.jsonl_path"]  # of them
 NUMERIC = """training.seed training.epochs dataset.max_train_samples training.early_stop_patience
     training.lr training.max_minutes ast.entropy_weight ast.kp metrics.gpu_tdp_watts""".split()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from lab.base.launch import launched
 from lab.base.streams import print_progress
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LINE_SECONDS = 60.0  # between two lines of a run without a terminal
 _line_printed = time.monotonic()  # when there was the last one, of whatever epoch
@@ -28,6 +29,8 @@ def print_rank0(text: str) -> None:
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A tqdm bar on a terminal, of several processes on rank 0 alone; it goes when it is done."""
+    from tqdm import tqdm  # a tenth of the start of a command that shows none
+
     options = {
         "leave": False,
         "dynamic_ncols": True,

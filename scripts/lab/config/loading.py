@@ -146,10 +146,10 @@ def load_config(
 
     text: the file's text, where it has been read before. check: raises ValueError for what only
     the lab's tables know (`train_ast.check_config`), and runs the imports before. imports: of
-    `--import`, added to the file's own. trains: whether the training set must be there. Raises
-    RequestError, one line naming the file or the override and the key, for a file that is missing,
-    empty or no mapping, an unknown key (with the nearest known one) and a wrong value: all of them
-    at once.
+    `--import`, added to the file's own. trains: whether a run is to train: it needs a training set
+    and a known network. Raises RequestError, one line naming the file or the override and the key,
+    for a file that is missing, empty or no mapping, and for all unknown keys (each with the nearest
+    known one) and wrong values at once.
     """
     if text is None:
         text = read_config(path) if path else "{}"
@@ -182,7 +182,7 @@ def _validated(raw: dict[str, Any], given: Sequence[str], trains: bool) -> tuple
         found += _explain(error)
         config = Config.model_validate(_without(raw, error), context=together)
         config = config.model_copy(update={"imports": raw["imports"]})
-    found += _unblamed(found, wrong_names(config))
+    found += _unblamed(found, wrong_names(config, trains))
     if not config.imports:
         together += [*_not_read(config, given), *of_built_in(config, trains)]
     return config, [*found, *_unblamed(found, together)]
@@ -191,7 +191,10 @@ def _validated(raw: dict[str, Any], given: Sequence[str], trains: bool) -> tuple
 def _without(raw: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
     """What a file holds, without what pydantic complains of."""
     kept = {key: dict(part) if isinstance(part, Mapping) else part for key, part in raw.items()}
-    for section, *leaf in (each["loc"] for each in error.errors()):
+    for place in (each["loc"] for each in error.errors()):
+        if not place:  # a key of the file is no text
+            return {}
+        section, *leaf = place
         if leaf and isinstance(kept.get(section), dict):
             kept[section].pop(leaf[0], None)
         else:

@@ -21,8 +21,11 @@ GONE_VALUES = {  # names of earlier days, and what to do instead
 }
 
 
-def wrong_names(config: Sections) -> Iterator[str]:
-    """A text for each name that no table knows. A file that the config imports may add any."""
+def wrong_names(config: Sections, trains: bool) -> Iterator[str]:
+    """A text for each name that no table knows. A file that the config imports may add any.
+
+    trains: whether the network of the config is used.
+    """
     if config.imports:
         return
     for key in NAMES:
@@ -30,7 +33,7 @@ def wrong_names(config: Sections) -> Iterator[str]:
         value = getattr(getattr(config, section), leaf)
         if isinstance(value, str):  # a target and a doubt may be a number
             yield from unknown(key, value, names_of(key))
-    if config.model.weights is None:  # or the code beside the weights may have it
+    if trains and config.model.weights is None:  # code beside weights may have it
         yield from unknown_network("model.name", config.model.name)
     if config.ast.mode == "ast" and config.ast.scoring == "proxy":
         yield from unknown_network("ast.proxy_model", config.ast.proxy_model)

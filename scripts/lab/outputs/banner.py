@@ -87,8 +87,8 @@ def mode(config: Config) -> str:
 def seconds_left(
     clock: Clock, history: Sequence[float], sparse: Callable[[int], bool], done: float
 ) -> float:
-    """How long the rest of the run takes, its validations included: an epoch as long as the last
-    one of its kind, sparse or not; one that has none yet as long as this one.
+    """How long the rest of the run takes, with its validations. An epoch is taken to be as long as
+    the last one of its kind, sparse or dense; without one, as long as this one.
 
     history: train_seconds of each finished epoch, cumulative. sparse: whether an epoch is, by its
     number from 0. done: epochs that are trained, with the part of the one that runs, above 0.

@@ -91,7 +91,7 @@ def traced(trained: Trained) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What the exporters say of themselves is nobody's concern; what fails is an exception."""
+    """Hide what the exporters print. What fails is an exception."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -162,7 +162,7 @@ def compared(trained: Trained, images: Tensor, forward: Callable[[Tensor], Tenso
     """The largest difference of the logits of real pictures, one by one and together, from those of
     the network itself.
 
-    images: uint8 [n, 3, size, size], prepared. Raises TrainingFailed where it is no rounding.
+    images: uint8 [n, 3, size, size], prepared. Raises TrainingFailed beyond rounding.
     """
     expected = trained.network.predictor()(images.to(trained.network.device)).float().cpu().numpy()
     pixels = images.float() / 255

@@ -106,8 +106,8 @@ class Outputs:
     def log(self, row: dict[str, Any], whole: bool) -> None:
         """Append the row to the log once the checkpoint is on the disk.
 
-        Of an epoch cut short (`whole` false) the line is kept beside the checkpoint too: a resumed
-        run repeats the epoch, and takes the line back.
+        The line of an epoch that was cut short (`whole` false) is kept beside the checkpoint too. A
+        resumed run repeats the epoch, and takes the line back.
         """
         if self.checkpoints is not None and self.logging.jsonl_path is not None:
             self.checkpoints.then(self._append, row, whole)

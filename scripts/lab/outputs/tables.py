@@ -23,9 +23,7 @@ EPOCH_COLUMNS: Columns = {
 
 
 def of_all(config: Config) -> str:
-    """What follows an epoch's number, "/20"; nothing where the schedule is by time: then as many
-    come as fit.
-    """
+    """What follows an epoch's number, "/20"; nothing for a schedule by time."""
     return f"/{config.training.epochs}" if config.training.lr_decay == "epochs" else ""
 
 

@@ -95,9 +95,7 @@ def read_env() -> None:
 
 
 def _known(error: Exception) -> str | None:
-    """What an error that nothing has named says, in one line; None where it is a mistake in the
-    code.
-    """
+    """An error that nothing expected, in one line; None where it is a mistake in the code."""
     if "torch" in sys.modules:  # or it is no run's
         from lab.machine.clock import explained
 
@@ -109,7 +107,7 @@ def _known(error: Exception) -> str | None:
 
 
 def _reports(code: int, why: str) -> bool:
-    """Whether this process prints the error: the only one does; of several the first to fail."""
+    """Whether this process prints the error. Of several processes it is the first to fail."""
     try:
         if launched()[1] == 1:
             return True
@@ -139,8 +137,8 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def take_pictures(args: argparse.Namespace) -> None:
-    """Make of --images, whose words may be overrides too, paths that are there. Raises RequestError
-    naming what is missing.
+    """Turn the words of --images into paths; the overrides among them go to the others. Raises
+    RequestError naming a path that is not there.
     """
     take_overrides(args, "images")
     args.images = [user_path(text) for text in args.images]
@@ -155,9 +153,7 @@ def hand_on(imports: Sequence[str]) -> list[str]:
 
 
 def option(name: str, value: str) -> list[str]:
-    """An option as arguments of another command, its value as it is, even one that begins like an
-    option.
-    """
+    """An option as arguments of another command. Its value may begin like an option."""
     return [f"{name}={value}"] if value.startswith("-") else [name, value]
 
 

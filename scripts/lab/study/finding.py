@@ -118,8 +118,8 @@ def config_of(found: Found, imports: Sequence[str] = ()) -> str:
     if not isinstance(config, dict):
         place = one_line(found.weights)
         raise RequestError(
-            f"--config: needed for the validation set, for no results file of the run is beside "
-            f"{place}; or --images for single pictures"
+            f"--config: needed for the validation set, because no results file of the run is "
+            f"beside {place}. For single pictures give --images"
         )
     own = config.get("imports")
     if own and not imports:

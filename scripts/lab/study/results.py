@@ -282,8 +282,8 @@ def read_run(path: Path) -> ResultsFile:
 
 
 def is_guessed(environment: Mapping[str, str], settings: Mapping[str, str]) -> bool:
-    """Whether the estimate of the energy is that of a GPU which the machine does not have: no GPU,
-    and no other watts than the default.
+    """Whether the estimate of the energy is of a GPU that is not there: the machine has none, and
+    nobody gave its watts.
     """
     watts = "metrics.gpu_tdp_watts"
     given = settings.get(watts, DEFAULTS[watts]) != DEFAULTS[watts]
@@ -329,10 +329,10 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, str]:
     """The config of a results file as dotted key to text, without what may differ between runs of
     one setting.
 
-    A name of somebody's own part is followed by the code that it is of. Renamed keys have their new
-    names. Where the config is whole, keys that it lacks have their defaults: a new key's default
-    keeps the meaning of older runs, and a key that is gone (FORMER) has the value by which runs go
-    without it. A config that is not whole is some other lab's, and stays as it is.
+    The name of an imported part is followed by its code. Renamed keys have their new names. A key
+    that a whole config lacks has its default, which keeps the meaning of older runs. A key that is
+    gone (FORMER) has the value that today's runs have without it. A config that is not whole is
+    some other lab's, and stays as it is.
     """
     settings = {}
     for name, part in (result.get("config") or {}).items():
@@ -508,7 +508,7 @@ PLACES = {
 
 
 def on_same_data(run: ResultsFile, names: Mapping[Path, str]) -> ResultsFile:
-    """The run, its data known by a name alone where its folder has one. names: by folder."""
+    """The run; where its folder has one of these names, its data is known by that name alone."""
     name = names.get(run.path.parent)
     if name is None or not is_whole(run.settings):
         return run

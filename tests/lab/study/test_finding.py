@@ -49,7 +49,7 @@ def test_a_folder_of_somebody_else_has_no_run(tmp_path):
     (tmp_path / "weights").mkdir()
     found = find_run(str(tmp_path))
     assert (found.weights, found.result) == (str(tmp_path / "weights"), None)
-    with pytest.raises(RequestError, match="--config: needed for the validation set, for no resu"):
+    with pytest.raises(RequestError, match="--config: needed for the validation set, because no"):
         config_of(found)
 
 

@@ -105,8 +105,8 @@ def match_sentence(study: Study, name: str) -> Sentence:
     if row.void:
         return (
             name,
-            f"is not compared by time: that is void, for the dense steps of its runs and of the "
-            f"dense ones took {row.void}.",
+            f"is not compared by time: dense steps of the compared runs took {row.void}, so the "
+            f"machine was not the same.",
         )
     if bound == "not resolved":
         return (
@@ -182,7 +182,8 @@ def verdict_sentences(study: Study) -> list[str]:
     count = int(table.loc[best, "n"])
     half = f" ± {spread}" if spread != "-" else ""
     accuracy = f"{figures[best]['final %']}{half} % ({count} seed{'s' * (count > 1)})"
-    sentences: list[Sentence] = [(best, f"has the highest final accuracy: {accuracy}.")]
+    told = "the highest final accuracy:" if len(ranked) > 1 else "a final accuracy of"
+    sentences: list[Sentence] = [(best, f"has {told} {accuracy}.")]
     sparse = [name for name in ranked if not table.loc[name, "dense"]]
     other = (
         best if base != best else next((name for name in [*sparse, *ranked] if name != base), None)

@@ -88,7 +88,7 @@ class Halving:
         return False
 
     def ended(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The line of a run that has ended: that it was pruned, where it was."""
+        """The line of a run that has ended, with `pruned` where halving stopped it."""
         if row["id"] in self.pruned and row["status"] == "interrupted":
             behind = {key: value for key, value in row.items() if key != "error"}
             return behind | {"status": "pruned", "exit_code": 0}

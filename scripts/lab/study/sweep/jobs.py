@@ -80,7 +80,7 @@ class Job:
     device: str | None = None  # what CUDA_VISIBLE_DEVICES is set to; None: SLURM has set it
 
     def __call__(self) -> int:
-        """Do the run, unless it is done or another command is at it. Returns its exit code."""
+        """Do the run, unless it is done or another command does it. Returns its exit code."""
         if self.cpus is not None:
             os.environ["OMP_NUM_THREADS"] = str(self.cpus)
         hooks = {number: signal.getsignal(number) for number in WARNINGS}
@@ -101,7 +101,7 @@ class Job:
             await_end()
             sys.exit(128 + halt.signals[0])
         if row is None:
-            print_progress(f"{self.plan.name}: another command is at it")
+            print_progress(f"{self.plan.name}: another command does it")
         return 0 if row is None else row["exit_code"]
 
     def checkpoint(self) -> Any:

@@ -1,4 +1,4 @@
-"""What the runs of a sweep are at, read from what they print."""
+"""How far the runs of a sweep are, read from what they print."""
 
 from __future__ import annotations
 
