@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def unknown_network(key: str, name: str) -> Iterator[str]:
     """What is wrong with the name of a network, if neither the lab nor timm has it. A source of
     weights (hf-hub:NAME) is taken as it is.
     """
-    if ":" in name:
+    timm = sys.modules.get("timm")  # where it is imported, somebody may have added to it
+    if ":" in name or (timm is not None and timm.is_model(name)):
         return
     own = names_of("model.name")
     yield from _not_of_timm(key, name.partition(".")[0], own, "models", NETWORK, "model ")

@@ -263,7 +263,7 @@ def test_all_that_does_not_go_together_is_told_at_once():
     assert told[5:] == ["1 more"]
 
 
-def test_names_of_timm_are_known_without_it():
+def test_names_of_timm_are_known_without_it(monkeypatch):
     """All that it has, old names too; what is suggested is what it lists."""
     import timm
     from timm.models._registry import _model_entrypoints
@@ -273,6 +273,8 @@ def test_names_of_timm_are_known_without_it():
     own = {name for name, build in _model_entrypoints.items() if build.__module__[:5] == "timm."}
     assert own <= {name for names in found for name in names}
     assert {name for name, _ in found if name} == set(timm.list_models()) & own
+    monkeypatch.setitem(_model_entrypoints, "own_net", None)
+    assert load_config(None, ["model.name=own_net"]).model.name == "own_net"
     found = in_timm("optim", OPTIMIZER)
     assert {*list_optimizers()} == {name for names in found for name in names if name}
 

@@ -156,8 +156,8 @@ def dense_step(settings: Mapping[str, str]) -> Group:
 
 
 def acts(settings: Mapping[str, str], key: str) -> bool:
-    """Whether a key of the config has a say in a run of these settings: also where its part is
-    one of somebody's own, of which nothing is known.
+    """Whether a key of the config can change a run of these settings. Of an imported part nothing
+    is known: there any key can.
     """
     mode = settings.get("ast.mode", "")
     if key.startswith("ast.") and mode in AST_KEYS:

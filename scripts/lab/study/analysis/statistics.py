@@ -206,8 +206,8 @@ class Measure:
 
     @cached_property
     def ends(self) -> tuple[float, float]:
-        """Log seconds of the shortest and of the longest dense setting, the useless ones counted:
-        beyond the last point dense training is known to gain nothing.
+        """Log seconds of the shortest and of the longest dense setting, also of those that gain
+        nothing: beyond the last point dense training is known to gain nothing.
         """
         tried = [np.log(each.seconds).mean() for each in self.tried]
         return float(self.frontier.times[0]), max(tried)
@@ -256,14 +256,15 @@ def time_to_match(own: Runs, dense: DenseTraining, count: int = 1) -> Match:
 
     Below 1 the setting saves time. The dense time is where the frontier has the setting's accuracy.
     The interval holds every time at which the difference to the frontier is not significant
-    (a test inverted, as in Fieller 1954): accuracy and seconds of the setting and of the dense ones
-    have their say, and a setting that saves time is one that is better at equal time. (Percentiles
-    of a bootstrap would be too narrow, for the mean of three seeds 2.7 times: Hesterberg 2015,
-    "What Teachers Should Know About the Bootstrap".) Two bounds: "<" where the
-    setting is significantly better than every dense one, the ratio is to the longest; ">" where it
-    is significantly worse than the shortest. "not resolved" where the setting or all dense ones
-    have fewer than two seeds, where the interval leaves the dense settings at both ends, and where
-    it spans more than a factor of WIDEST: the frontier is flat there. `count`: see
+    (a test inverted, as in Fieller 1954). So the scatter of accuracy and of seconds counts, of the
+    setting and of the dense ones, and a setting saves time where it is better at equal time.
+    (Percentiles of a bootstrap would be too narrow, for the mean of three seeds 2.7 times:
+    Hesterberg 2015, "What Teachers Should Know About the Bootstrap".)
+
+    "<": the setting is significantly better than every dense one; the ratio is to the longest.
+    ">": it is significantly worse than the shortest. "not resolved": the setting or all dense ones
+    have fewer than two seeds, the interval leaves the dense settings at both ends, or it spans more
+    than a factor of WIDEST because the frontier is flat there. `count`: see
     `confidence_of_best`.
     """
     measure = dense.tested

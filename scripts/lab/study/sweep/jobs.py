@@ -110,8 +110,8 @@ class Job:
 
 
 def await_end() -> None:
-    """Stay while SLURM has the job running although it has told it to end: one that leaves in the
-    grace time of a pre-emption counts as ended, and would not come back.
+    """Stay as long as SLURM lets the job run after it has told it to end. A job that leaves within
+    the grace time of a pre-emption counts as ended, and would not come back.
     """
     job = os.environ.get("SLURM_JOB_ID")
     while job is not None and queue_state(job) == ["RUNNING"]:
@@ -164,7 +164,7 @@ class Jobs:
         )
 
     def submit(self, jobs: Sequence[Job]) -> list[Any]:
-        """Submit them, of SLURM as one array. Raises RequestError where it takes none."""
+        """Submit them, to SLURM as one array. Raises RequestError where it refuses."""
         try:
             with self.executor.batch():
                 new = [self.executor.submit(job) for job in jobs]

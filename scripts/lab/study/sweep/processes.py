@@ -214,8 +214,8 @@ class Crew:
         self.hungry = True  # whether a run may be free that was not at the last look
 
     def goes_on(self, wait: bool) -> bool:
-        """Whether there is something to do. wait: also where others are at all that is left: they
-        may die.
+        """Whether there is something to do. wait: also while other commands do all that is
+        left: they may die.
         """
         if self.running:
             return True
@@ -271,7 +271,7 @@ def work_off(
 ) -> None:
     """Do the runs of the `board` that are free, each in a process of `runner`.
 
-    wait: until those that other commands are at are done too. halving: see `Crew`.
+    wait: until the runs of other commands are done too. halving: see `Crew`.
     """
     crew = Crew(board, runner, slots, halt, record, halving)
     standings = Standings(board)

@@ -143,7 +143,7 @@ class Board:
         return (row.get("finished_utc") or "") >= self.round.started
 
     def ahead(self) -> list[Planned]:
-        """The runs that are not done, those that someone is at included."""
+        """The runs that are not done, also those that someone does now."""
         return [plan for key, plan in self.plans.items() if key not in self.rows]
 
     def is_due(self) -> bool:

@@ -135,7 +135,7 @@ def open_summary(
     """Start the summary with `rows`: a new one or, with `resume`, the folder's newest. Returns its
     path.
 
-    What the newest held of runs that are not `planned` now stays in it.
+    Lines of the newest on runs that are not `planned` now stay in it.
     """
     path = newest_summary(folder) if resume else None
     others = (
