@@ -232,11 +232,11 @@ class ASTConfig(Section):
     )
     forget_rate: Annotated[float, Field(ge=0, lt=1)] | str = Field(
         0.0,
-        description="share of all samples that is left out before the rule chooses, because their "
-        "labels may be wrong: those of the highest scores; auto: from half of the schedule on "
-        "those whose label is not believed, so many as there are. auto gained with 40 and more "
-        "epochs and cost some accuracy with 20; with training.loss=early_learning it lowered the "
-        "accuracy",
+        description="share of all samples that is left out before the rule chooses, because "
+        "their labels may be wrong: those with the highest scores. auto: from half of the "
+        "schedule on, all samples whose label is not believed. auto gained with 40 and more "
+        "epochs, and cost some accuracy with 20. With training.loss=early_learning it lowered "
+        "the accuracy",
     )
     explore: float = Field(
         0.1,
@@ -274,11 +274,12 @@ class ASTConfig(Section):
     )
     target_activation: Annotated[float, Field(gt=0, le=1)] | str = Field(
         0.25,
-        description="share of all samples to be active, 0 to 1; auto: all while many are predicted "
-        "wrongly, later three times their share, at least 0.5; set at each epoch's end, never by "
-        "pictures that are mixed. At most what forget_rate leaves. All to the end where that did "
-        "not begin in the first half of the sparse epochs, or where 250 pictures (a fortieth at "
-        "most), kept out until that is decided, are wrong more often than the active ones",
+        description="share of all samples to be active, 0 to 1; at most what forget_rate leaves. "
+        "auto: all while many are predicted wrongly, later three times the share that is, at "
+        "least 0.5. It is set at each epoch's end, and mixed pictures do not count. Whether to "
+        "select is decided once, by 250 pictures (at most a fortieth) kept out until then. It "
+        "stays at all where these are wrong more often than the active ones, and where no "
+        "selection began in the first half of the sparse epochs",
     )
     kp: float = Field(
         0.1, ge=0, description="proportional gain, threshold units per unit of activation error"
