@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ import torch
 import run_experiment
 from conftest import REPO
 from lab.config.loading import Config, checkpoint_folder
+from lab.data.datasets import digits_dataset
 from lab.engine.checkpoint import load_checkpoint
 from lab.machine.clock import Stop
 from lab.study.cli import run_cli
@@ -240,6 +242,16 @@ WAYS = {
 }
 
 
+@functools.cache
+def prepare() -> None:
+    """Read the digits and import what a run imports late, or each process forked here would do it
+    again: two seconds.
+    """
+    digits_dataset("train")
+    importlib.import_module("sklearn.metrics")
+    importlib.import_module("timm")
+
+
 def forked(
     work: Callable[[], int], output: Path, errors: Path | None = None, text: str | None = None
 ) -> int:
@@ -247,6 +259,7 @@ def forked(
 
     It prints to the file `output`, and to `errors` if there is one; it reads `text`.
     """
+    prepare()
     output.touch()
     child = os.fork()
     if child:
