@@ -206,6 +206,7 @@ WAYS = {
         "training.mixup=0.2",
     ],
     "proxy": [
+        "model.name=test_resnet",
         "ast.scoring=proxy",
         "ast.pack=true",
         "dataset.image_size=16",
@@ -232,6 +233,7 @@ WAYS = {
     ],
     "layers, Adam": [
         *(
+            "model.name=test_resnet",
             "training.layer_decay=0.8",
             "training.optimizer=adam",
             "training.lr_schedule=linear",
@@ -525,6 +527,7 @@ def ranks(
     disturb: called with the ids of the processes once they are started.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    prepare()
     meeting_point()
     attempt = next(ATTEMPTS)
     context = multiprocessing.get_context("fork")
