@@ -15,6 +15,13 @@ from lab.study.analysis.study import Study, compare
 from lab.study.cli import run_cli
 from lab.study.results import load_runs
 
+ALONE = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29517",
+}  # what torchrun may have left; nobody is there
+
 
 def write_run(
     folder,

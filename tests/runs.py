@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ import torch
 import run_experiment
 from conftest import REPO
 from lab.config.loading import Config, checkpoint_folder
+from lab.data.datasets import digits_dataset
 from lab.engine.checkpoint import load_checkpoint
 from lab.machine.clock import Stop
 from lab.study.cli import run_cli
@@ -204,6 +206,7 @@ WAYS = {
         "training.mixup=0.2",
     ],
     "proxy": [
+        "model.name=test_resnet",
         "ast.scoring=proxy",
         "ast.pack=true",
         "dataset.image_size=16",
@@ -230,6 +233,7 @@ WAYS = {
     ],
     "layers, Adam": [
         *(
+            "model.name=test_resnet",
             "training.layer_decay=0.8",
             "training.optimizer=adam",
             "training.lr_schedule=linear",
@@ -240,6 +244,16 @@ WAYS = {
 }
 
 
+@functools.cache
+def prepare() -> None:
+    """Read the digits and import what a run imports late, or each process forked here would do it
+    again: two seconds.
+    """
+    digits_dataset("train")
+    importlib.import_module("sklearn.metrics")
+    importlib.import_module("timm")
+
+
 def forked(
     work: Callable[[], int], output: Path, errors: Path | None = None, text: str | None = None
 ) -> int:
@@ -247,6 +261,7 @@ def forked(
 
     It prints to the file `output`, and to `errors` if there is one; it reads `text`.
     """
+    prepare()
     output.touch()
     child = os.fork()
     if child:
@@ -512,6 +527,7 @@ def ranks(
     disturb: called with the ids of the processes once they are started.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    prepare()
     meeting_point()
     attempt = next(ATTEMPTS)
     context = multiprocessing.get_context("fork")

@@ -189,7 +189,10 @@ def test_clean_and_noisy_runs_together_are_two_tables(tmp_path, capsys):
         studies_of(tmp_path, baseline="random")
 
 
-@pytest.mark.parametrize("spoil", ["no accuracy", "foreign config", "no runs' config"])
+@pytest.mark.parametrize(
+    "spoil",
+    ["no accuracy", "foreign config", pytest.param("no runs' config", marks=pytest.mark.long)],
+)
 def test_what_is_missing_is_a_dash(spoil, tmp_path, capsys):
     result = json.loads(write_run(tmp_path, "1").read_text())
     if spoil == "no accuracy":

@@ -205,7 +205,10 @@ def test_a_disk_full_from_the_start_is_refused_in_one_line(small_disk, tmp_path,
     resumes(config, tmp_path / "resumed", whole)
 
 
-@pytest.mark.parametrize(("leave", "workers"), [(0, 2), (4096, 0), (2_000_000, 4)])
+@pytest.mark.parametrize(
+    ("leave", "workers"),
+    [pytest.param(4096, 0, marks=pytest.mark.long), (0, 2), (2_000_000, 4)],
+)
 def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_one_before(
     leave, workers, small_disk, tmp_path, whole
 ):
@@ -241,7 +244,7 @@ def test_a_disk_that_fills_up_under_the_log_leaves_no_torn_line(small_disk, tmp_
     assert epochs == list(range(1, EPOCHS + 1))
 
 
-@pytest.mark.parametrize("leave", [0, 4096])
+@pytest.mark.parametrize("leave", [0, pytest.param(4096, marks=pytest.mark.long)])
 def test_a_disk_that_fills_up_under_the_results_leaves_them_to_be_written(
     leave, small_disk, tmp_path, whole
 ):

@@ -441,10 +441,12 @@ RECIPE = [
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(RECIPE, marks=pytest.mark.long)])
-def test_compiled_steps_move_the_weights_as_eager_ones_do(more):
+def test_compiled_steps_move_the_weights_as_eager_ones_do(more, monkeypatch):
     """With reduce-overhead and windows the gradients stay where they are and are zeroed, not
     dropped.
     """
+    # a C++ file for each kind of vector instructions, only to see which there are: ten seconds
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)
     moved = {}
     for mode in ("off", "reduce-overhead"):
         torch.manual_seed(0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,12 +71,14 @@ def laid_over(*changes: dict) -> dict:
     return config
 
 
-def figures(config: dict, folder: Path) -> tuple[str, list]:
-    """What a run leaves that its keys decide: its history, and its list of suspects."""
-    config["logging"] = {"output_dir": str(folder)}
-    result, _ = train(load_config(None, text=yaml.dump(config)))
+@functools.cache
+def figures(text: str) -> tuple[str, list]:
+    """What a run of a config leaves that its keys decide: its history, its list of suspects."""
+    with tempfile.TemporaryDirectory() as folder:
+        result, _ = train(load_config(None, [f"logging.output_dir={folder}"], text))
+        lists = Path(folder).glob("suspected_labels_*.csv")
+        listed = [list(csv.reader(path.open())) for path in lists]
     history = {k: v for k, v in result["training_history"].items() if k not in CLOCKED}
-    listed = [list(csv.reader(path.open())) for path in folder.glob("suspected_labels_*.csv")]
     return json.dumps(history), listed
 
 
@@ -85,15 +89,15 @@ def pair_config(scoring: str, rule: str) -> dict:
     return laid_over({"ast": ast})
 
 
-def check_key(scoring: str, rule: str, leaf: str, tmp_path: Path) -> None:
+def check_key(scoring: str, rule: str, leaf: str) -> None:
     """A key changes the run where the table says that it acts, and nowhere else."""
     base = pair_config(scoring, rule)
     changed = pair_config(scoring, rule)
     changed["ast"][leaf] = AST_VALUES[leaf]
     settings = spelled(load_config(None, text=yaml.dump(base)).model_dump())
     acts = not list(unmet(f"ast.{leaf}", settings, all_needs()))
-    one = figures(base, tmp_path / "base")
-    two = figures(changed, tmp_path / "changed")
+    one = figures(yaml.dump(base))
+    two = figures(yaml.dump(changed))
     assert (one != two) == acts, f"ast.{leaf} with {scoring} and {rule}"
 
 
@@ -115,14 +119,14 @@ def _margin(monkeypatch):
 
 
 @pytest.mark.parametrize(("scoring", "rule", "leaf"), CELLS[::19])
-def test_a_key_acts_where_the_table_says_so(scoring, rule, leaf, tmp_path):
-    check_key(scoring, rule, leaf, tmp_path)
+def test_a_key_acts_where_the_table_says_so(scoring, rule, leaf):
+    check_key(scoring, rule, leaf)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("scoring", "rule", "leaf"), CELLS)
-def test_every_key_acts_where_the_table_says_so(scoring, rule, leaf, tmp_path):
-    check_key(scoring, rule, leaf, tmp_path)
+def test_every_key_acts_where_the_table_says_so(scoring, rule, leaf):
+    check_key(scoring, rule, leaf)
 
 
 def test_the_table_of_cells_holds_every_key():
@@ -155,9 +159,7 @@ OTHER = [  # a key, its value, where it is idle, where it acts
 
 
 @pytest.mark.parametrize(("key", "value", "idle", "acting"), OTHER)
-def test_a_key_outside_the_selection_acts_where_the_table_says_so(
-    key, value, idle, acting, tmp_path
-):
+def test_a_key_outside_the_selection_acts_where_the_table_says_so(key, value, idle, acting):
     section, _, leaf = key.partition(".")
     change = {section: {leaf: value}}
     dense = {"ast": {"mode": "dense"}, "training": {"epochs": 2}}
@@ -166,6 +168,6 @@ def test_a_key_outside_the_selection_acts_where_the_table_says_so(
         settings = spelled(load_config(None, text=yaml.dump(config)).model_dump())
         acts = not list(unmet(key, settings, all_needs()))
         assert acts == (number == 1)
-        one = figures(config, tmp_path / f"{number}_base")
-        two = figures(laid_over(dense, where, change), tmp_path / f"{number}_changed")
+        one = figures(yaml.dump(config))
+        two = figures(yaml.dump(laid_over(dense, where, change)))
         assert (one != two) == acts

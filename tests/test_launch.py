@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from helpers import write_run
+from helpers import ALONE, write_run
 from lab.base import launch
 from lab.base.errors import RequestError
 from lab.machine import distributed
@@ -19,12 +19,6 @@ QUICK = (
 )
 QUICK += "training.device=cpu training.num_workers=0 training.epochs=1 ast.mode=dense"
 RUN = ["scripts/run_experiment.py", "--config", "configs/digits_smoke.yaml", *QUICK.split()]
-ALONE = {
-    "RANK": "1",
-    "WORLD_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29517",
-}  # nobody is there
 
 
 @pytest.mark.parametrize(
@@ -62,13 +56,6 @@ def test_what_does_not_train_ignores_them(variables, tmp_path):
         assert done.stdout
     done = command([*RUN, "--dry-run", "training.lr=x"], variables=variables, timeout=30)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-
-
-def test_the_runs_of_a_sweep_are_alone(tmp_path):
-    sweep = ["scripts/run_sweep.py", "--configs", "configs/digits_smoke.yaml", *QUICK.split()]
-    done = command([*sweep, "--output-dir", tmp_path], variables=ALONE, timeout=60)
-    assert done.returncode == 0, done.stdout
-    assert len(list(tmp_path.glob("final_results_*.json"))) == 1
 
 
 @pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.long)])

@@ -30,7 +30,7 @@ from runs import final_state
 from train_ast import Run, load_config, significance, train
 
 REUSE = ["ast.reuse_forward=true", "ast.target_activation=0.5", "training.batch_size=8"]
-DIGITS = ["model.name=test_resnet", "dataset.image_size=16", "training.batch_size=32"]
+DIGITS = ["model.name=small_conv", "dataset.image_size=8", "training.batch_size=32"]
 DIGITS += ["dataset.max_train_samples=512", "dataset.max_val_samples=64", "training.lr=0.05"]
 DIGITS += ["ast.warmup_epochs=1", "training.epochs=6"]
 
@@ -245,7 +245,8 @@ def test_a_file_with_both_scoring_and_reuse_that_do_not_go_together_is_refused(t
     ],
 )
 def test_candidates_are_those_of_the_highest_scores_and_everyone_comes_back(rule, reuse, tmp_path):
-    keys = [f"ast.rule={rule}", f"ast.reuse_forward={reuse}", "ast.candidates=0.75"]
+    keys = ["model.name=test_resnet", "dataset.image_size=16"]
+    keys += [f"ast.rule={rule}", f"ast.reuse_forward={reuse}", "ast.candidates=0.75"]
     keys += ["ast.target_activation=0.375", "ast.entropy_weight=0", "training.epochs=8"]
     keys += ["ast.kp=1", "ast.ki=0.05"] if rule == "pi" else []
     config = make_config(*DIGITS, *keys, f"logging.output_dir={tmp_path}")

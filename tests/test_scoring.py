@@ -350,7 +350,7 @@ def test_a_run_scores_by_the_statistics_that_it_names():
         assert torch.allclose(scores_of(run, images, labels).rows[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["pi", "topk"])
+@pytest.mark.parametrize("rule", ["pi", pytest.param("topk", marks=pytest.mark.long)])
 def test_a_proxy_scores_learns_and_is_counted(rule, tmp_path):
     keys = [
         "ast.scoring=proxy",

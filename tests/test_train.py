@@ -114,14 +114,12 @@ def test_history_adds_up(tmp_path):
     assert result["environment"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("mode", ["ast", "random", "dense"])
-def test_the_same_seed_gives_the_same_run(mode, tmp_path):
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    """Of other modes `test_checkpoint.py` compares a run that was interrupted with a whole one."""
     timed = {"step_time_ms", "est_energy_kj", "train_seconds"}
 
     def history(seed):
-        kept, _ = run_digits(
-            tmp_path, f"ast.mode={mode}", f"training.seed={seed}", "training.epochs=2"
-        )
+        kept, _ = run_digits(tmp_path, f"training.seed={seed}", "training.epochs=2")
         return {key: values for key, values in kept["training_history"].items() if key not in timed}
 
     assert history(1) == history(1)
@@ -318,7 +316,7 @@ def test_sparse_training_learns_and_holds_its_target(tmp_path):
 
 
 def test_a_schedule_over_time_ends_at_its_budget_fully_decayed(tmp_path):
-    budget = 3.0  # seconds
+    budget = 2.0  # seconds
     schedule = [
         "training.lr_decay=time",
         f"training.max_minutes={budget / 60}",

@@ -36,7 +36,7 @@ from runs import WAYS, CapAfter, StopAfter, final_state, same, untimed
 from train_ast import close_epoch, execute, train
 
 SMALL = [
-    "model.name=test_resnet",
+    "model.name=small_conv",
     "dataset.image_size=8",
     "training.batch_size=16",
     "training.lr=0.05",
@@ -65,7 +65,9 @@ OVERLAP = [
     "dense",
     "packed",
     "top-k",
+    "ast",
     "history",
+    "history, doubted",
     "history, two workers",
 ]  # others hold what is in them
 
@@ -217,7 +219,7 @@ def test_a_checkpoint_made_to_harm_runs_no_code_and_is_refused(hostile, tmp_path
     if hostile == "code":
         state["bomb"] = Bomb(tmp_path / "exploded")
     elif hostile == "another shape":
-        state["model"]["conv1.weight"] = torch.zeros(3)
+        state["model"]["0.weight"] = torch.zeros(3)
     elif hostile == "no model":
         del state["model"]
     elif hostile != "a list":
@@ -458,7 +460,7 @@ def cap_test(tmp_path: Path, minutes: float, validation: float, sessions: int) -
 
 @pytest.mark.parametrize("validation", [0.4, pytest.param(3.0, marks=pytest.mark.long)])
 def test_a_cap_holds_however_long_the_validation_takes(validation, tmp_path):
-    cap_test(tmp_path, 0.1, validation, sessions=1)
+    cap_test(tmp_path, 0.05, validation, sessions=1)
 
 
 @pytest.mark.long

@@ -134,7 +134,7 @@ def last(config: Config) -> dict[str, Any]:
     return load_checkpoint(checkpoint_folder(config) / "last.pt", config)
 
 
-IN_TWO = ["packed, accumulated", "history", "resident", "history, doubted by prediction"]
+IN_TWO = ["packed, accumulated", "resident", "history, doubted by prediction"]
 IN_THREE = [
     "ast, few active",
     "top-k",
@@ -424,7 +424,9 @@ PROXY = ["ast.scoring=proxy"]
 
 
 @pytest.mark.parametrize(
-    "more", [[], MIXED, PROXY], ids=["packed", "packed, mixed, averaged", "packed, by a proxy"]
+    "more",
+    [[], pytest.param(MIXED, marks=pytest.mark.long), PROXY],
+    ids=["packed", "packed, mixed, averaged", "packed, by a proxy"],
 )
 def test_what_waits_on_each_rank_is_its_own_after_a_resumption(more, tmp_path, monkeypatch):
     """Else BatchNorm would see other batches, and the run would end another way than one left

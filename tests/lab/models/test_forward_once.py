@@ -264,7 +264,7 @@ def test_batchnorm_has_the_statistics_of_all_rows_and_a_backward_of_the_chosen()
     assert abs(along) < 1e-3
 
 
-@pytest.mark.parametrize("share", [0.5, 0.25])
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.long), 0.25])
 def test_the_gradient_of_the_hardest_is_near_autograds_through_the_whole_batch(share):
     torch.manual_seed(0)
     model = of_timm("test_resnet")
