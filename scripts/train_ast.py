@@ -2255,6 +2255,9 @@ def build_run(config: Config, model: nn.Module, data: Data, session: Session) ->
     device, dist, stop, started = session
     planned = shares_of(config).planned(data.plan)
     samples = int(data.plan.all_indices.max()) + 1
+    if config.dataset.max_bad_images:  # a stand-in may be a sample that is not trained on
+        size = len(data.train.dataset)
+        samples = math.ceil(samples / size) * size
     build = partial(Run.build, config, model, device, planned, samples, dist, stop, started)
     run = build(data.classes, partial(fit_to_data, data=data))
     if dist.rank:

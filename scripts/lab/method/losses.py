@@ -235,8 +235,8 @@ class AsFarAsWrong(EarlyLearning):
         self.labels = torch.full((samples,), -1, device=device)  # by index; -1: not known
 
     def know_labels(self, labels: np.ndarray) -> None:
-        """Take the labels that are trained on, int64 by index; -1 for none."""
-        self.labels.copy_(torch.from_numpy(labels))
+        """Take the labels that are trained on, int64 by index; -1 for none, as beyond the last."""
+        self.labels[: len(labels)] = torch.from_numpy(labels).to(self.labels)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.smoothing * (1 - self.strength)
