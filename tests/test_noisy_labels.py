@@ -96,10 +96,10 @@ def test_a_list_of_suspects_is_made_of_unmixed_pictures():
 def test_a_step_is_mixed_with_the_chance_that_is_asked_for():
     training = make_config("training.mixup=1").training
     mixing, other = (Mixing(training, 10, Dist(rank, 2)) for rank in (0, 1))
-    taken = [mixing.takes(0.3, 2, step) for step in range(1000)]
-    assert 250 < sum(taken) < 350
-    assert taken == [other.takes(0.3, 2, step) for step in range(1000)]
-    assert taken != [mixing.takes(0.3, 3, step) for step in range(1000)]
+    taken = [mixing.takes(0.3, 2, step) for step in range(200)]
+    assert 45 < sum(taken) < 75
+    assert taken == [other.takes(0.3, 2, step) for step in range(200)]
+    assert taken != [mixing.takes(0.3, 3, step) for step in range(200)]
     assert mixing.takes(1.0, 0, 0)
     assert not mixing.takes(0.0, 0, 0)
 
@@ -112,7 +112,7 @@ def adaptive(samples: int = 200, smoothing: float = 0.1) -> AsFarAsWrong:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "remedy"), [(0, 0.0), (1, 0.0), (2, 0.5), (3, 1.0), (20, 1.0), (100, 1.0)]
+    ("wrong", "remedy"), [(0, 0.0), (1, 1 / 3), (2, 1.0), (20, 1.0), (100, 1.0)]
 )
 def test_the_remedy_follows_the_labels_that_the_surest_predictions_contradict(wrong, remedy):
     """Of 1,000 samples the surest 100; the others are contradicted all the time."""

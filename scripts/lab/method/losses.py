@@ -219,8 +219,8 @@ class AsFarAsWrong(EarlyLearning):
     """
 
     SUREST = 0.1
-    RIGHT = 0.01
-    WRONG = 0.03
+    RIGHT = 0.005
+    WRONG = 0.02
     JUDGED_FROM = 0.2
     STATE = ("targets", "remedy", "contradicted")
     adapts = True
