@@ -131,7 +131,7 @@ from lab.machine.meters import ClassCounts, Ledger, Meter
 from lab.machine.stateful import Stateful
 from lab.machine.workers import WorkerLoader, ending_workers
 from lab.method.doubt import FORGET_FROM, LEFT_OUT, HighestScores, LabelDoubt, UnlikelyLabels
-from lab.method.losses import LOSSES, AsFarAsWrong, Loss, loss_class
+from lab.method.losses import LOSSES, AsFarAsWrong, Loss
 from lab.method.sample_store import SampleStore, Visit
 from lab.method.schedule import SCHEDULES, Schedule, Shares
 from lab.method.times_trained import TimesTrained
@@ -2279,6 +2279,16 @@ def labels_by_index(dataset: ImageDataset, indices: np.ndarray) -> np.ndarray:
     return found
 
 
+def say_noisy_labels(config: Config) -> None:
+    """Print what `training.noisy_labels` has set, or the config in its place."""
+    settings = spelled(config.model_dump())
+    names = [f"{part}.{name}" for part, values in NOISY_LABELS.items() for name in values]
+    print_rank0(
+        f"training.noisy_labels: {', '.join(f'{name}={settings[name]}' for name in names)}; the "
+        "loss and the mixing act as far as labels look wrong\n"
+    )
+
+
 def introduce(run: Run, data: Data) -> None:
     """Print what is about to be trained. Collective."""
     size = sum(parameter.numel() for parameter in run.network.model.parameters())
@@ -2286,10 +2296,7 @@ def introduce(run: Run, data: Data) -> None:
     facts = Facts(run.outputs.environment["gpu"], run.dist.world, size, run.network.base_flop)
     announce(run.config, facts, data.plan, data.classes, int(pictures.sum()))
     if run.config.training.noisy_labels:
-        settings = spelled(run.config.model_dump())
-        names = [f"{part}.{name}" for part, values in NOISY_LABELS.items() for name in values]
-        values = ", ".join(f"{name}={settings[name]}" for name in names)
-        print_rank0(f"training.noisy_labels: {values}; as far as labels look wrong")
+        say_noisy_labels(run.config)
     kept_out = len(data.kept_out)
     if kept_out:
         key = f"ast.target_activation={run.config.ast.target_activation}"
