@@ -70,7 +70,7 @@ from lab.config.keys import (
 )
 from lab.config.loading import Config, checkpoint_folder, not_read
 from lab.config.names import unknown
-from lab.config.sections import ASTConfig, DatasetConfig
+from lab.config.sections import NOISY_LABELS, ASTConfig, DatasetConfig
 from lab.config.tables import Table, names_of
 from lab.config.together import (
     Traits,
@@ -131,7 +131,7 @@ from lab.machine.meters import ClassCounts, Ledger, Meter
 from lab.machine.stateful import Stateful
 from lab.machine.workers import WorkerLoader, ending_workers
 from lab.method.doubt import FORGET_FROM, LEFT_OUT, HighestScores, LabelDoubt, UnlikelyLabels
-from lab.method.losses import LOSSES, Loss
+from lab.method.losses import LOSSES, AsFarAsWrong, Loss
 from lab.method.sample_store import SampleStore, Visit
 from lab.method.schedule import SCHEDULES, Schedule, Shares
 from lab.method.times_trained import TimesTrained
@@ -1192,13 +1192,14 @@ def check_config(config: Config, given: Sequence[str] = ()) -> None:
 def traits_of(config: Config) -> Traits:
     """What the parts of a run say of themselves."""
     parts = parts_of(config)
+    loss = LOSSES[config.training.loss]
     return Traits(
         before_loading=parts.scores.before_loading,
         keeps_visits=parts.scores.keeps_visits,
         own_target=parts.rule.target is not None,
         weighs=parts.rule.weighs,
         keeps_labels=parts.doubt.keeps_labels,
-        recalls=LOSSES[config.training.loss].recall is not Loss.recall,
+        recalls=loss.recall is not Loss.recall and loss.seen is Loss.seen,
     )
 
 
@@ -1326,13 +1327,35 @@ def predict_unmixed(batch: DeviceBatch, run: Run) -> None:
         meter.add_correct(correct.sum(), len(batch.labels))
 
 
+@torch.no_grad()
+def see_unmixed(batch: DeviceBatch, run: Run, count_correct: bool) -> None:
+    """Predict the pictures of a step before they are mixed, and keep what that says of the samples:
+    for the loss and the list of suspects.
+    """
+    metrics = run.metrics
+    n = len(batch.labels)
+    if not n:
+        return
+    loss = run.network.loss
+    visit, rows = run.network.seer(batch.images, batch.labels, loss.recall(batch.indices))
+    if rows is not None:
+        loss.remember(batch.indices, rows)
+    run.selection.record(batch, visit, metrics.epoch, run.is_fair())
+    if count_correct:
+        metrics.meter.add_correct((visit.predicted == visit.given).sum(), n)
+    metrics.ledger.seen += n
+
+
 def train_step(batch: DeviceBatch, run: Run, count_correct: bool = True) -> int:
     """Forward and backward over a batch, and what is learned of it. Returns how many samples it is.
 
     count_correct: whether its predictions count for train_acc; scoring may have counted them.
     """
     metrics = run.metrics
-    if count_correct and run.judges_unmixed:
+    if run.network.seer is not None and run.network.mixes(metrics.epoch, metrics.step):
+        see_unmixed(batch, run, count_correct)
+        count_correct = False
+    elif count_correct and run.judges_unmixed:
         predict_unmixed(batch, run)
         count_correct = False
     weights = run.selection.loss_weights(batch)
@@ -1522,6 +1545,7 @@ HISTORY_KEYS = (
     *("step_time_ms", "est_energy_kj", "est_flops_g"),
     *("target", "lr", "train_loss", "samples_loaded", "samples_scored", "samples_trained"),
     *("optimizer_steps", "train_seconds", "energy_kj", "total_flops_g", "forgotten"),
+    *("contradicted", "remedy"),
 )
 
 
@@ -1689,6 +1713,8 @@ def close_epoch(
         "energy_kj": clock.energy_kj,
         "total_flops_g": base_flop * ledger.dense_equivalents(*costs) / 1e9,
         "forgotten": selection.doubt.forgotten(),
+        "contradicted": run.network.loss.contradicted,
+        "remedy": run.network.loss.remedy if run.network.loss.adapts else None,
     }
     metrics.close_epoch(row)
     if not run.warned_out_of_reach:
@@ -1806,7 +1832,7 @@ class Run:
         see `Selection.start_epoch`.
         """
         self.metrics.start_epoch(epoch)
-        self.trainer.loss.merge()
+        self.trainer.loss.start_epoch(self.schedule.progress())
         self.selection.start_epoch(epoch, order, self.schedule)
         if self.queue is not None and not self.is_sparse():
             self.queue.clear()
@@ -1896,17 +1922,35 @@ class Run:
             with torch.no_grad():
                 for forward in filter(None, scorings):
                     forward(images, labels)
-            weights = self.selection.loss_weights(blank)
-            inputs = network.mixed(images, labels, 0, 0) if weights is None else (images, labels)
-            result = network.forward(*inputs, weights, network.loss.recall(labels))
-            result.objective.backward()
-            self.trainer.clear_gradients()
+            for mixes in self.ways_of_steps():
+                self.blank_step(blank, mixes)
             before = copy.deepcopy(self.selection.scores.state_dict())
             self.selection.scores.observe(blank, 0.0)
             self.selection.scores.load_state_dict(before)
 
         passes = 3 if self.config.training.compile == "reduce-overhead" else 1
         compile_all(once, list(network.model.buffers()), passes)
+
+    def ways_of_steps(self) -> list[bool]:
+        """Whether steps of this run mix their pictures: some, or all."""
+        if self.network.mixing is None:
+            return [False]
+        return [False, True] if self.network.loss.adapts else [True]
+
+    def blank_step(self, blank: DeviceBatch, mixes: bool) -> None:
+        """The forward and the backward of a step, whose gradient is dropped."""
+        network = self.network
+        inputs = (blank.images, blank.labels)
+        weights = self.selection.loss_weights(blank)
+        memory = network.loss.recall(blank.indices)
+        if mixes:
+            if network.seer is not None:
+                with torch.no_grad():
+                    network.seer(*inputs, memory)
+            *inputs, memory = network.mixing(*inputs, 0, 0, memory)
+            weights = None
+        network.forward(*inputs, weights, memory).objective.backward()
+        self.trainer.clear_gradients()
 
     def live_figures(self, steps: int) -> dict[str, str]:
         """What the progress bar shows. A device read. Raises TrainingFailed on a non-finite
@@ -2203,12 +2247,17 @@ def fit_to_data(network: Network, data: Data) -> None:
         network.normalise_by(measure_moments(dataset, indices))
     if network.loss.balances:
         network.loss.weigh_classes(class_counts(dataset, indices), network.device)
+    if isinstance(network.loss, AsFarAsWrong):
+        network.loss.know_labels(labels_by_index(dataset, indices))
 
 
 def build_run(config: Config, model: nn.Module, data: Data, session: Session) -> Run:
     device, dist, stop, started = session
     planned = shares_of(config).planned(data.plan)
     samples = int(data.plan.all_indices.max()) + 1
+    if config.dataset.max_bad_images:  # a stand-in may be a sample that is not trained on
+        size = len(data.train.dataset)
+        samples = math.ceil(samples / size) * size
     build = partial(Run.build, config, model, device, planned, samples, dist, stop, started)
     run = build(data.classes, partial(fit_to_data, data=data))
     if dist.rank:
@@ -2218,11 +2267,26 @@ def build_run(config: Config, model: nn.Module, data: Data, session: Session) ->
 
 def class_counts(dataset: ImageDataset, indices: np.ndarray) -> np.ndarray:
     """How many of the samples int64 [n] each class has, int64 [classes], with label noise."""
-    indices = indices % len(dataset)
-    labels = dataset.labels()[indices]
-    known = labels >= 0
-    noisy = dataset.noisy_labels(labels[known], indices[known])
-    return np.bincount(noisy, minlength=len(dataset.classes))
+    labels = labels_by_index(dataset, indices)
+    return np.bincount(labels[labels >= 0], minlength=len(dataset.classes))
+
+
+def labels_by_index(dataset: ImageDataset, indices: np.ndarray) -> np.ndarray:
+    """The labels of the samples at `indices`, int64, with label noise, by index; -1 elsewhere."""
+    found = np.full(int(indices.max()) + 1, -1)
+    labels = dataset.labels()[indices % len(dataset)]
+    found[indices] = np.where(labels < 0, -1, dataset.noisy_labels(labels, indices))
+    return found
+
+
+def say_noisy_labels(config: Config) -> None:
+    """Print what `training.noisy_labels` has set, or the config in its place."""
+    settings = spelled(config.model_dump())
+    names = [f"{part}.{name}" for part, values in NOISY_LABELS.items() for name in values]
+    print_rank0(
+        f"training.noisy_labels: {', '.join(f'{name}={settings[name]}' for name in names)}; the "
+        "loss and the mixing act as far as labels look wrong\n"
+    )
 
 
 def introduce(run: Run, data: Data) -> None:
@@ -2231,6 +2295,8 @@ def introduce(run: Run, data: Data) -> None:
     pictures = run.dist.all_gather([own_pictures(data.val)])
     facts = Facts(run.outputs.environment["gpu"], run.dist.world, size, run.network.base_flop)
     announce(run.config, facts, data.plan, data.classes, int(pictures.sum()))
+    if run.config.training.noisy_labels:
+        say_noisy_labels(run.config)
     kept_out = len(data.kept_out)
     if kept_out:
         key = f"ast.target_activation={run.config.ast.target_activation}"

@@ -231,6 +231,10 @@ WAYS = {
         *("training.weight_average=0.9", "training.optimizer=muon", "training.lr_schedule=step"),
         *("training.grad_accum_steps=2", "ast.mode=dense"),
     ],
+    "labels may be wrong": [
+        *("training.noisy_labels=true", "dataset.label_noise=0.2", "training.epochs=4"),
+        *("training.cutmix=1.0", "training.class_weights=balanced", "training.grad_accum_steps=2"),
+    ],
     "layers, Adam": [
         *(
             "model.name=test_resnet",

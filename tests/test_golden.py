@@ -98,7 +98,7 @@ def weights_of(config: Config) -> dict[str, torch.Tensor]:
 
 def compare(result: dict[str, Any], weights: dict[str, torch.Tensor], reference: Outcome) -> None:
     assert reference.margin > SAFE, "rounding may turn a choice: give the case another seed"
-    nothing = {"reused": 0, "padding": 0, "learned": 0, "looked": 0}
+    nothing = dict.fromkeys(("reused", "padding", "learned", "looked", "seen"), 0)
     assert result["ledger"] == reference.ledger | nothing
     history = result["training_history"]
     for key in COUNTS:

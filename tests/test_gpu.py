@@ -33,6 +33,7 @@ GPU = torch.device("cuda")
         ("ast", "history", 1),
         ("ast", "reused", 1),
         ("ast", "reused", 2),
+        ("dense", "noisy labels", 1),
     ],
 )
 def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
@@ -62,6 +63,8 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
         settings += [f"ast.scoring={scoring}", f"ast.pack={scoring == 'batch'}"]
         if scoring == "reused":  # the harder 16 of 32
             settings[-2:] = ["ast.reuse_forward=true", "ast.rule=topk", "ast.target_activation=0.5"]
+        elif scoring == "noisy labels":  # half of the steps are mixed
+            settings[-2:] = ["training.noisy_labels=true", "training.label_smoothing=0.1"]
         else:
             settings.append("ast.kp=1.0")
         size = 16 if scoring == "reused" else 32
@@ -72,7 +75,9 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         model = get_model(ModelConfig(name="resnet18", small_stem=True), 10, 32)
-        run = Run.build(config, model, GPU, planned_steps=24, samples=32)
+        run = Run.build(config, model, GPU, planned_steps=24, samples=32, classes=10)
+        if config.training.noisy_labels:
+            run.network.loss.apply(0.5)
         stored = run.selection.store
         if stored is not None:
             run.selection.weights[::3] = 2

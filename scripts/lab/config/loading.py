@@ -25,7 +25,7 @@ from lab.base.reading import BAD_YAML, _Dumper, _Loader, parse_config, read_conf
 from lab.config.imports import identities, resolved
 from lab.config.keys import BUILT_IN, all_needs, idle_keys, of_known_parts, spelled
 from lab.config.names import wrong_names
-from lab.config.sections import Section
+from lab.config.sections import NOISY_LABELS, Section
 from lab.config.together import Sections, complain, complaints_of, of_built_in, of_sections
 
 
@@ -160,6 +160,7 @@ def load_config(
         if isinstance(part, dict):  # otherwise the validation below names the section
             part[name] = value
     raw["imports"] = _all_imports(path, raw.get("imports"), imports)
+    _set_implied(raw)
     given = [override.partition("=")[0] for override in overrides]
     raw = {key: {} if value is None else value for key, value in raw.items()}
     config, complaints = _validated(raw, given, trains)
@@ -227,6 +228,17 @@ def not_read(given: Iterable[str], unread: Mapping[str, str]) -> list[str]:
         for key in dict.fromkeys(given)
         if key in unread
     ]
+
+
+def _set_implied(raw: dict[str, Any]) -> None:
+    """Give a config's mapping what `training.noisy_labels` sets. What it says already stays."""
+    training = raw.get("training")
+    if not isinstance(training, dict) or training.get("noisy_labels") is not True:
+        return
+    for section, values in NOISY_LABELS.items():
+        raw[section] = {} if raw.get(section) is None else raw[section]
+        if isinstance(raw[section], dict):  # otherwise the validation names the section
+            raw[section] = values | raw[section]
 
 
 def _all_imports(path: str | Path | None, own: Any, more: Sequence[str]) -> Any:

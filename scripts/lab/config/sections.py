@@ -386,6 +386,14 @@ class TrainingConfig(Section):
         "with 17 % of them early_learning helped, most in 80 epochs, and "
         "generalised_cross_entropy did not",
     )
+    noisy_labels: bool = Field(
+        False,
+        description="labels may be wrong: sets those of ast.mode=dense, training.loss="
+        "early_learning, training.mixup=1, training.weight_average=0.997 and "
+        "training.list_suspects=true that are not given. The early-learning term and the share of "
+        "mixed steps then follow how many labels look wrong, and are 0 where none does; see "
+        "contradicted and remedy in the results",
+    )
     list_suspects: bool = Field(
         False,
         description="write a list of the training samples whose labels may be wrong, and a sheet "
@@ -440,6 +448,18 @@ class TrainingConfig(Section):
     seed: int = Field(
         0, ge=0, lt=2**63, description="of weights, order, augmentation and random selection"
     )
+
+
+# what `training.noisy_labels: true` sets where a config does not say
+NOISY_LABELS = {
+    "ast": {"mode": "dense"},
+    "training": {
+        "loss": "early_learning",
+        "mixup": 1.0,
+        "weight_average": 0.997,
+        "list_suspects": True,
+    },
+}
 
 
 class MetricsConfig(Section):

@@ -98,7 +98,7 @@ class Traits(NamedTuple):
     own_target: bool  # its rule does not read ast.target_activation
     weighs: bool  # its rule weighs the samples
     keeps_labels: bool  # its doubt remembers what became of each label
-    recalls: bool  # its loss remembers each sample
+    recalls: bool  # its loss remembers each sample, and learns of it by its step alone
 
 
 def built_in_traits(config: Sections) -> Traits:
@@ -113,7 +113,7 @@ def built_in_traits(config: Sections) -> Traits:
         own_target=above_mean,
         weighs=above_mean,
         keeps_labels=sparse and bool(ast.forget_rate),
-        recalls=config.training.loss == "early_learning",
+        recalls=False,
     )
 
 
@@ -133,7 +133,12 @@ def needs_of_reuse(config: Sections) -> list[str]:
 
 def of_sections(config: Sections) -> list[str]:
     """What no part of a run decides."""
-    return [*_of_weights_and_data(config), *_of_selection(config), *_of_training(config)]
+    return [
+        *_of_weights_and_data(config),
+        *_of_selection(config),
+        *_of_training(config),
+        *_of_noisy_labels(config),
+    ]
 
 
 def of_parts(config: Sections, traits: Traits) -> list[str]:
@@ -263,6 +268,25 @@ def _of_training(config: Sections) -> list[str]:
     )
 
 
+def _of_noisy_labels(config: Sections) -> list[str]:
+    """What `training.noisy_labels` needs."""
+    noisy = config.training.noisy_labels
+    loss = config.training.loss
+    chooses = config.ast.mode == "ast" and not config.ast.forget_rate
+    return failed(
+        (
+            noisy and loss != "early_learning",
+            f"training.loss: {loss} keeps no memory by which training.noisy_labels could tell how "
+            "many labels look wrong; early_learning does",
+        ),
+        (
+            noisy and chooses,
+            "ast.mode: ast chooses wrong labels first, and training.noisy_labels says that there "
+            "may be some; set dense, or ast.forget_rate",
+        ),
+    )
+
+
 def _all_dense(config: Sections) -> str:
     """Why no epoch is left to train on a selection, and which key to lower."""
     warmup = config.ast.warmup_epochs
@@ -320,7 +344,6 @@ def _of_steps(config: Sections, traits: Traits) -> list[str]:
         f"training.loss={training.loss}": traits.recalls,
         f"ast.scoring={ast.scoring}": traits.keeps_visits,
         f"ast.forget_rate={ast.forget_rate}": traits.keeps_labels,
-        "training.list_suspects": training.list_suspects,
     }
     keeper = next((name for name, keeps in keepers.items() if keeps), None)
     return failed(
@@ -334,7 +357,8 @@ def _of_steps(config: Sections, traits: Traits) -> list[str]:
         ),
         (
             mixing and keeper,
-            f"training.{mixing}: {keeper} remembers each sample, and a mixture has no one label",
+            f"training.{mixing}: {keeper} remembers each sample, and a mixture has no one label"
+            f"{'; training.noisy_labels sets it, 0 does without' * training.noisy_labels}",
         ),
         (
             mixing and traits.weighs,

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -38,13 +38,13 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what says nothing abou
 class Sample(NamedTuple):
     """One item of an ImageDataset.
 
-    An unreadable picture is replaced by the next readable one, with the label of that one; `index`
-    stays the one that was asked for.
+    An unreadable picture is replaced by the next readable one, with the label and the index of that
+    one: what is learned of it says nothing of the unreadable one.
     """
 
     image: Tensor | None  # uint8 [3, H, W]; None where no replacement could be read either
     label: int
-    index: int
+    index: int  # beyond the last sample for a copy, see `ImageDataset`
     unreadable: list[str]  # the pictures that it replaces: "<name>: <reason>"
 
 
@@ -174,15 +174,15 @@ class ImageDataset(Dataset):
         `max_bad_images` of them are tried. The first sample follows the last one.
         """
         unreadable = []
-        for at in range(index, index + self.max_bad_images + 1):
-            at = at % len(self)
+        for own in self._tried(index):
+            at = own % len(self)
             source = None
             note_place(self.name_of, at)
             try:
                 source, label = self.read(at)
                 data = read_picture(source) if isinstance(source, Path) else source
                 image = data if isinstance(data, Tensor) else decode_image(data)
-                return Sample(image, label, index, unreadable)
+                return Sample(image, label, own, unreadable)
             except (OSError, ValueError) as error:
                 if getattr(error, "errno", None) in EXHAUSTED:
                     raise
@@ -190,6 +190,12 @@ class ImageDataset(Dataset):
                 name = name if name.isprintable() else one_line(name)
                 unreadable.append(f"{name}: {one_line(error)}")
         return Sample(None, -1, index, unreadable)
+
+    def _tried(self, index: int) -> Iterator[int]:
+        """A sample and those that may stand in for it, in that order; of a copy, the copies."""
+        first = index - index % len(self)
+        for at in range(index, index + self.max_bad_images + 1):
+            yield first + at % len(self)
 
     def name_of(self, index: int) -> str:
         """The path of a sample's file, or its number in the data set where it is no file."""

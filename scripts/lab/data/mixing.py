@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
@@ -34,13 +36,32 @@ class Mixing:
         self.in_float = training.mixup > 0
 
     def __call__(
-        self, images: Tensor, labels: Tensor, epoch: int, step: int
-    ) -> tuple[Tensor, Tensor]:
+        self, images: Tensor, labels: Tensor, epoch: int, step: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """uint8 [batch, 3, H, W], int64 [batch] -> uint8 or float32 [batch, 3, H, W], float32
-        [batch, classes].
+        [batch, classes]; and rows of numbers [batch, n] of the samples, mixed as their labels are.
         """
         number = torch.tensor([step * self.dist.world + self.dist.rank])
-        drawn = uniform(self.seed, MIXING_EPOCH + epoch, number, 1).item()
+        seed = as_seed(uniform(self.seed, MIXING_EPOCH + epoch, number, 1).item())
         with host_generator() as generator:
-            generator.manual_seed(as_seed(drawn))
-            return self.choice(images.float() if self.in_float else images, labels)
+            generator.manual_seed(seed)
+            mixed = self.choice(images.float() if self.in_float else images, labels)
+            if rows is not None:
+                generator.manual_seed(seed)
+                rows = self.mixed_rows(rows, images.shape[-2:])
+        return *mixed, rows
+
+    def takes(self, chance: float, epoch: int, step: int) -> bool:
+        """Whether a step is mixed, where it is with this chance. All processes say the same."""
+        if chance in (0.0, 1.0):
+            return chance > 0
+        number = torch.tensor([step])
+        return uniform(self.seed, MIXING_EPOCH + epoch, number, 2)[0, 1].item() < chance
+
+    def mixed_rows(self, rows: Tensor, size: Sequence[int]) -> Tensor:
+        """size: height and width of the pictures. What is drawn is drawn again, for two blank
+        pictures of different classes, whose labels then say their shares.
+        """
+        _, labels = self.choice(torch.zeros(2, 3, *size), torch.arange(2))
+        share = labels[0, 0].item()
+        return share * rows + (1 - share) * rows.roll(1, 0)

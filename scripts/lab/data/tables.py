@@ -87,6 +87,8 @@ def read_table(config: DatasetConfig) -> pd.DataFrame:
     if missing := [name for name in names if name not in table]:
         found = one_line(", ".join(map(repr, table.columns)), 120)
         raise _refused(config, f"no column {missing[0]!r}; its columns are {found}")
+    others = [name for name in ("file", "label") if name not in names]  # another column is used
+    table = table.drop(columns=others, errors="ignore")
     table = table.rename(columns=names).fillna("")  # a row may end early
     table.index += 2
     return _checked(table[(table != "").any(axis=1)].copy(), config)  # without blank lines

@@ -61,19 +61,21 @@ class Trainer(Stateful):
         """Forward and backward over a batch, added to the window's gradient.
 
         weights: float32 [batch], of the losses; None: all 1. epoch, step: for what is drawn at
-        random. Returns None where there is nothing to do.
+        random. Returns None where there is nothing to do. Of pictures that are mixed nothing is
+        remembered (`Network.seer`), and no step weighs them.
         """
         n = len(batch.labels)
         # synchronised BatchNorm needs every rank, even one without samples
         if n == 0 and not self.network.synced:
             return None
-        images = batch.images
-        labels = batch.labels
-        if weights is None:  # a mixture has no one label to remember, and no one weight
-            images, labels = self.network.mixed(images, labels, epoch, step)
+        inputs = (batch.images, batch.labels)
         memory = self.loss.recall(batch.indices)
-        result = self.network.forward(images, labels, weights, memory)
-        if memory is not None:
+        mixes = self.network.mixes(epoch, step)
+        if mixes:
+            *inputs, memory = self.network.mixing(*inputs, epoch, step, memory)
+            weights = None
+        result = self.network.forward(*inputs, weights, memory)
+        if memory is not None and not mixes:
             self.loss.remember(batch.indices, result.memory)
         # synchronised, a sample's loss reaches the gradients of other ranks: all divide alike
         divisor = self.window_divisor or max(1, n)

@@ -22,7 +22,7 @@ class Ledger(Stateful):
     """Work done, in samples and optimizer steps."""
 
     SAMPLES: ClassVar[tuple[str, ...]] = (
-        *("loaded", "scored", "trained", "reused", "padding", "learned", "looked"),
+        *("loaded", "scored", "trained", "reused", "padding", "learned", "looked", "seen"),
     )
     STATE: ClassVar[tuple[str, ...]] = (*SAMPLES, "steps")
 
@@ -34,6 +34,7 @@ class Ledger(Stateful):
     padding: int = 0  # rows of weight 0 that went backward, to fill up a shape
     learned: int = 0  # samples that the proxy was trained on
     looked: int = 0  # samples that the network predicted, and that no step had
+    seen: int = 0  # samples that were predicted before their pictures were mixed
 
     def reduce_to_rank0(self, dist: Dist) -> None:
         """Move to rank 0 the samples that all processes have counted. Collective."""
@@ -54,7 +55,7 @@ class Ledger(Stateful):
         """
         backward = 2 / 3
         repeated = self.trained - (1 - backward) * self.reused + backward * self.padding
-        repeated += (1 - backward) * self.looked
+        repeated += (1 - backward) * (self.looked + self.seen)
         return repeated + self.scored * scoring_cost + self.learned * learning_cost
 
     def since(self, earlier: Ledger) -> Ledger:

@@ -4,6 +4,9 @@ labels, and two that weigh classes and samples in another way.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from lab.config.sections import TrainingConfig
 from lab.config.tables import Table
 from lab.machine.distributed import Dist
 from lab.machine.stateful import Stateful
+from lab.method.doubt import FORGET_FROM
 
 
 class Loss(Stateful):
@@ -22,6 +26,10 @@ class Loss(Stateful):
     computes new ones with the loss, and stores them (`remember`). So what is compiled changes no
     memory of its own.
     """
+
+    adapts = False  # whether `remedy` changes from epoch to epoch
+    remedy = 1.0  # share of the steps that mix their pictures, where a run mixes any
+    contradicted: float | None = None  # see `AsFarAsWrong`
 
     def __init__(
         self, training: TrainingConfig, samples: int, classes: int, device: torch.device, dist: Dist
@@ -36,7 +44,8 @@ class Loss(Stateful):
         self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(the loss of each sample, float32 [batch]; their new rows). logits: float32 [batch,
-        classes].
+        classes]; labels: int64 [batch], or of mixed pictures float32 [batch, classes], and then
+        rows are mixed too.
         """
         return F.cross_entropy(
             logits, labels, reduction="none", label_smoothing=self.smoothing
@@ -48,11 +57,12 @@ class Loss(Stateful):
         """(what is minimised of each sample, its class's weight in it, float32 [batch]; its plain
         cross-entropy without gradient, nats; its new row). Inputs as of a call.
         """
-        losses, rows = self(logits, labels, rows)
+        likely, weights = self.balanced(labels)
+        losses, rows = self(logits, likely, rows)
         plain = losses.detach()
-        if not self.is_plain:
+        if not self.is_plain or likely is not labels:
             plain = F.cross_entropy(logits.detach(), labels, reduction="none")
-        return self.balanced(losses, labels), plain, rows
+        return losses if weights is None else losses * weights, plain, rows
 
     def weigh_classes(self, counts: np.ndarray, device: torch.device) -> None:
         """Weigh each class by the inverse of its share from now on, as scikit-learn's
@@ -62,14 +72,20 @@ class Loss(Stateful):
         present = numbers > 0
         self.class_weights = numbers.sum() / (present.sum() * numbers.clamp(min=1))
 
-    def balanced(self, losses: Tensor, labels: Tensor) -> Tensor:
-        """The losses float32 [batch] times the weights of their classes; of mixed labels, float32
-        [batch, classes], times the mean weight.
+    def balanced(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(labels, float32 [batch]) whose losses, times these numbers, are weighted by class; None:
+        all 1.
+
+        Of mixed labels, float32 [batch, classes], that is the mixture of the weighted losses of
+        their classes: a loss is linear in the shares, so each share is multiplied by its weight.
         """
         if self.class_weights is None:
-            return losses
-        weights = self.class_weights
-        return losses * (weights[labels] if labels.ndim == 1 else labels @ weights)
+            return labels, None
+        if labels.ndim == 1:
+            return labels, self.class_weights[labels]
+        shares = labels * self.class_weights
+        weights = shares.sum(-1)
+        return shares / weights[:, None], weights
 
     def recall(self, indices: Tensor) -> Tensor | None:
         """The rows of the samples int64 [batch]; None where this loss keeps none."""
@@ -78,8 +94,18 @@ class Loss(Stateful):
     def remember(self, indices: Tensor, rows: Tensor) -> None:
         """Keep the new rows of the samples int64 [batch]."""
 
+    def seen(self, logits: Tensor, rows: Tensor | None) -> Tensor | None:
+        """The new rows of samples that are predicted and not trained on, logits float32 [batch,
+        classes]: of pictures that a step then mixes. Their rows are mixed likewise.
+        """
+        return rows
+
     def merge(self) -> None:
         """Give all processes the rows that any of them has stored. Collective."""
+
+    def start_epoch(self, progress: float) -> None:
+        """Before an epoch. progress: of the schedule, 0 to 1. Collective."""
+        self.merge()
 
 
 class GeneralisedCrossEntropy(Loss):
@@ -102,6 +128,11 @@ class GeneralisedCrossEntropy(Loss):
         return (labels * of_classes).sum(-1), None
 
 
+def predicted(logits: Tensor) -> Tensor:
+    """The probabilities of the classes, none of them quite 0 or 1."""
+    return logits.softmax(-1).clamp(1e-4, 1 - 1e-4)
+
+
 class EarlyLearning(Loss):
     """Cross-entropy + weight * log(1 - <t, p>) with t a running mean of the sample's own
     predictions p (Liu et al. 2020, "Early-learning regularization prevents memorization of noisy
@@ -115,6 +146,7 @@ class EarlyLearning(Loss):
     DECAY = 0.7
     WEIGHT = 3.0
     STATE = ("targets",)
+    strength: float | Tensor = 1.0  # factor on WEIGHT
 
     def __init__(
         self, training: TrainingConfig, samples: int, classes: int, device: torch.device, dist: Dist
@@ -129,18 +161,26 @@ class EarlyLearning(Loss):
     def __call__(
         self, logits: Tensor, labels: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        losses = self.cross_entropy(logits, labels)
+        if labels.ndim == 1:  # a mixture's prediction is that of no sample
+            rows = self.seen(logits.detach(), rows)
+        held = torch.log1p(-(rows * predicted(logits)).sum(-1))
+        return losses + self.WEIGHT * held * self.strength, rows
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         losses, _ = super().__call__(logits, labels)
-        probabilities = logits.softmax(-1).clamp(1e-4, 1 - 1e-4)
-        rows = self.updated(rows, probabilities.detach())
-        return losses + self.WEIGHT * torch.log1p(-(rows * probabilities).sum(-1)), rows
+        return losses
+
+    def seen(self, logits: Tensor, rows: Tensor) -> Tensor:
+        return self.updated(rows, predicted(logits))
 
     def updated(self, rows: Tensor, probabilities: Tensor) -> Tensor:
         """The targets with one more prediction in them; of one that is not finite, as they were.
         Both float32 [batch, classes].
         """
-        predicted = probabilities / probabilities.sum(-1, keepdim=True)
-        finite = predicted.isfinite().all(-1, keepdim=True)
-        return torch.where(finite, self.DECAY * rows + (1 - self.DECAY) * predicted, rows)
+        shares = probabilities / probabilities.sum(-1, keepdim=True)
+        finite = shares.isfinite().all(-1, keepdim=True)
+        return torch.where(finite, self.DECAY * rows + (1 - self.DECAY) * shares, rows)
 
     def recall(self, indices: Tensor) -> Tensor:
         return self.targets[indices]
@@ -164,6 +204,66 @@ class EarlyLearning(Loss):
     def state_dict(self) -> dict[str, Tensor]:
         self.merge()
         return super().state_dict()
+
+
+class AsFarAsWrong(EarlyLearning):
+    """Early learning as far as labels look wrong, `training.noisy_labels`. Where none does it is
+    cross-entropy, smoothed by `training.label_smoothing`.
+
+    A network contradicts few right labels among the samples that it is surest of, however often it
+    errs on the others. `contradicted` is the share that it contradicts in the SUREST part of them,
+    by their targets. `remedy` rises with it from 0 at RIGHT to 1 at WRONG: the added term and the
+    share of the steps that are mixed grow with it, and the smoothing goes. All of that is set at
+    epochs' starts from JUDGED_FROM of the schedule, when the network has learned something, up to
+    FORGET_FROM, and then kept: a label learned by heart is no longer contradicted.
+    """
+
+    SUREST = 0.1
+    RIGHT = 0.005
+    WRONG = 0.02
+    JUDGED_FROM = 0.2
+    STATE = ("targets", "remedy", "contradicted")
+    adapts = True
+
+    def __init__(
+        self, training: TrainingConfig, samples: int, classes: int, device: torch.device, dist: Dist
+    ):
+        super().__init__(training, samples, classes, device, dist)
+        self.remedy = 0.0
+        self.contradicted: float | None = None  # share, 0 to 1; None before it is known
+        self.strength = torch.zeros((), device=device)
+        self.labels = torch.full((samples,), -1, device=device)  # by index; -1: not known
+
+    def know_labels(self, labels: np.ndarray) -> None:
+        """Take the labels that are trained on, int64 by index; -1 for none, as beyond the last."""
+        self.labels[: len(labels)] = torch.from_numpy(labels).to(self.labels)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.smoothing * (1 - self.strength)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses + smoothing * (-logits.log_softmax(-1).mean(-1) - losses)
+
+    def start_epoch(self, progress: float) -> None:
+        super().start_epoch(progress)
+        if self.JUDGED_FROM <= progress < FORGET_FROM:
+            self.contradicted = self.dist.broadcast(self.contradicted_now())
+            above = (self.contradicted - self.RIGHT) / (self.WRONG - self.RIGHT)
+            self.apply(min(1.0, max(0.0, above)))
+
+    def apply(self, remedy: float) -> None:
+        self.remedy = remedy
+        self.strength.fill_(remedy)
+
+    def contradicted_now(self) -> float:
+        sure, seen_as = self.targets.max(-1)
+        known = (self.labels >= 0) & (sure > 0)
+        count = math.ceil(self.SUREST * int(known.sum()))
+        order = torch.where(known, sure, -1.0).sort(descending=True, stable=True).indices[:count]
+        return (seen_as[order] != self.labels[order]).double().mean().item() if count else 0.0
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.apply(self.remedy)
 
 
 class Focal(Loss):
@@ -222,3 +322,7 @@ LOSSES = Table(
     },
     tried=tried_loss,
 )
+
+
+def loss_class(training: TrainingConfig) -> type[Loss]:
+    return AsFarAsWrong if training.noisy_labels else LOSSES[training.loss]

@@ -18,7 +18,7 @@ from lab.data.mixing import Mixing
 from lab.machine.devices import Normalise, compiled, resolve_amp_dtype
 from lab.machine.distributed import Dist
 from lab.machine.stateful import Stateful
-from lab.method.losses import LOSSES, Loss
+from lab.method.losses import Loss, loss_class
 from lab.method.sample_store import Visit
 from lab.models.average import WeightAverage
 from lab.models.building import (
@@ -97,6 +97,25 @@ def scoring_forward(
     return forward
 
 
+def seeing_forward(
+    model: nn.Module, normalise: Normalise, measure: Callable, loss: Loss
+) -> Callable[..., tuple[Visit, Tensor | None]]:
+    """What the samples of a step say before their pictures are mixed: uint8 images, labels -> their
+    Visit, and their new rows of a loss that remembers them. memory: see `Loss.recall`.
+    """
+
+    def forward(
+        images: Tensor, labels: Tensor, memory: Tensor | None = None
+    ) -> tuple[Visit, Tensor | None]:
+        with normalise.autocast():
+            logits = model(normalise(images))
+        logits = logits.float()
+        plain = F.cross_entropy(logits, labels, reduction="none")
+        return visit_of(logits, labels, plain, measure), loss.seen(logits, memory)
+
+    return forward
+
+
 def shrunk(images: Tensor, weights: Tensor | None) -> Tensor:
     """Pictures [batch, 3, H, W] at another resolution by `Network.shrink`; as they are where that
     is None.
@@ -141,7 +160,7 @@ class Network(Stateful):
         self.moments = input_moments(self.model_config, model)
         self.normalise = Normalise(*self.moments.values(), device, layout, self.amp_dtype)
         self.measure = measure
-        self.loss = LOSSES[training.loss](training, samples, classes, device, dist)
+        self.loss = loss_class(training)(training, samples, classes, device, dist)
         step = training_forward(self.model, self.normalise, self.measure, self.loss)
         self.forward = compiled(step, self.compile)
         self.average: WeightAverage | None = None
@@ -152,8 +171,14 @@ class Network(Stateful):
         if self.average is not None:
             self.evaluator = self.scoring_forward(of=self.exported)
         self.mixing: Mixing | None = None
+        # of a run that mixes and remembers its samples, by the weights that are validated
+        self.seer: Callable[..., tuple[Visit, Tensor | None]] | None = None
         if training.mixup or training.cutmix:
             self.mixing = Mixing(training, self.classes, dist)
+            if training.list_suspects or type(self.loss).recall is not Loss.recall:
+                view = eval_view(self.exported)
+                seeing = seeing_forward(view, self.normalise, measure, self.loss)
+                self.seer = compiled(seeing, self.compile)
 
     @property
     def side(self) -> int:
@@ -188,9 +213,11 @@ class Network(Stateful):
         """
         return self.model if self.average is None else self.average.model
 
-    def mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """A training step's pictures and labels, mixed where the config says so."""
-        return (images, labels) if self.mixing is None else self.mixing(images, labels, epoch, step)
+    def mixes(self, epoch: int, step: int) -> bool:
+        """Whether a training step mixes its pictures. A function of the seed, the epoch and the
+        step.
+        """
+        return self.mixing is not None and self.mixing.takes(self.loss.remedy, epoch, step)
 
     def statistics(self) -> list[Tensor]:
         """The buffers of floating-point numbers, BatchNorm's above all, of the weights and of their

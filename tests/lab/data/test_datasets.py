@@ -2,6 +2,7 @@
 
 import io
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from PIL import Image
 from conftest import COLOURS, make_config, save_picture
 from helpers import folder_config, hf_config, write_parquet
 from lab.base.errors import RequestError
-from lab.data.datasets import collate
+from lab.data.datasets import ReadErrors, collate
 from lab.data.loading import device_batches
 from lab.data.randomness import UNIFORMS_PER_SAMPLE
-from train_ast import build_dataloaders, build_datasets
+from train_ast import build_dataloaders, build_datasets, train
 
 CPU = torch.device("cpu")
 
@@ -69,6 +70,43 @@ def test_an_unreadable_image_is_named(image_folder, workers):
     )
     with pytest.raises(RequestError, match=r"green/3\.jpg: not a readable image"):
         list(device_batches(loader, CPU))
+
+
+@pytest.mark.parametrize("cache", ["none", "device", "disk"])
+def test_what_stands_in_comes_with_its_own_index_and_label(cache, image_folder, tmp_path):
+    """Else what is learned of it would be kept for the unreadable picture. Of copies, the copy."""
+    (image_folder / "train" / "blue" / "7.jpg").write_bytes(
+        b"no image"
+    )  # the last one of its class
+    (image_folder / "train" / "red" / "7.jpg").write_bytes(b"no image")  # the last of all
+    keys = [f"dataset.cache={cache}", "dataset.max_bad_images=2", "dataset.repeat=2"]
+    keys += [] if cache == "none" else [f"dataset.cache_folder={tmp_path}/cache"]
+    config = folder_config(image_folder, *keys, "dataset.label_noise=0.5", "training.batch_size=4")
+    data = build_dataloaders(config, CPU)
+    dataset = data.train.dataset
+    batches = list(device_batches(data.train, CPU, ReadErrors(2)))
+    indices = np.concatenate([batch.indices.numpy() for batch in batches])
+    labels = np.concatenate([batch.labels.numpy() for batch in batches])
+    expected = [{7: 8, 23: 0}.get(each, each) for each in range(24)]
+    assert sorted(indices) == sorted(expected + [24 + each for each in expected])
+    assert (dataset.label_shifts > 0).any()
+    right = dataset.labels()[indices % 24]
+    assert np.array_equal(labels, dataset.noisy_labels(right, indices))
+
+
+def test_a_run_with_stand_ins_that_it_does_not_train_on_goes_well(image_folder, tmp_path):
+    """What stands in for the last sample trained on is none of those."""
+    config = folder_config(image_folder, "dataset.max_train_samples=8", "training.batch_size=4")
+    last = int(build_dataloaders(config, CPU).plan.all_indices.max())
+    assert last < 23
+    name = build_datasets(config.dataset)[0].name_of(last)
+    Path(name).write_bytes(b"no image")
+    keys = ["dataset.max_bad_images=1", "dataset.max_train_samples=8", "training.batch_size=4"]
+    keys += ["training.noisy_labels=true", "training.epochs=2", "model.name=test_resnet"]
+    keys += [f"logging.output_dir={tmp_path}/out", "training.num_workers=0"]
+    result, _ = train(folder_config(image_folder, *keys))
+    assert result["status"] == "completed"
+    assert len(result["bad_images"]) == 1
 
 
 def test_a_deleted_image_is_named(image_folder):

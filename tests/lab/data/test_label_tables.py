@@ -67,6 +67,15 @@ def test_a_bom_blank_lines_windows_line_ends_and_other_names_are_no_matter(photo
     assert [len(each) for each in build_datasets(csv_config(path, *asked).dataset)] == [9, 3]
 
 
+def test_one_of_several_columns_of_labels_is_used(photos):
+    """Whether or not another one is called `label`."""
+    lines = [f"{line},{'second' if number else 'other'}" for number, line in enumerate(photos[1])]
+    path = written(photos, [*lines[:-1], lines[-1].replace("second", "first")])
+    whole = csv_config(path, "dataset.label_key=other", "dataset.split_val=train")
+    assert build_datasets(whole.dataset)[0].classes == ["first", "second"]
+    assert build_datasets(csv_config(path).dataset)[0].classes == list(COLOURS)
+
+
 BAD = {  # what is done to the lines, and what is said
     "a missing file": (
         lambda lines: [*lines, "gone.jpg,red,train"],

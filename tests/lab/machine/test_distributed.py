@@ -423,6 +423,22 @@ MIXED = [
 PROXY = ["ast.scoring=proxy"]
 
 
+@pytest.mark.long
+def test_labels_that_may_be_wrong_are_judged_alike_on_all_ranks(tmp_path):
+    """A sample's memory goes to all of them; the run goes on where it was, bit for bit."""
+    keys = [*TWENTY, "training.noisy_labels=true", "dataset.label_noise=0.2", "training.epochs=5"]
+    one, many = (
+        make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many")
+    )
+    whole = ranks(2, lambda rank: train(one)[0], tmp_path / "whole").results()[0]
+    assert whole["training_history"]["remedy"][2] > 0
+    assert whole["ledger"]["seen"] > 0
+    before = ranks(2, lambda rank: train(many, StopAfter(13))[0], tmp_path / "before").results()[0]
+    assert before["status"] == "interrupted"
+    resumed = ranks(2, lambda rank: train(many, resume="auto")[0], tmp_path / "after").results()[0]
+    assert untimed(resumed) == untimed(whole)
+
+
 @pytest.mark.parametrize(
     "more",
     [[], pytest.param(MIXED, marks=pytest.mark.long), PROXY],

@@ -187,21 +187,41 @@ def test_processes_share_the_targets_that_any_of_them_has_stored(tmp_path):
     assert torch.equal(second, second_too)
 
 
+@pytest.mark.parametrize("smoothing", [0, 0.2])
 @pytest.mark.parametrize("name", LOSSES)
-def test_class_weights_multiply_the_loss_of_each_sample(name):
-    """The weights are scikit-learn's; of a mixture the mean of its classes' weights counts."""
-    loss = LOSSES[name](make_config(f"training.loss={name}").training, 8, 3, CPU, Dist())
+def test_class_weights_multiply_the_loss_of_each_sample(name, smoothing):
+    """The weights are scikit-learn's; of a mixture they multiply the losses of its classes."""
+    training = make_config(f"training.loss={name}").training
+    training = training.model_copy(update={"label_smoothing": smoothing})
+    loss, plain = (LOSSES[name](training, 8, 3, CPU, Dist()) for _ in range(2))
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
-    losses = torch.rand(8)
-    assert loss.balanced(losses, torch.from_numpy(labels)) is losses
     loss.weigh_classes(np.bincount(labels), CPU)
     weights = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    found = loss.balanced(losses, torch.from_numpy(labels))
-    torch.testing.assert_close(found, losses * torch.from_numpy(weights[labels]).float())
-    mixed = torch.rand(8, 3)
-    found = loss.balanced(losses, mixed)
-    torch.testing.assert_close(found, losses * (mixed @ torch.from_numpy(weights).float()))
-    loss.weigh_classes(np.array([4, 4, 0]), CPU)  # a class of no samples
+    weights = torch.from_numpy(weights).float()
+    labels = torch.from_numpy(labels)
+    logits = torch.randn(8, 3, requires_grad=True)
+    rows = None if plain.recall(labels) is None else torch.rand(8, 3) / 3
+
+    def of_whole(number):  # the loss of a mixture that is one class alone
+        shares = F.one_hot(torch.full((8,), number), 3).float()
+        return plain.of_batch(logits, shares, rows)[0]
+
+    found = loss.of_batch(logits, labels, rows)[0]
+    torch.testing.assert_close(found, plain.of_batch(logits, labels, rows)[0] * weights[labels])
+    mixed = torch.rand(8, 3).softmax(-1)
+    found = loss.of_batch(logits, mixed, rows)
+    expected = sum(mixed[:, each] * weights[each] * of_whole(each) for each in range(3))
+    torch.testing.assert_close(found[0], expected)
+    reported = F.cross_entropy(logits, mixed, reduction="none")
+    torch.testing.assert_close(found[1], reported.detach())
+    (ours,) = torch.autograd.grad(found[0].sum(), logits, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_class_of_no_samples_does_not_change_the_weights_of_the_others():
+    loss = LOSSES["cross_entropy"](make_config().training, 8, 3, CPU, Dist())
+    loss.weigh_classes(np.array([4, 4, 0]), CPU)
     assert loss.class_weights[:2].tolist() == [1, 1]
 
 

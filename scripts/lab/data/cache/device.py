@@ -73,7 +73,6 @@ class CachedLoader:
         self.edges = self.dist.shard_edges(len(indices))
         self.augmentation = dataset.augmentation
         self.recipe = Recipe.of(config.dataset)
-        self.sample_indices = torch.from_numpy(indices).to(device)
         self.read_errors = ReadErrors(config.dataset.max_bad_images)
         # CUDA graphs would give each batch the memory of the one before, so never reduce-overhead
         mode = "off" if plan is None or config.training.compile == "off" else "default"
@@ -86,23 +85,25 @@ class CachedLoader:
 
     def attach(
         self,
-        dataset: ImageDataset,
         index: Index,
         unreadable: list[str],
         positions: np.ndarray,
         labels: np.ndarray,
+        shown: np.ndarray,
     ) -> None:
         """Take in what is known of the pictures. Compiles now, before training time is counted.
 
         positions: int64 [n], of each row, its picture's place in `index`. labels: int64 [n], of
-        each row, without noise; -1 for one without a picture, which validation leaves out.
-        unreadable: what could not be read.
+        each row, without noise; -1 for one without a picture, which validation leaves out. shown:
+        int64 [n], of each row, the sample whose picture it has. unreadable: what could not be read.
         """
         self.sizes = index.sizes
         self.originals = index.originals
         self.positions = positions
         self.readable = labels >= 0
-        self.labels = torch.from_numpy(dataset.noisy_labels(labels, self.indices)).to(self.device)
+        shown = self.indices - self.indices % len(self.dataset) + shown
+        self.sample_indices = torch.from_numpy(shown).to(self.device)
+        self.labels = torch.from_numpy(self.dataset.noisy_labels(labels, shown)).to(self.device)
         self.read_errors.found = list(unreadable)
         if self.compiles:
             next(iter(self))

@@ -41,7 +41,7 @@ from lab.data.images import cached_side, decode_image, encode_jpeg, shrink, squa
 from lab.data.loading import as_is
 from lab.machine.workers import WorkerLoader, ending_workers
 
-VERSION = 1  # of the format: another one makes other caches, and leaves those there are alone
+VERSION = 2  # of the format: another one makes other caches, and leaves those there are alone
 SAVED_SECONDS = 20.0  # of building that are lost at most where it is interrupted
 PROBED = 32  # pictures by which the size of a cache is estimated
 # pictures whose checksums are compared when a cache is opened; `--prepare-only` compares all
@@ -56,6 +56,7 @@ class Index(NamedTuple):
     originals: np.ndarray  # int32 [n, 2], those before it was shrunk
     labels: np.ndarray  # int64 [n], without noise
     checksums: np.ndarray  # uint32 [n], CRC-32 of its bytes
+    shown: np.ndarray  # int64 [n], the samples that they are of: stand-ins are of others
 
     @classmethod
     def join(cls, parts: Sequence[Index]) -> Index:
@@ -65,7 +66,7 @@ class Index(NamedTuple):
     def empty(cls) -> Index:
         pairs = np.zeros((0, 2), dtype=np.int32)
         numbers = np.zeros(0, dtype=np.int64)
-        return cls(numbers, pairs, pairs, numbers, np.zeros(0, dtype=np.uint32))
+        return cls(numbers, pairs, pairs, numbers, np.zeros(0, dtype=np.uint32), numbers)
 
 
 class Recipe(NamedTuple):
@@ -126,11 +127,12 @@ class Encoder(Dataset):
             )
             encoded, size = self.recipe.encode(image)
             data.append(encoded)
-            rows.append((size, image.shape[1:], sample.label, zlib.crc32(encoded)))
-        sizes, originals, labels, checksums = zip(*rows, strict=True)
+            rows.append((size, image.shape[1:], sample.label, zlib.crc32(encoded), sample.index))
+        sizes, originals, labels, checksums, shown = zip(*rows, strict=True)
         pairs = (np.array(each, dtype=np.int32) for each in (sizes, originals))
         lengths = np.array([len(each) for each in data])
-        index = Index(lengths, *pairs, np.array(labels), np.array(checksums, dtype=np.uint32))
+        numbers = (np.array(labels), np.array(checksums, dtype=np.uint32), np.array(shown))
+        index = Index(lengths, *pairs, *numbers)
         return Chunk(torch.from_numpy(np.concatenate(data)), index, unreadable)
 
 

@@ -114,7 +114,9 @@ class DiskLoader(CachedLoader):
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.idle: list[list[Slot]] = []  # the slots of iterators that have ended
         positions = np.searchsorted(kept, indices % len(dataset))
-        self.attach(dataset, file.index, file.unreadable, positions, file.index.labels[positions])
+        index = file.index
+        known = (index.labels[positions], index.shown[positions])
+        self.attach(index, file.unreadable, positions, *known)
 
     def __iter__(self) -> Iterator[LoaderBatch]:
         slots = self.idle.pop() if self.idle else self._new_slots()

@@ -114,11 +114,14 @@ class ResidentLoader(CachedLoader):
                 del SHARED_PICTURES[next(iter(SHARED_PICTURES))]
         self.flat = pictures.flat
         self.offsets = np.concatenate([[0], np.cumsum(pictures.index.lengths)])
-        labels = np.concatenate(self.dist.all_gather_objects(pictures.index.labels[positions]))
+        known = (pictures.index.labels, pictures.index.shown)
+        labels, shown = (
+            np.concatenate(self.dist.all_gather_objects(column[positions])) for column in known
+        )
         # rows of other processes, never looked up
         before = np.zeros(self.edges[self.dist.rank], dtype=np.int64)
         positions = np.concatenate([before, positions])
-        self.attach(dataset, pictures.index, pictures.unreadable, positions, labels)
+        self.attach(pictures.index, pictures.unreadable, positions, labels, shown)
 
     @property
     def images(self) -> Tensor:
