@@ -161,17 +161,20 @@ def test_a_picture_is_augmented_by_its_uniforms_alone(image_folder):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+HUB = ["dataset.type=hf", "dataset.name=x"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "crops", "moves"),
     [
-        (["dataset.image_size=32"], False, True),
-        (["dataset.image_size=224"], True, True),
+        ([*HUB, "dataset.image_size=32"], False, True),
+        ([*HUB, "dataset.image_size=224"], True, True),
         (["dataset.type=digits"], False, False),
         (["dataset.type=digits", "dataset.augment=pad_crop"], False, True),
     ],
 )
 def test_augmentation_by_size_and_dataset(overrides, crops, moves):
-    config = load_config(None, ["dataset.type=hf", "dataset.name=x", *overrides]).dataset
+    config = load_config(None, overrides).dataset
     assert (Augmentation(config, train=True).crops, Augmentation(config, train=True).random) == (
         crops,
         moves,

@@ -358,9 +358,9 @@ def test_unreadable_pictures_are_counted_as_when_streaming(allowed, photos):
         assert [text.partition(": ")[0] for text in loader.read_errors.found] == [str(path)]
 
 
-def build_and_kill(config, folder, seconds) -> None:
-    """Start to build a cache in a process of its own, and kill it so many seconds after its first
-    trace in `folder`.
+def build_and_kill(config, trace, seconds) -> None:
+    """Start to build a cache in a process of its own, and kill it so many seconds after `trace` is
+    there.
     """
 
     def work() -> int:
@@ -370,7 +370,7 @@ def build_and_kill(config, folder, seconds) -> None:
         return 0
 
     child = forked(work, Path(f"{config.dataset.cache_folder}.out"))
-    wait_until(folder.exists)
+    wait_until(trace.exists)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     exit_code(child)
@@ -397,8 +397,9 @@ def kill_builds(photos, tmp_path, kills, monkeypatch):
                 shutil.rmtree(tmp_path / f"killed{old}", ignore_errors=True)
         split = build_splits(config.dataset)["train"]
         folder, fingerprint = place(split.dataset, split.kept, config.dataset, "train")
+        traces = [folder, folder / "index.npz"]  # the second: there is something to go on from
         for _ in range(dice.randrange(1, 3)):
-            build_and_kill(config, folder, dice.uniform(0.0, 0.25))
+            build_and_kill(config, traces[number % 2], dice.uniform(0.0, 0.25))
         gone_on += (folder / "index.npz").exists() and not (folder / "header.json").exists()
         if (folder / "header.json").exists():
             file = CacheFile(folder, fingerprint)
