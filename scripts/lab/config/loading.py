@@ -182,7 +182,7 @@ def _validated(raw: dict[str, Any], given: Sequence[str], trains: bool) -> tuple
     except ValidationError as error:
         found += _explain(error)
         config = Config.model_validate(_without(raw, error), context=together)
-        config = config.model_copy(update={"imports": raw["imports"]})
+        config = config.model_copy(update={"imports": raw["imports"] or []})
     found += _unblamed(found, wrong_names(config, trains))
     if not config.imports:
         together += [*_not_read(config, given), *of_built_in(config, trains)]
@@ -191,9 +191,9 @@ def _validated(raw: dict[str, Any], given: Sequence[str], trains: bool) -> tuple
 
 def _without(raw: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
     """What a file holds, without what pydantic complains of."""
-    kept = {key: dict(part) if isinstance(part, Mapping) else part for key, part in raw.items()}
+    kept = {key: _texts(part) for key, part in _texts(raw).items()}
     for place in (each["loc"] for each in error.errors()):
-        if not place:  # a key of the file is no text
+        if not place:  # a key of the file is no Unicode
             return {}
         section, *leaf = place
         if leaf and isinstance(kept.get(section), dict):
@@ -201,6 +201,13 @@ def _without(raw: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
         else:
             kept.pop(section, None)
     return kept
+
+
+def _texts(part: Any) -> Any:
+    """A mapping without the keys that are no text; anything else as it is."""
+    if not isinstance(part, Mapping):
+        return part
+    return {key: value for key, value in part.items() if isinstance(key, str)}
 
 
 def _unblamed(before: Sequence[str], complaints: Iterable[str]) -> list[str]:

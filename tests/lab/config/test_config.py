@@ -263,6 +263,27 @@ def test_all_that_does_not_go_together_is_told_at_once():
     assert told[5:] == ["1 more"]
 
 
+@pytest.mark.parametrize("key", ["null", "true", "1", "1.5", "!!binary aGk="])
+def test_a_key_that_is_no_text_is_one_line_beside_what_else_is_wrong(key):
+    keys = {
+        f"? {key}\n: 3\nast: {{rule: top}}": [
+            ": expected Keys should be strings, got ",
+            "ast.rule",
+        ],
+        f"training: {{? {key} : 3, lr: -1}}": ["training.lr", ": expected Keys should be strings"],
+    }
+    for text, said in keys.items():
+        with pytest.raises(RequestError) as caught:
+            load_config(None, text=text)
+        assert all(each in str(caught.value) for each in said)
+
+
+def test_imports_that_are_no_list_are_one_line(recwarn):
+    with pytest.raises(RequestError, match="^config: imports: expected a valid list, got {}$"):
+        load_config(None, text="imports: {}")
+    assert not recwarn.list
+
+
 def test_names_of_timm_are_known_without_it(monkeypatch):
     """All that it has, old names too; what is suggested is what it lists."""
     import timm
