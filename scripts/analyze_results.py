@@ -108,7 +108,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def folders_by_name(texts: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
     """By folder, the name of the data that its runs are on. Raises RequestError for a text that is
-    not NAME=DIR,DIR and for a folder that is not among the others.
+    not NAME=DIR,DIR, and for a folder that is not among the others or has two names.
     """
     names = {}
     for text in texts:
@@ -118,7 +118,8 @@ def folders_by_name(texts: Sequence[str], folders: Sequence[Path]) -> dict[Path,
         for folder in map(user_path, listed.split(",")):
             if folder not in folders:
                 raise RequestError(f"--same-data: {one_line(folder)}: not in --results-dir")
-            names[folder] = name.strip()
+            if names.setdefault(folder, name.strip()) != name.strip():
+                raise RequestError(f"--same-data: {one_line(folder)}: two names")
     return names
 
 

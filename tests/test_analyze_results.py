@@ -68,16 +68,20 @@ from lab.study.analysis.tables import text_table, verdict
             ["--same-data", "CIFAR=elsewhere"],
             "--same-data: elsewhere: not in --results-dir",
         ),
+        (
+            lambda folder: write_run(folder, "1"),
+            ["--same-data", "one={folder}", "two={folder}"],
+            "--same-data: {folder}: two names",
+        ),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(prepare, args, message, tmp_path, capsys):
     folder = tmp_path / "results"
     prepare(folder)
     before = sorted(tmp_path.rglob("*"))
-    assert (
-        analyze(["--results-dir", str(folder), "--markdown", str(tmp_path / "table.md"), *args])
-        == 2
-    )
+    args = [text.format(folder=folder) for text in args]
+    asked = ["--results-dir", str(folder), "--markdown", str(tmp_path / "table.md"), *args]
+    assert analyze(asked) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: " + message.format(folder=folder))
     assert error.count("\n") == 1
@@ -102,6 +106,16 @@ def test_runs_on_the_same_pictures_are_compared_wherever_these_were(tmp_path, ca
     assert "comparison groups" not in printed
     assert "difference: in points, against dense" in printed
     assert "training time: cats" in figure.read_text()
+
+
+def test_the_same_pictures_are_apart_where_a_config_is_damaged_or_validates_on_others(
+    tmp_path, capsys
+):
+    keys = {"dataset__type": "folder", "dataset__cache": "disk"}
+    for number, more in enumerate([{"image_size": "wide"}, {"val_fraction": 0.1}, {}]):
+        write_run(tmp_path, str(number), **keys, **{f"dataset__{k}": v for k, v in more.items()})
+    assert analyze(["--results-dir", str(tmp_path), "--same-data", f"cats={tmp_path}"]) == 0
+    assert "3 comparison groups: nothing is compared" in capsys.readouterr().out
 
 
 def test_command_prints_the_table_and_writes_tables_and_figures(results, tmp_path, capsys):

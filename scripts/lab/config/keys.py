@@ -148,7 +148,8 @@ def unmet(key: str, settings: Mapping[str, str], needs: Mapping[str, Needs]) -> 
         value = settings.get(other)
         if other == "dataset.augment" and value == "auto":
             size = settings.get("dataset.image_size", "")
-            value = auto_augment(settings.get("dataset.type", ""), int(size or 0))
+            size = int(size) if size.isdecimal() else 0  # of a damaged results file any text
+            value = auto_augment(settings.get("dataset.type", ""), size)
         if value not in values:
             yield f"{other}={' or '.join(values)}"
 

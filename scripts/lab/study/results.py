@@ -499,11 +499,10 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[ResultsFile], dict[str, 
     return runs, unreadable
 
 
-# of the dataset, what says where the pictures are
-PLACES = ("type", "train_dir", "val_dir", "name", "subset", "revision", "num_classes")
-PLACES = {
+PLACES = {  # what says where the pictures are
     f"dataset.{key}"
-    for key in (*PLACES, "split_train", "split_val", "image_key", "label_key", "val_fraction")
+    for key in "type train_dir val_dir name subset revision split_train split_val image_key "
+    "label_key num_classes".split()
 }
 
 
@@ -513,9 +512,9 @@ def on_same_data(run: ResultsFile, names: Mapping[Path, str]) -> ResultsFile:
     if name is None or not is_whole(run.settings):
         return run
     settings = run.settings | dict.fromkeys(PLACES, "null") | {"dataset.type": name}
-    if settings.get("dataset.augment") == "auto":
-        size = int(settings["dataset.image_size"])
-        settings["dataset.augment"] = auto_augment(run.settings["dataset.type"], size)
+    size = settings.get("dataset.image_size", "")
+    if settings.get("dataset.augment") == "auto" and size.isdecimal():
+        settings["dataset.augment"] = auto_augment(run.settings["dataset.type"], int(size))
     return replace(run, settings=settings)
 
 
