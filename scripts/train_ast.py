@@ -1323,7 +1323,7 @@ def predict_unmixed(batch: DeviceBatch, run: Run) -> None:
     meter = run.metrics.meter
     if len(batch.labels) and UNMIXED_EVERY * meter.predicted <= meter.trained:
         correct = run.network.scorer(batch.images, batch.labels)[1]
-        run.metrics.ledger.scored += len(batch.labels)
+        run.metrics.ledger.add_judged(len(batch.labels))
         meter.add_correct(correct.sum(), len(batch.labels))
 
 
@@ -1674,8 +1674,8 @@ def close_epoch(
     metrics = run.metrics
     clock = run.clock
     selection = run.selection
-    if selection.unseen is not None:
-        metrics.add_scored(sum(selection.unseen.count), None)
+    if selection.unseen is not None and run.dist.rank == 0:
+        metrics.ledger.add_judged(sum(selection.unseen.count))
     run.reduce_to_rank0()
     loss, train_acc = metrics.meter.read()
     ledger = metrics.ledger

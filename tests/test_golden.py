@@ -98,7 +98,8 @@ def weights_of(config: Config) -> dict[str, torch.Tensor]:
 
 def compare(result: dict[str, Any], weights: dict[str, torch.Tensor], reference: Outcome) -> None:
     assert reference.margin > SAFE, "rounding may turn a choice: give the case another seed"
-    nothing = dict.fromkeys(("reused", "padding", "learned", "looked", "seen"), 0)
+    names = ("reused", "padding", "learned", "looked", "seen", "judged")
+    nothing = dict.fromkeys(names, 0)
     assert result["ledger"] == reference.ledger | nothing
     history = result["training_history"]
     for key in COUNTS:

@@ -22,7 +22,7 @@ from lab.config.imports import identities
 from lab.config.loading import Config, checkpoint_folder, config_keys, run_id
 from lab.machine.devices import synchronize
 
-FORMAT = 7  # of the state: a state a part of the run, and one of each process's own
+FORMAT = 8  # of the state: a state a part of the run, and one of each process's own
 MAY_CHANGE = (
     "training.epochs",
     "training.max_minutes",

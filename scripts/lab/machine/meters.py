@@ -22,7 +22,8 @@ class Ledger(Stateful):
     """Work done, in samples and optimizer steps."""
 
     SAMPLES: ClassVar[tuple[str, ...]] = (
-        *("loaded", "scored", "trained", "reused", "padding", "learned", "looked", "seen"),
+        *("loaded", "scored", "trained", "reused", "padding"),
+        *("learned", "looked", "seen", "judged"),
     )
     STATE: ClassVar[tuple[str, ...]] = (*SAMPLES, "steps")
 
@@ -35,6 +36,11 @@ class Ledger(Stateful):
     learned: int = 0  # samples that the proxy was trained on
     looked: int = 0  # samples that the network predicted, and that no step had
     seen: int = 0  # samples that were predicted before their pictures were mixed
+    judged: int = 0  # of the scored, those that the network itself predicted, for a target
+
+    def add_judged(self, samples: int) -> None:
+        self.scored += samples
+        self.judged += samples
 
     def reduce_to_rank0(self, dist: Dist) -> None:
         """Move to rank 0 the samples that all processes have counted. Collective."""
@@ -51,12 +57,14 @@ class Ledger(Stateful):
 
     def dense_equivalents(self, scoring_cost: float = 1 / 3, learning_cost: float = 0.0) -> float:
         """The forward + backward passes this work amounts to. A scored sample costs `scoring_cost`
-        of one, one that the proxy learns from `learning_cost` more, a forward a third.
+        of one, one that the proxy learns from `learning_cost` more, a forward of the network a
+        third.
         """
         backward = 2 / 3
         repeated = self.trained - (1 - backward) * self.reused + backward * self.padding
-        repeated += (1 - backward) * (self.looked + self.seen)
-        return repeated + self.scored * scoring_cost + self.learned * learning_cost
+        repeated += (1 - backward) * (self.looked + self.seen + self.judged)
+        by_scores = self.scored - self.judged
+        return repeated + by_scores * scoring_cost + self.learned * learning_cost
 
     def since(self, earlier: Ledger) -> Ledger:
         return Ledger(**{name: getattr(self, name) - getattr(earlier, name) for name in self.STATE})

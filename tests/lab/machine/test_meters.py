@@ -73,6 +73,10 @@ def test_ledger_differences_and_equivalents():
     assert after.since(before) == Ledger(150, 120, 60, 7)
     assert Ledger(scored=90, trained=25).dense_equivalents() == 55
     assert Ledger(scored=90, trained=25).dense_equivalents(scoring_cost=0.1) == 34
+    counted = Ledger(scored=30, trained=25)
+    counted.add_judged(60)  # by the network itself, whatever a score costs
+    assert counted.scored == 90
+    assert counted.dense_equivalents(scoring_cost=0.1) == pytest.approx(25 + 3 + 20)
 
 
 def test_no_energy_counter_on_a_cpu():
