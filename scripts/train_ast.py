@@ -681,7 +681,8 @@ class Evidence(NamedTuple):
     decides: bool  # whether the next epoch may train on a selection
     left: float  # share of the run's sparse epochs that come after the next epoch
     kept_out: int = 0  # how many pictures were kept out and predicted, see `Target.KEEPS_OUT`
-    unseen_wrong: float = 0.0  # share of these predicted wrongly, less that of doubted labels
+    # share of these predicted wrongly, less that of doubted labels; None: there are none
+    unseen_wrong: float | None = None
 
 
 class Target(Stateful):
@@ -693,6 +694,7 @@ class Target(Stateful):
     # decides, and trained on once `keeps_out` is false
     KEEPS_OUT: ClassVar[int] = 0
     STATE = ("value",)
+    moves_in_quarters = False  # whether the share that is trained on is `in_quarters` of the value
 
     def __init__(self, value: float):
         self.value = value
@@ -760,6 +762,7 @@ class AutoTarget(Target):
 
     def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
         target = max(self.LEAST, evidence.wrong / self.WRONG_SHARE)
+        target = in_quarters(target) if self.moves_in_quarters else target
         self.value = target if cost(target) < 1 else 1.0
         if self.selects is None:
             self.epochs_without += 1
@@ -778,8 +781,8 @@ class AutoTarget(Target):
         self.kept_out = evidence.kept_out
         self.unseen_wrong = evidence.unseen_wrong
         self.active_wrong = evidence.wrong / self.value
-        margin = 1 / math.sqrt(max(1, self.kept_out))
-        if self.unseen_wrong - margin <= self.active_wrong:
+        # without pictures kept out nothing speaks against it
+        if not self.kept_out or self.unseen_wrong - self.kept_out**-0.5 <= self.active_wrong:
             self.selects = True
             return
         self.refused += 1
@@ -787,6 +790,13 @@ class AutoTarget(Target):
             self.selects = False
 
     def why_dense(self, cost: Cost) -> str:
+        if self.selects:
+            return "the run ended before the selection began"
+        if cost(self.LEAST) >= 1:
+            return (
+                f"scoring all and training on half cost {cost(self.LEAST):.2f} of training on all: "
+                "score at less cost (ast.score_resolution)"
+            )
         if self.fewest_wrong == math.inf:
             return "no sparse epoch came after its first; see ast.warmup_epochs and anneal_epochs"
         if self.refused:
@@ -914,6 +924,8 @@ class Selection(Stateful):
         self.scores = parts.scores(config, network, self.store, dist)
         self.rule = parts.rule(config)
         self.target = parts.target(shares_of(config).target)
+        # each share is compiled for itself
+        self.target.moves_in_quarters = self.target.MOVES and self.scores.reuse is not None
         self.unseen: ClassCounts | None = None  # of this epoch, see `Target.KEEPS_OUT`
         # whether the last epoch was no better on its samples than on the validation set
         self.generalises = False
@@ -1098,15 +1110,14 @@ class Selection(Stateful):
             unseen = self.unseen_evidence()
             evidence = Evidence(max(0.0, wrong - doubted), decides, left, *unseen)
             self.target.end_epoch(evidence, self.scores.epoch_cost)
-            # each share is compiled for itself
-            if self.target.MOVES and self.scores.reuse is not None:
+            if self.target.moves_in_quarters:
                 self.target.value = in_quarters(self.target.value)
         self.target.load_state_dict(self.dist.broadcast(self.target.state_dict()))
 
-    def unseen_evidence(self) -> tuple[int, float]:
+    def unseen_evidence(self) -> tuple[int, float | None]:
         """Of the pictures kept out that could be predicted: how many, and which share wrongly."""
         if self.unseen is None:
-            return 0, 0.0
+            return 0, None
         wrong = 1 - self.unseen.accuracy() / 100
         return sum(self.unseen.count), max(0.0, wrong - (self.doubt.forgotten() or 0.0))
 

@@ -158,6 +158,34 @@ def test_auto_selects_while_the_active_are_harder_than_pictures_kept_out(
     assert auto.keeps_out is (target == 1)
 
 
+def test_auto_judges_by_the_share_that_would_be_trained_on():
+    """With forward once by three quarters, of which fewer are wrong than of 0.6."""
+    for in_quarters, target in ((False, 0.6), (True, 1.0)):
+        auto = AutoTarget(1.0)
+        auto.moves_in_quarters = in_quarters
+        auto.end_epoch(Evidence(0.2, True, 1, 250, 0.37), lambda target: (1 + 2 * target) / 3)
+        assert auto.value == pytest.approx(target)
+    assert auto.facts()["active_wrong"] == pytest.approx(0.2 / 0.75)
+
+
+def test_without_pictures_kept_out_nothing_is_said_of_them():
+    auto = AutoTarget(1.0)
+    auto.end_epoch(Evidence(0.1, True, 1), two_passes)
+    assert auto.facts()["selects"]
+    assert auto.facts()["unseen_wrong"] is None
+
+
+def test_why_a_run_stayed_dense_is_not_said_of_predictions_that_did_not_decide():
+    auto = AutoTarget(1.0)
+    auto.end_epoch(Evidence(0.01, True, 1, 250, 0.0), lambda target: target + 0.6)
+    assert auto.why_dense(lambda target: target + 0.6) == (
+        "scoring all and training on half cost 1.10 of training on all: score at less cost "
+        "(ast.score_resolution)"
+    )
+    auto.end_epoch(Evidence(0.01, True, 1, 250, 0.0), two_passes)
+    assert auto.why_dense(two_passes) == "the run ended before the selection began"
+
+
 @pytest.mark.parametrize(
     ("epochs", "selects", "without"),
     [
@@ -249,6 +277,7 @@ def test_what_is_learned_by_heart_is_trained_on_whole(tmp_path, capsys):
     assert (target["kept_out"], target["selects"], target["epochs_without"]) == (6, False, 3)
     assert target["unseen_wrong"] - 6**-0.5 > target["active_wrong"]
     assert history["samples_scored"] == [0, 6, 6, 0]
+    assert result["ledger"]["judged"] == 12
     assert history["samples_loaded"] == [1728, 1728, 1728, 1792]
     printed = capsys.readouterr().out
     assert "keeps 6 pictures out until it is decided by them whether" in printed
