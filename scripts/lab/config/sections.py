@@ -106,11 +106,13 @@ class DatasetConfig(Section):
     split_val: str = Field("validation", description="split to validate on")
     image_key: str | None = Field(
         None,
-        description="image column. null: for hf the only column of images, for csv file",
+        description="image column. null: for hf the only column of images, for csv the one "
+        "called file",
     )
     label_key: str | None = Field(
         None,
-        description="label column. null: for hf the only class label column, for csv label",
+        description="label column. null: for hf the only one of class labels, for csv the one "
+        "called label",
     )
     num_classes: int | None = Field(
         None, ge=2, description="is compared with the data; null: taken from the data"

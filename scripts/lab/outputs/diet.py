@@ -49,8 +49,8 @@ class Diet:
         return np.bincount(self.times[self.times >= 0]).tolist()
 
     def extremes(self) -> dict[str, list[dict[str, Any]]]:
-        """By the name of a sheet, its pictures in order. Of those trained on
-        equally often, some at random.
+        """By the name of a sheet, its pictures in order. Of those trained on equally often, some at
+        random.
         """
         members = np.random.default_rng(0).permutation(np.flatnonzero(self.times >= 0))
         found = {}
