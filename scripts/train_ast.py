@@ -730,7 +730,7 @@ class AutoTarget(Target):
     often than those that it would train on, by two standard errors of a share, at most
     1 / sqrt(pictures). Then the network knows its samples by heart: it lacks other pictures, not
     more of the hardest. After TRIALS such epochs, or once fewer than LEFT of the sparse epochs
-    would be left, all samples are trained on to the end.
+    would be left, or where it would never cost less, all samples are trained on to the end.
     """
 
     MOVES = True
@@ -768,7 +768,8 @@ class AutoTarget(Target):
             self.epochs_without += 1
             if evidence.decides:
                 self.judge(evidence)
-            if self.selects is None and evidence.left < self.LEFT:
+            never = evidence.left < self.LEFT or cost(self.LEAST) >= 1
+            if self.selects is None and never:
                 self.selects = False
         if not self.selects:
             self.value = 1.0
@@ -2353,7 +2354,8 @@ def say_of_target(run: Run, status: str, kept_out: int) -> None:
         why = target.why_dense(run.selection.scores.epoch_cost)
         said += [] if why is None else [f"trained on all samples in every epoch: {why}"]
     if kept_out and facts is not None:
-        said.append(f"kept {kept_out:,} pictures out of {facts['epochs_without']} epochs")
+        epochs = facts["epochs_without"]
+        said.append(f"kept {kept_out:,} pictures out of {epochs} epoch{'s' * (epochs != 1)}")
     if said:
         key = f"ast.target_activation={run.config.ast.target_activation}"
         print_rank0(f"note: {key} {'; it '.join(said)}")

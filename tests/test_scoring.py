@@ -177,11 +177,13 @@ def test_without_pictures_kept_out_nothing_is_said_of_them():
 
 def test_why_a_run_stayed_dense_is_not_said_of_predictions_that_did_not_decide():
     auto = AutoTarget(1.0)
-    auto.end_epoch(Evidence(0.01, True, 1, 250, 0.0), lambda target: target + 0.6)
+    auto.end_epoch(Evidence(0.01, False, 1), lambda target: target + 0.6)
+    assert not auto.keeps_out  # at once: it would never cost less
     assert auto.why_dense(lambda target: target + 0.6) == (
         "scoring all and training on half cost 1.10 of training on all: score at less cost "
         "(ast.score_resolution)"
     )
+    auto = AutoTarget(1.0)
     auto.end_epoch(Evidence(0.01, True, 1, 250, 0.0), two_passes)
     assert auto.why_dense(two_passes) == "the run ended before the selection began"
 
