@@ -186,6 +186,8 @@ def _validated(raw: dict[str, Any], given: Sequence[str], trains: bool) -> tuple
     found += _unblamed(found, wrong_names(config, trains))
     if not config.imports:
         together += [*_not_read(config, given), *of_built_in(config, trains)]
+    if any(complaint.startswith(("ast.mode:", "ast:")) for complaint in found):
+        together = []  # most of it depends on the mode
     return config, [*found, *_unblamed(found, together)]
 
 

@@ -263,6 +263,14 @@ def test_all_that_does_not_go_together_is_told_at_once():
     assert told[5:] == ["1 more"]
 
 
+def test_what_a_wrong_mode_may_allow_is_not_complained_of():
+    given = ["ast.mode=dens", "training.compile=default", "ast.warmup_epochs=30", "training.lr=-1"]
+    with pytest.raises(RequestError) as caught:
+        load_config(None, given)
+    told = [each.partition(": ")[0] for each in str(caught.value).split("; also ")]
+    assert told == ["override 'ast.mode=dens'", "override 'training.lr=-1'"]
+
+
 @pytest.mark.parametrize("key", ["null", "true", "1", "1.5", "!!binary aGk="])
 def test_a_key_that_is_no_text_is_one_line_beside_what_else_is_wrong(key):
     keys = {
