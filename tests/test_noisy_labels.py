@@ -54,19 +54,24 @@ def test_targets_take_in_unmixed_pictures_and_are_mixed_as_these_are(
     reference = copy.deepcopy(model)
     average = copy.deepcopy(run.network.exported).eval()
     images, labels = make_batch()
-    monkeypatch.setattr("lab.data.mixing.as_seed", lambda number: 3)
+    at = int((labels != labels.roll(1)).nonzero()[0])
+
+    def mixed_by(seed):
+        torch.manual_seed(seed)
+        torch.multinomial(torch.ones(1), 1)  # which of the two
+        mixed, shares = mix(images.float(), labels)
+        return mixed, shares, shares[at, labels[at]]
+
+    # what a seed draws depends on torch's version
+    seed = next(seed for seed in range(20) if 0.2 < mixed_by(seed)[2] < 0.8)
+    monkeypatch.setattr("lab.data.mixing.as_seed", lambda number: seed)
     trained_on(run, images, labels)
 
     normalise = run.network.normalise
     seen = average(normalise(images)).softmax(-1).detach()
     targets = 0.7 * before + 0.3 * seen
     torch.testing.assert_close(loss.targets, targets, atol=1e-3, rtol=0)
-    torch.manual_seed(3)
-    torch.multinomial(torch.ones(1), 1)  # which of the two
-    mixed, shares = mix(images.float(), labels)
-    at = int((labels != labels.roll(1)).nonzero()[0])
-    share = shares[at, labels[at]]
-    assert 0.05 < share < 0.95
+    mixed, shares, share = mixed_by(seed)
     held = share * targets + (1 - share) * targets.roll(1, 0)
     logits = reference(normalise(mixed))
     regular = torch.log1p(-(held * logits.softmax(-1)).sum(-1))
