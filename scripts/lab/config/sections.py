@@ -383,23 +383,23 @@ class TrainingConfig(Section):
     )
     loss: str = Field(
         "cross_entropy",
-        description="that is minimised; cross_entropy; focal: less of what is learned; "
-        "binary_cross_entropy: of each class by itself, timm's; two for wrong labels: on CIFAR-10 "
-        "with 17 % of them early_learning helped, most in 80 epochs, and "
+        description="what is minimised. focal: samples that are learned count less. "
+        "binary_cross_entropy: of each class by itself, timm's. Two are for wrong labels. On "
+        "CIFAR-10 with 17 % of them early_learning helped, most in 80 epochs; "
         "generalised_cross_entropy did not",
     )
     noisy_labels: bool = Field(
         False,
-        description="labels may be wrong: sets those of ast.mode=dense, training.loss="
-        "early_learning, training.mixup=1, training.weight_average=0.997 and "
-        "training.list_suspects=true that are not given. The early-learning term and the share of "
-        "mixed steps then follow how many labels look wrong, and are 0 where none does; see "
-        "contradicted and remedy in the results",
+        description="labels may be wrong. Sets ast.mode=dense, training.loss=early_learning, "
+        "training.mixup=1, training.weight_average=0.997 and training.list_suspects=true, each "
+        "where it is not given. The early-learning term and the share of mixed steps follow how "
+        "many labels look wrong. Both are 0 where none does. See contradicted and remedy in the "
+        "results",
     )
     list_suspects: bool = Field(
         False,
         description="write a list of the training samples whose labels may be wrong, and a sheet "
-        "of their pictures, beside the results file; ast.forget_rate does so anyway",
+        "of their pictures. Both lie beside the results file. ast.forget_rate writes them too",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
