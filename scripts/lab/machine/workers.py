@@ -249,7 +249,8 @@ def end_workers() -> None:
 
     They are the only daemonic children a run has. torch's handler of SIGCHLD would take their
     deaths for a failure. torch has no public way to end an iterator whose workers may hang: so this
-    function and `_end_pinning`, and nothing else, use private names of its iterators.
+    function, `_end_pinning` and `kill_workers`, and nothing else, use private names of its
+    iterators.
     """
     handler = None
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -294,10 +295,16 @@ def _end_pinning() -> None:
 
 
 def kill_workers() -> list[multiprocessing.process.BaseProcess]:
-    """Send the loader workers of this process SIGKILL, and return them."""
+    """Send the loader workers of this process SIGKILL, and return them.
+
+    A worker may die while it asks its iterator's event whether to end, and then keeps the lock of
+    that event. So the iterators get another one, which nobody holds.
+    """
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     for worker in workers:
         worker.kill()
+    for iterator in list(_iterators):
+        iterator._workers_done_event = multiprocessing.Event()
     return workers
 
 

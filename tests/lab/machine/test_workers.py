@@ -232,6 +232,22 @@ def test_workers_that_are_ended_early_let_the_pinning_thread_end_in_silence(monk
     assert failed == []
 
 
+def test_a_worker_killed_with_the_lock_of_its_event_keeps_nobody_waiting():
+    """It may die between taking that lock and giving it back. Here this process takes it."""
+    batches = iter(workers.WorkerLoader(Numbers(), 16, num_workers=2))
+    assert int(next(batches)[0, 0, 0]) == 0
+    (iterator,) = (each for each in workers._iterators if not each._shutdown)
+    iterator._workers_done_event._cond.acquire()
+    # in a thread, so that the test can fail; there torch's handler has to be put off by hand
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ending = threading.Thread(target=workers.end_workers, daemon=True)
+    ending.start()
+    ending.join(20)
+    signal.signal(signal.SIGCHLD, handler)
+    assert not ending.is_alive()
+    assert not multiprocessing.active_children()
+
+
 def signal_a_worker(folder: Path, number: int, child: int) -> bool:
     """Once the run `child` has saved in the folder, send a signal to its first loader worker.
     Returns whether it did.
