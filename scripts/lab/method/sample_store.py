@@ -5,6 +5,7 @@ its label.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,21 @@ class Visit(NamedTuple):
     confidence: Tensor  # float32, 0 to 1: the probability of the predicted class
     predicted: Tensor  # int64
     given: Tensor  # int64: the labels trained on
+
+
+def in_turns(indices: Tensor, turns: Tensor) -> Iterator[Tensor]:
+    """The positions of the samples int64 [n], int64 each: the first visit of every sample, then the
+    second of those that have one, and so on. turns: [n], when each visit was.
+    """
+    order = turns.argsort(stable=True)
+    order = order[indices[order].argsort(stable=True)]
+    samples = indices[order]
+    places = torch.arange(len(order), device=order.device)
+    begins = torch.ones_like(samples, dtype=torch.bool)
+    begins[1:] = samples[1:] != samples[:-1]
+    visits = places - torch.where(begins, places, 0).cummax(0).values
+    for number in range(int(visits.max()) + 1 if len(order) else 0):
+        yield order[visits == number]
 
 
 class SampleStore:
@@ -165,16 +181,21 @@ class SampleStore:
             self.columns[name].index_copy_(0, indices, values.to(self.columns[name].dtype))
 
     def merge(self) -> None:
-        """Send what was recorded since the last merge, 12 bytes a sample and 20 more with labels,
-        to the ranks that keep it. Collective; at least once an epoch.
+        """Send what was recorded since the last merge, 16 bytes a sample and 20 more with labels,
+        to the ranks that keep it. Collective; at least once an epoch. A sample that was visited
+        twice since, on two ranks perhaps, is kept in the order of its visits.
         """
         if self.dist.world == 1:
             return
         nothing = (
             self.significance[:0].long(),
-            self.significance.new_empty(6 if self.labels else 1, 0),
+            self.significance.new_empty(7 if self.labels else 2, 0),
         )
-        indices, rows = (torch.cat(each, -1) for each in zip(nothing, *self.unsent, strict=True))
+        told = [
+            (indices, torch.cat([rows, torch.full_like(rows[:1], turn)]))
+            for turn, (indices, rows) in enumerate(self.unsent)
+        ]
+        indices, rows = (torch.cat(each, -1) for each in zip(nothing, *told, strict=True))
         self.unsent = []
         owners = torch.searchsorted(
             torch.tensor(self.edges[1:], device=indices.device), indices, right=True
@@ -185,9 +206,11 @@ class SampleStore:
         epoch = int(
             self.dist.all_gather([self.unsent_epoch]).max()
         )  # a rank may have recorded nothing
-        order = owners.argsort()
+        order = owners.argsort(stable=True)
         indices, rows = (self.dist.all_to_all(each[order], moves) for each in (indices, rows.T))
-        self._keep(indices - self.local.start, rows.T, epoch)
+        indices = indices - self.local.start
+        for visits in in_turns(indices, rows[:, -1]):
+            self._keep(indices[visits], rows[visits, :-1].T, epoch)
 
     def scores(self, order: np.ndarray, epoch: int | None = None) -> np.ndarray:
         """The significance of all samples in this `order` of their indices, float32 on the host.

@@ -96,7 +96,10 @@ WAYS = {
     ],
     "packed, doubted": ["ast.pack=true", "ast.target_activation=0.4", "ast.forget_rate=0.2"],
     "infobatch of batches": ["ast.rule=infobatch", "ast.entropy_weight=0"],
-    "infobatch": [*HISTORY, "ast.rule=infobatch", "ast.entropy_weight=0"],
+    "infobatch": [
+        *(key for key in HISTORY if "target" not in key),
+        *("ast.rule=infobatch", "ast.entropy_weight=0"),
+    ],
     "resident": [
         "dataset.cache=device",
         "dataset.augment=pad_crop",
