@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -68,7 +68,7 @@ from lab.config.keys import (
     of_known_parts,
     spelled,
 )
-from lab.config.loading import Config, checkpoint_folder, not_read
+from lab.config.loading import Config, checkpoint_folder, default_settings, not_read
 from lab.config.names import unknown
 from lab.config.sections import NOISY_LABELS, ASTConfig, DatasetConfig
 from lab.config.tables import Table, names_of
@@ -76,6 +76,7 @@ from lab.config.together import (
     Traits,
     complain,
     complaints_of,
+    has_fixed_shape,
     of_above_mean,
     of_parts,
     of_stored_scores,
@@ -334,7 +335,7 @@ class Scores(Stateful):
         """Of an epoch with this share of active samples among all that are scored, as a share of a
         dense one.
         """
-        return self.cost + (target if self.reuse is None else in_quarters(target) * 2 / 3)
+        return self.cost + target * (1 if self.reuse is None else 2 / 3)
 
     def observe(self, batch: DeviceBatch, lr_share: float) -> int:
         """Learn from a whole batch, before it is scored. Returns from how many samples. lr_share:
@@ -376,11 +377,6 @@ class NetworkScores(Scores):
 
 
 QUARTERS = 4  # in which an automatic target moves, where each share is compiled for itself
-
-
-def in_quarters(share: float) -> float:
-    """The smallest of these shares that is no smaller."""
-    return math.ceil(share * QUARTERS - 1e-9) / QUARTERS
 
 
 def reused_forward(config: Config, network: Network, dist: Dist) -> ReusedForward | None:
@@ -694,7 +690,7 @@ class Target(Stateful):
     # decides, and trained on once `keeps_out` is false
     KEEPS_OUT: ClassVar[int] = 0
     STATE = ("value",)
-    moves_in_quarters = False  # whether the share that is trained on is `in_quarters` of the value
+    moves_in_quarters = False  # whether each share is compiled for itself, see `trained_share`
 
     def __init__(self, value: float):
         self.value = value
@@ -703,6 +699,14 @@ class Target(Stateful):
     def keeps_out(self) -> bool:
         """Whether the next epoch is without the pictures kept out."""
         return False
+
+    def trained_share(self, share: float) -> float:
+        """What is trained on where `share` is wanted: the smallest of the QUARTERS that is no
+        smaller, where it moves in these.
+        """
+        if not self.moves_in_quarters:
+            return share
+        return math.ceil(share * QUARTERS - 1e-9) / QUARTERS
 
     def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
         """Set the next epoch's share."""
@@ -761,8 +765,7 @@ class AutoTarget(Target):
         return self.selects is None
 
     def end_epoch(self, evidence: Evidence, cost: Cost) -> None:
-        target = max(self.LEAST, evidence.wrong / self.WRONG_SHARE)
-        target = in_quarters(target) if self.moves_in_quarters else target
+        target = self.trained_share(max(self.LEAST, evidence.wrong / self.WRONG_SHARE))
         self.value = target if cost(target) < 1 else 1.0
         if self.selects is None:
             self.epochs_without += 1
@@ -857,8 +860,7 @@ def packs_batches(config: Config) -> bool:
 
 def fixed_shape(config: Config) -> bool:
     """Whether all training steps of a kind of epoch are of one number of samples."""
-    before_loading = parts_of(config).scores.before_loading
-    return before_loading or packs_batches(config) or reuses(config)
+    return has_fixed_shape(config, parts_of(config).scores.before_loading)
 
 
 def shares_of(config: Config) -> Shares:
@@ -925,7 +927,6 @@ class Selection(Stateful):
         self.scores = parts.scores(config, network, self.store, dist)
         self.rule = parts.rule(config)
         self.target = parts.target(shares_of(config).target)
-        # each share is compiled for itself
         self.target.moves_in_quarters = self.target.MOVES and self.scores.reuse is not None
         self.unseen: ClassCounts | None = None  # of this epoch, see `Target.KEEPS_OUT`
         # whether the last epoch was no better on its samples than on the validation set
@@ -1110,10 +1111,13 @@ class Selection(Stateful):
             doubted = self.doubt.mispredicted(all_predicted)
             unseen = self.unseen_evidence()
             evidence = Evidence(max(0.0, wrong - doubted), decides, left, *unseen)
-            self.target.end_epoch(evidence, self.scores.epoch_cost)
-            if self.target.moves_in_quarters:
-                self.target.value = in_quarters(self.target.value)
+            self.target.end_epoch(evidence, self.epoch_cost)
+            self.target.value = self.target.trained_share(self.target.value)
         self.target.load_state_dict(self.dist.broadcast(self.target.state_dict()))
+
+    def epoch_cost(self, target: float) -> float:
+        """What an epoch with this target costs, as a share of a dense one."""
+        return self.scores.epoch_cost(self.target.trained_share(target))
 
     def unseen_evidence(self) -> tuple[int, float | None]:
         """Of the pictures kept out that could be predicted: how many, and which share wrongly."""
@@ -1150,11 +1154,6 @@ def own_parts(config: Config) -> dict[str, str]:
     tables = (*CLOSED, MODELS, OPTIMIZERS)
     found = {table.key: origin(table.key, value_of(config, table)) for table in tables}
     return {key: identity for key, identity in found.items() if identity is not None}
-
-
-@cache
-def default_settings() -> dict[str, str]:
-    return spelled(Config().model_dump())
 
 
 def unread_keys(config: Config) -> dict[str, str]:
@@ -2351,7 +2350,7 @@ def say_of_target(run: Run, status: str, kept_out: int) -> None:
         return
     said = []
     if all(share is None for share in run.metrics.history["target"]):
-        why = target.why_dense(run.selection.scores.epoch_cost)
+        why = target.why_dense(run.selection.epoch_cost)
         said += [] if why is None else [f"trained on all samples in every epoch: {why}"]
     if kept_out and facts is not None:
         epochs = facts["epochs_without"]

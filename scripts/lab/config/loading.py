@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -223,11 +224,17 @@ def _unblamed(before: Sequence[str], complaints: Iterable[str]) -> list[str]:
     return kept
 
 
+@functools.cache
+def default_settings() -> dict[str, str]:
+    """The config in which nothing is said, as dotted key to text."""
+    return spelled(Config().model_dump())
+
+
 def _not_read(config: Config, given: Sequence[str]) -> list[str]:
     """A text for each of the keys of a command line that nothing reads."""
     settings = spelled(config.model_dump())
     needs = of_known_parts(all_needs(), settings, BUILT_IN)
-    return not_read(given, idle_keys(settings, spelled(Config().model_dump()), needs))
+    return not_read(given, idle_keys(settings, default_settings(), needs))
 
 
 def not_read(given: Iterable[str], unread: Mapping[str, str]) -> list[str]:

@@ -122,6 +122,13 @@ def reuses(config: Sections) -> bool:
     return config.ast.mode == "ast" and config.ast.reuse_forward is not False
 
 
+def has_fixed_shape(config: Sections, before_loading: bool) -> bool:
+    """Whether all training steps of a kind of epoch are of one number of samples. before_loading:
+    see `Traits`.
+    """
+    return before_loading or config.ast.pack or reuses(config)
+
+
 def needs_of_reuse(config: Sections) -> list[str]:
     """What other keys would have to be for `ast.reuse_forward`; nothing where it is false or they
     are so.
@@ -337,7 +344,7 @@ def _of_shares(config: Sections, traits: Traits) -> list[str]:
 def _of_steps(config: Sections, traits: Traits) -> list[str]:
     ast = config.ast
     training = config.training
-    fixed_shape = traits.before_loading or ast.pack or reuses(config)
+    fixed_shape = has_fixed_shape(config, traits.before_loading)
     unmet_reuse = needs_of_reuse(config)
     mixing = next((key for key in ("mixup", "cutmix") if getattr(training, key)), None)
     keepers = {
