@@ -2295,8 +2295,8 @@ def say_noisy_labels(config: Config) -> None:
     settings = spelled(config.model_dump())
     names = [f"{part}.{name}" for part, values in NOISY_LABELS.items() for name in values]
     print_rank0(
-        f"training.noisy_labels: {', '.join(f'{name}={settings[name]}' for name in names)}; the "
-        "loss and the mixing act as far as labels look wrong\n"
+        f"training.noisy_labels: {', '.join(f'{name}={settings[name]}' for name in names)}; early "
+        "learning and any mixing act as far as labels look wrong\n"
     )
 
 

@@ -64,7 +64,8 @@ def test_cuda_graphs_train_as_eager_steps_do(mode, scoring, window):
         if scoring == "reused":  # the harder 16 of 32
             settings[-2:] = ["ast.reuse_forward=true", "ast.rule=topk", "ast.target_activation=0.5"]
         elif scoring == "noisy labels":  # half of the steps are mixed
-            settings[-2:] = ["training.noisy_labels=true", "training.label_smoothing=0.1"]
+            settings[-2:] = ["training.noisy_labels=true", "training.mixup=1"]
+            settings.append("training.label_smoothing=0.1")
         else:
             settings.append("ast.kp=1.0")
         size = 16 if scoring == "reused" else 32

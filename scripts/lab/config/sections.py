@@ -391,10 +391,10 @@ class TrainingConfig(Section):
     noisy_labels: bool = Field(
         False,
         description="labels may be wrong. Sets ast.mode=dense, training.loss=early_learning, "
-        "training.mixup=1, training.weight_average=0.997 and training.list_suspects=true, each "
-        "where it is not given. The early-learning term and the share of mixed steps follow how "
-        "many labels look wrong. Both are 0 where none does. See contradicted and remedy in the "
-        "results",
+        "training.weight_average=0.997, training.list_suspects=true and "
+        "dataset.random_erasing=0.25, each where it is not given. The early-learning term, and "
+        "with training.mixup the share of mixed steps, follow how many labels look wrong. Both "
+        "are 0 where none does. See contradicted and remedy in the results",
     )
     list_suspects: bool = Field(
         False,
@@ -455,9 +455,9 @@ class TrainingConfig(Section):
 # what `training.noisy_labels: true` sets where a config does not say
 NOISY_LABELS = {
     "ast": {"mode": "dense"},
+    "dataset": {"random_erasing": 0.25},
     "training": {
         "loss": "early_learning",
-        "mixup": 1.0,
         "weight_average": 0.997,
         "list_suspects": True,
     },

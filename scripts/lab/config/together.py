@@ -364,8 +364,7 @@ def _of_steps(config: Sections, traits: Traits) -> list[str]:
         ),
         (
             mixing and keeper,
-            f"training.{mixing}: {keeper} remembers each sample, and a mixture has no one label"
-            f"{'; training.noisy_labels sets it, 0 does without' * training.noisy_labels}",
+            f"training.{mixing}: {keeper} remembers each sample, and a mixture has no one label",
         ),
         (
             mixing and traits.weighs,

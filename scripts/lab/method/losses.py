@@ -215,13 +215,15 @@ class AsFarAsWrong(EarlyLearning):
     by their targets. `remedy` rises with it from 0 at RIGHT to 1 at WRONG: the added term and the
     share of the steps that are mixed grow with it, and the smoothing goes. All of that is set at
     epochs' starts from JUDGED_FROM of the schedule, when the network has learned something, up to
-    FORGET_FROM, and then kept: a label learned by heart is no longer contradicted.
+    FORGET_FROM, and then kept: a label learned by heart is no longer contradicted. It comes in over
+    RAMP of the schedule: all of it at once threw a ResNet-18 back to chance.
     """
 
     SUREST = 0.1
     RIGHT = 0.005
     WRONG = 0.02
     JUDGED_FROM = 0.2
+    RAMP = 0.1
     STATE = ("targets", "remedy", "contradicted")
     adapts = True
 
@@ -248,7 +250,8 @@ class AsFarAsWrong(EarlyLearning):
         if self.JUDGED_FROM <= progress < FORGET_FROM:
             self.contradicted = self.dist.broadcast(self.contradicted_now())
             above = (self.contradicted - self.RIGHT) / (self.WRONG - self.RIGHT)
-            self.apply(min(1.0, max(0.0, above)))
+            most = (progress - self.JUDGED_FROM) / self.RAMP
+            self.apply(min(1.0, max(0.0, above), most))
 
     def apply(self, remedy: float) -> None:
         self.remedy = remedy

@@ -102,9 +102,9 @@ def test_a_run_with_stand_ins_that_it_does_not_train_on_goes_well(image_folder, 
     name = build_datasets(config.dataset)[0].name_of(last)
     Path(name).write_bytes(b"no image")
     keys = ["dataset.max_bad_images=1", "dataset.max_train_samples=8", "training.batch_size=4"]
-    keys += ["training.noisy_labels=true", "training.epochs=2", "model.name=test_resnet"]
+    keys += ["training.noisy_labels=true", "training.mixup=1", "training.epochs=2"]
     keys += [f"logging.output_dir={tmp_path}/out", "training.num_workers=0"]
-    result, _ = train(folder_config(image_folder, *keys))
+    result, _ = train(folder_config(image_folder, *keys, "model.name=test_resnet"))
     assert result["status"] == "completed"
     assert len(result["bad_images"]) == 1
 

@@ -429,7 +429,8 @@ PROXY = ["ast.scoring=proxy"]
 @pytest.mark.long
 def test_labels_that_may_be_wrong_are_judged_alike_on_all_ranks(tmp_path):
     """A sample's memory goes to all of them; the run goes on where it was, bit for bit."""
-    keys = [*TWENTY, "training.noisy_labels=true", "dataset.label_noise=0.2", "training.epochs=5"]
+    keys = [*TWENTY, "training.noisy_labels=true", "training.mixup=1", "training.epochs=5"]
+    keys.append("dataset.label_noise=0.2")
     one, many = (
         make_config(*keys, f"logging.output_dir={tmp_path}/{name}") for name in ("one", "many")
     )
