@@ -186,14 +186,14 @@ def test_between_cross_entropy_and_early_learning(mixed):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], ["dense", "early_learning", 0.25, 0.997, True]),
+        ([], ["dense", "early_learning", 0.0, 0.25, 0.997, True]),
         (
             ["dataset.random_erasing=0", "training.weight_average=0.9"],
-            ["dense", "early_learning", 0.0, 0.9, True],
+            ["dense", "early_learning", 0.0, 0.0, 0.9, True],
         ),
         (
             ["ast.mode=ast", "ast.forget_rate=auto", "training.list_suspects=false"],
-            ["ast", "early_learning", 0.25, 0.997, False],
+            ["ast", "early_learning", 0.0, 0.25, 0.997, False],
         ),
     ],
 )
@@ -205,7 +205,7 @@ def test_the_key_sets_what_is_not_given(overrides, expected, tmp_path):
         load_config(None, ["training.noisy_labels=true", *overrides]),
     ):
         training = config.training
-        found = [config.ast.mode, training.loss, config.dataset.random_erasing]
+        found = [config.ast.mode, training.loss, training.mixup, config.dataset.random_erasing]
         assert [*found, training.weight_average, training.list_suspects] == expected
     assert load_config(None, text=config.model_dump_json()) == config
     off = load_config(file, ["training.noisy_labels=false"])
@@ -217,7 +217,10 @@ def test_the_key_sets_what_is_not_given(overrides, expected, tmp_path):
     [
         (["training.loss=cross_entropy"], "training.loss: cross_entropy keeps no memory by which"),
         (["ast.mode=ast"], "ast.mode: ast chooses wrong labels first"),
-        (["ast.mode=ast", "ast.forget_rate=auto", "training.mixup=1"], "training.mixup: "),
+        (
+            ["ast.mode=ast", "ast.forget_rate=auto", "training.mixup=1"],
+            "training.mixup: ast.forget_rate.* remembers each sample",
+        ),
     ],
 )
 def test_what_does_not_suit_the_key_is_refused(overrides, complaint):
@@ -228,8 +231,8 @@ def test_what_does_not_suit_the_key_is_refused(overrides, complaint):
 @pytest.mark.parametrize("noise", [0, 0.2])
 def test_right_labels_get_cross_entropy_and_wrong_ones_the_remedy(noise, tmp_path, capsys):
     keys = (f"dataset.label_noise={noise}", f"logging.output_dir={tmp_path}")
-    mixed = ("training.noisy_labels=true", "training.mixup=1")
-    result, _ = train(make_config(*DIGITS, *keys, *mixed))
+    config = make_config(*DIGITS, *keys, "training.noisy_labels=true", "training.mixup=1")
+    result, _ = train(config)
     history = result["training_history"]
     remedies = history["remedy"]
     assert remedies[:2] == [0, 0]
@@ -238,8 +241,15 @@ def test_right_labels_get_cross_entropy_and_wrong_ones_the_remedy(noise, tmp_pat
         assert result["ledger"]["seen"] == 0
         assert max(history["contradicted"][2:]) <= 0.01
     else:
-        assert 0 < remedies[2] < min(remedies[3:]) == 1
-        assert 5 / 8 <= result["ledger"]["seen"] / result["ledger"]["trained"] < 6 / 8
+        assert remedies[2] == pytest.approx(0.5)
+        assert min(remedies[3:]) == 1
+        steps = result["ledger"]["steps"] // 8
+        mixing = Mixing(config.training, 10, Dist())
+        mixed = sum(mixing.takes(remedies[2], 2, step) for step in range(steps))
+        assert 0 < mixed < steps
+        assert result["ledger"]["seen"] * 8 * steps == result["ledger"]["trained"] * (
+            mixed + 5 * steps
+        )
         assert history["energy_savings"][-1] == pytest.approx(-1 / 3)
         assert result["final_accuracy"] > 92
     assert remedies[4:] == [remedies[4]] * 4
