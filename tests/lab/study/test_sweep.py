@@ -28,6 +28,9 @@ from lab.study.sweep.summary import finished_runs, is_done, time_left
 from runs import exit_code, forked, wait_until
 
 DIGITS = str(REPO / "configs/digits_smoke.yaml")
+# A minute of a stand-in that handles signals. One long sleep would not do: a signal that arrives
+# just before it begins is handled only after it.
+WAIT = "for _ in range(600):\n    time.sleep(0.1)\n"
 
 
 def test_identity_is_the_config_with_its_seed_without_its_logging():
@@ -191,8 +194,7 @@ def test_a_scheduler_may_warn_again_and_ends_nothing(tmp_path):
         "got = []\n"
         "for number in (10, 12, 15):\n"
         "    signal.signal(number, lambda number, _: print('got', number, flush=True))\n"
-        "print('up', flush=True)\n"
-        "time.sleep(60)"
+        "print('up', flush=True)\n" + WAIT
     )
     (script, (plan, *_)) = stand_in(tmp_path, deaf)
     halt = Halt()
@@ -326,7 +328,7 @@ def test_a_job_that_is_warned_comes_back_by_submitit_and_one_that_is_told_to_end
         "place = pathlib.Path(sys.argv[-1])\n"
         "began = place.read_text() if place.exists() else ''\n"
         "place.write_text(began + 'began\\n')\n"
-        "time.sleep(0 if began else 60)\n"
+        "if began:\n    sys.exit()\n" + WAIT
     )
     script, plans = stand_in(tmp_path, program)
     plans = [replace(plan, overrides=(str(tmp_path / f"at_{plan.id}"),)) for plan in plans[:2]]
